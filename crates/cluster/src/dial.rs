@@ -1,0 +1,166 @@
+//! Opening peer sessions: PostgreSQL connections to another node's port.
+
+use std::ops::Deref;
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::{Context as _, anyhow};
+use sql::Verb;
+use tokio::time::timeout;
+use tokio_postgres::config::SslMode;
+use tokio_postgres::{Client, Config, NoTls, SimpleQueryMessage};
+use tokio_postgres_rustls::MakeRustlsConnect;
+use tokio_util::task::AbortOnDropHandle;
+
+use crate::secret::ClusterSecret;
+
+/// The user name of every peer session; no PostgreSQL role of this name is ever asked for.
+pub const PEER_USER: &str = "backhaul_node";
+
+/// The startup option that makes a connection a peer session; its value is the [`Purpose`].
+pub const PEER_OPTION: &str = "backhaul.peer";
+
+/// An address that does not answer within this time counts as unreachable.
+const DIAL_DEADLINE: Duration = Duration::from_secs(5);
+
+/// What a peer session is for.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Purpose {
+    /// Asking verbs.
+    Verbs,
+    /// A session on the callee's own PostgreSQL server, in this database, as the callee's service role.
+    Server {
+        /// The database to log into.
+        database: String,
+    },
+}
+
+impl Purpose {
+    /// The value of [`PEER_OPTION`].
+    pub fn option(&self) -> &'static str {
+        match self {
+            Self::Verbs => "verbs",
+            Self::Server { .. } => "server",
+        }
+    }
+}
+
+/// Opens peer sessions with this node's secret.
+#[derive(Clone)]
+pub struct Dialer {
+    secret: ClusterSecret,
+    tls: Option<Arc<rustls::ClientConfig>>,
+    name: String,
+}
+
+/// A peer session; dropping it closes the connection.
+pub struct PeerSession {
+    client: Client,
+    _connection: AbortOnDropHandle<()>,
+}
+
+impl Dialer {
+    /// Connections will carry `name` as their `application_name`; with `tls` they insist on it.
+    pub fn new(secret: ClusterSecret, tls: Option<Arc<rustls::ClientConfig>>, name: String) -> Self {
+        Self { secret, tls, name }
+    }
+
+    /// Opens a peer session to the node at `address` (`host:port`).
+    ///
+    /// # Errors
+    ///
+    /// The address is malformed or does not answer in time, the secret cannot be read, or the node refuses it.
+    pub async fn dial(&self, address: &str, purpose: &Purpose) -> anyhow::Result<PeerSession> {
+        let (host, port) = split_address(address)?;
+        let mut config = Config::new();
+        config.host(host).port(port).user(PEER_USER).application_name(&self.name);
+        config.options(format!("-c {PEER_OPTION}={}", purpose.option()));
+        if let Purpose::Server { database } = purpose {
+            config.dbname(database);
+        }
+        if let Some(secret) = self.secret.read()? {
+            config.password(secret);
+        }
+        let opened = timeout(DIAL_DEADLINE, self.open(config)).await;
+        opened
+            .map_err(|_| anyhow!("no answer within {} seconds", DIAL_DEADLINE.as_secs()))
+            .and_then(|opened| opened)
+            .with_context(|| format!("connect to the node at {address}"))
+    }
+
+    async fn open(&self, mut config: Config) -> anyhow::Result<PeerSession> {
+        // The connection's own errors reach every request made on the client; its end needs no second report.
+        let (client, connection) = match &self.tls {
+            Some(tls) => {
+                let connector = MakeRustlsConnect::new((**tls).clone());
+                let (client, connection) =
+                    config.ssl_mode(SslMode::Require).connect(connector).await.map_err(spoken)?;
+                (client, tokio::spawn(async move { drop(connection.await) }))
+            }
+            None => {
+                let (client, connection) = config.ssl_mode(SslMode::Disable).connect(NoTls).await.map_err(spoken)?;
+                (client, tokio::spawn(async move { drop(connection.await) }))
+            }
+        };
+        Ok(PeerSession { client, _connection: AbortOnDropHandle::new(connection) })
+    }
+}
+
+impl PeerSession {
+    /// Asks a verb and returns the text of its answer.
+    ///
+    /// # Errors
+    ///
+    /// The node refuses, the connection fails, or no answer comes before `deadline`.
+    pub async fn ask(&self, verb: Verb, deadline: Duration) -> anyhow::Result<String> {
+        let answer = timeout(deadline, self.client.simple_query(&verb.to_string()))
+            .await
+            .map_err(|_| anyhow!("no answer within {} seconds", deadline.as_secs_f32()))?
+            .map_err(spoken)?;
+        let row = answer.into_iter().find_map(|message| match message {
+            SimpleQueryMessage::Row(row) => Some(row),
+            _ => None,
+        });
+        row.and_then(|row| row.get(0).map(str::to_owned)).context("read the answer")
+    }
+}
+
+impl Deref for PeerSession {
+    type Target = Client;
+
+    fn deref(&self) -> &Client {
+        &self.client
+    }
+}
+
+/// tokio-postgres prints a server's error as "db error"; what the server said is in its source.
+pub(crate) fn spoken(error: tokio_postgres::Error) -> anyhow::Error {
+    match error.as_db_error() {
+        Some(said) => {
+            let text = format!("{} ({})", said.message(), said.code().code());
+            anyhow::Error::new(error).context(text)
+        }
+        None => anyhow::Error::new(error),
+    }
+}
+
+/// Splits `host:port`; an IPv6 host stands in brackets.
+fn split_address(address: &str) -> anyhow::Result<(&str, u16)> {
+    let (host, port) = address.rsplit_once(':').with_context(|| format!("address \"{address}\" has no port"))?;
+    let port = port.parse().with_context(|| format!("address \"{address}\" has no valid port"))?;
+    Ok((host.trim_start_matches('[').trim_end_matches(']'), port))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_address_is_a_host_and_a_port() {
+        for (address, expected) in
+            [("n1:26257", Some(("n1", 26257))), ("[::1]:5", Some(("::1", 5))), ("n1", None), ("n1:x", None)]
+        {
+            assert_eq!(split_address(address).ok(), expected, "{address}");
+        }
+    }
+}

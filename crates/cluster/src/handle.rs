@@ -1,0 +1,244 @@
+//! What this node knows of all nodes, and the handle by which the rest of the program asks and learns.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use tokio::sync::watch;
+use uuid::Uuid;
+
+use crate::leader::{Leader, elect, raise_floors};
+use crate::store::{LastKnown, Store};
+use crate::{NodeId, NodeInfo, Role};
+
+/// Addresses beyond this number are not followed; a fleet is not that large, a mistake may be.
+const PEERS_MAX: usize = 1024;
+
+/// A node as this one knows it.
+#[derive(Clone, Debug)]
+pub struct Known {
+    /// Its last answer.
+    pub info: NodeInfo,
+    /// Whether it answers now.
+    pub reachable: bool,
+    /// How long its last answer to a plain question took; zero for this node itself.
+    pub round_trip: Duration,
+}
+
+/// All nodes at one moment; cheap to share, never changed.
+#[derive(Clone, Debug, Default)]
+pub struct View {
+    /// Every node by its address, this one among them.
+    pub nodes: BTreeMap<String, Known>,
+    /// Who leads each shard.
+    leaders: BTreeMap<String, Leader>,
+    /// Addresses that do not answer, and why, for messages.
+    pub troubles: BTreeMap<String, String>,
+}
+
+impl View {
+    /// The node that leads `shard` and answers now.
+    pub fn leader(&self, shard: &str) -> Option<&NodeInfo> {
+        let leader = self.leaders.get(shard)?;
+        self.nodes.values().map(|known| &known.info).find(|info| info.instance == leader.instance)
+    }
+
+    /// The node of this number.
+    pub fn node(&self, id: NodeId) -> Option<&Known> {
+        self.nodes.values().find(|known| known.info.node_id == Some(id))
+    }
+
+    /// What `node` is to its shard.
+    pub fn role(&self, node: &NodeInfo) -> Role {
+        Role::of(node, self.leader(&node.shard))
+    }
+
+    /// The leader of the shard that holds the registry, with the cluster's id.
+    pub fn registry(&self) -> Option<(&NodeInfo, Uuid)> {
+        self.leaders
+            .keys()
+            .filter_map(|shard| self.leader(shard))
+            .find_map(|leader| Some((leader, leader.server_state()?.registry?)))
+    }
+}
+
+struct State {
+    me: NodeInfo,
+    others: BTreeMap<String, Known>,
+    troubles: BTreeMap<String, String>,
+    addresses: BTreeSet<String>,
+    known: LastKnown,
+    leaders: BTreeMap<String, Leader>,
+}
+
+struct Shared {
+    store: Arc<Store>,
+    state: Mutex<State>,
+    view: watch::Sender<Arc<View>>,
+    addresses: watch::Sender<BTreeSet<String>>,
+}
+
+/// The handle; clones share one state.
+///
+/// Every change is followed by a new [`View`] before the call returns, so whoever waits on [`Cluster::subscribe`] sees
+/// a promotion as soon as this node has heard of it.
+#[derive(Clone)]
+pub struct Cluster(Arc<Shared>);
+
+impl Cluster {
+    /// Starts from this node's own description, the addresses it was given, and what its store remembers.
+    ///
+    /// # Errors
+    ///
+    /// The store cannot be read.
+    pub fn new(me: NodeInfo, join: &[String], store: Arc<Store>) -> anyhow::Result<Self> {
+        let known = store.last_known()?;
+        let addresses: BTreeSet<String> =
+            join.iter().chain(&known.peers).filter(|address| **address != me.address).cloned().collect();
+        let state = State {
+            me,
+            others: BTreeMap::new(),
+            troubles: BTreeMap::new(),
+            addresses: addresses.clone(),
+            known,
+            leaders: BTreeMap::new(),
+        };
+        let cluster = Self(Arc::new(Shared {
+            store,
+            state: Mutex::new(state),
+            view: watch::Sender::default(),
+            addresses: watch::Sender::new(addresses),
+        }));
+        cluster.publish(cluster.lock());
+        Ok(cluster)
+    }
+
+    /// This node's description of itself.
+    pub fn me(&self) -> NodeInfo {
+        self.lock().me.clone()
+    }
+
+    /// The present view.
+    pub fn view(&self) -> Arc<View> {
+        Arc::clone(&self.0.view.borrow())
+    }
+
+    /// Views as they change.
+    pub fn subscribe(&self) -> watch::Receiver<Arc<View>> {
+        self.0.view.subscribe()
+    }
+
+    /// This node's identity and last knowledge on disk.
+    pub fn store(&self) -> &Store {
+        &self.0.store
+    }
+
+    /// Changes this node's description. `news` says whether others should hear of it at once.
+    pub fn update_me(&self, news: impl FnOnce(&mut NodeInfo) -> bool) {
+        let mut state = self.lock();
+        if news(&mut state.me) {
+            state.me.revision += 1;
+            self.publish(state);
+        }
+    }
+
+    /// Takes note that there may be nodes at these addresses.
+    pub fn learn(&self, addresses: impl IntoIterator<Item = String>) {
+        let mut state = self.lock();
+        let before = state.addresses.len();
+        for address in addresses {
+            if address != state.me.address && state.addresses.len() < PEERS_MAX {
+                state.addresses.insert(address);
+            }
+        }
+        if state.addresses.len() != before {
+            self.publish(state);
+        }
+    }
+
+    /// The addresses to follow, as they grow.
+    pub(crate) fn addresses(&self) -> watch::Receiver<BTreeSet<String>> {
+        self.0.addresses.subscribe()
+    }
+
+    /// Takes a node's answer.
+    pub(crate) fn answered(&self, info: NodeInfo, round_trip: Duration) {
+        let mut state = self.lock();
+        // A restarted or moved node is the same node: its former process goes from the list.
+        state.others.retain(|address, known| {
+            *address == info.address || info.node_id.is_none() || known.info.node_id != info.node_id
+        });
+        state.troubles.remove(&info.address);
+        let news = info.peers.iter().any(|peer| *peer != state.me.address && !state.addresses.contains(peer));
+        if news {
+            let State { addresses, me, .. } = &mut *state;
+            addresses.extend(info.peers.iter().filter(|peer| **peer != me.address).take(PEERS_MAX).cloned());
+        }
+        state.others.insert(info.address.clone(), Known { info, reachable: true, round_trip });
+        self.publish(state);
+    }
+
+    /// Takes note that the node at `address` does not answer.
+    pub(crate) fn unreachable(&self, address: &str, reason: String) {
+        let mut state = self.lock();
+        if let Some(known) = state.others.get_mut(address) {
+            known.reachable = false;
+        }
+        state.troubles.insert(address.to_owned(), reason);
+        self.publish(state);
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        // A panic while the lock was held left a state that is whole: every change below is a single assignment.
+        self.0.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Derives leaders and floors anew, keeps what is worth keeping, and shows the result.
+    fn publish(&self, mut guard: MutexGuard<'_, State>) {
+        let state = &mut *guard;
+        let mut floors = std::mem::take(&mut state.known.shards);
+        let mut answering: Vec<&NodeInfo> =
+            state.others.values().filter(|known| known.reachable).map(|known| &known.info).collect();
+        answering.push(&state.me);
+        let mut worth_keeping = raise_floors(&mut floors, answering.iter().copied());
+        let shards: BTreeSet<&str> = answering.iter().map(|node| node.shard.as_str()).collect();
+        let leaders = shards
+            .into_iter()
+            .filter_map(|shard| {
+                let before = state.leaders.get(shard);
+                let leader = elect(shard, answering.iter().copied(), floors.get(shard), before)?;
+                Some((shard.to_owned(), leader))
+            })
+            .collect();
+        for (shard, leader) in &leaders {
+            if state.leaders.get(shard) != Some(leader) {
+                let name = answering.iter().find(|node| node.instance == leader.instance).map(|node| node.name());
+                tracing::info!(%shard, timeline = leader.timeline, node = name.as_deref(), "shard has a leaseholder");
+            }
+        }
+        state.leaders = leaders;
+        state.known.shards = floors;
+
+        let peers: Vec<String> = state.addresses.iter().cloned().collect();
+        if state.known.peers != peers {
+            state.known.peers.clone_from(&peers);
+            state.me.peers = peers;
+            state.me.revision += 1;
+            worth_keeping = true;
+        }
+        if worth_keeping && let Err(error) = self.0.store.set_last_known(&state.known) {
+            // The node works without; the next change tries again.
+            tracing::warn!("could not keep what is known of the fleet: {error:#}");
+        }
+        let mut nodes = state.others.clone();
+        let me = Known { info: state.me.clone(), reachable: true, round_trip: Duration::ZERO };
+        nodes.insert(state.me.address.clone(), me);
+        let view = View { nodes, leaders: state.leaders.clone(), troubles: state.troubles.clone() };
+        self.0.addresses.send_if_modified(|addresses| {
+            let grown = *addresses != state.addresses;
+            addresses.clone_from(&state.addresses);
+            grown
+        });
+        self.0.view.send_replace(Arc::new(view));
+    }
+}

@@ -1,0 +1,213 @@
+//! The registry as a member of the fleet sees it: joining, and staying alive.
+//!
+//! The registry is a database on the system shard's primary. A node finds that server through the view, like any
+//! other, asks the node beside it for a session there, and joins: its shard is compared with the durable list, it is
+//! given its number, and a session row begins to live. From then on it renews that session; everything that must not
+//! be done by a node that others believe dead asks [`Session::is_valid`] first.
+//!
+//! **Clocks.** A session's end is decided by the registry server's clock alone. A node judges its own session by its
+//! monotonic clock, from *before* it sent the renewal, so it always stops earlier than others may take over. No wall
+//! clock of any node is compared with anything; one that differs is reported, because it will confuse people.
+//!
+//! **Losing the registry** ends nothing at once: the node tries again until it is back, on whichever server leads the
+//! system shard by then, and renews the same session if that has not run out.
+
+mod membership;
+mod schema;
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, anyhow};
+use chrono::{DateTime, Utc};
+use tokio::sync::watch;
+use tokio::time::{sleep, timeout};
+use uuid::Uuid;
+
+pub use membership::Refused;
+pub use schema::{DATABASE, migrate};
+
+use crate::dial::spoken;
+use crate::{Cluster, Dialer, NodeId, PeerSession, Purpose};
+
+/// Wait between tries to reach the registry.
+const RETRY: Duration = Duration::from_millis(250);
+
+/// How long a question to the registry may take before the asker is told that it is not reachable.
+const QUESTION_DEADLINE: Duration = Duration::from_secs(2);
+
+/// A wall clock that is this far from the registry's is reported.
+const CLOCK_OFFSET_TOLERATED: chrono::TimeDelta = chrono::TimeDelta::milliseconds(500);
+
+/// A node's right to act, for as long as it is renewed.
+#[derive(Clone, Debug)]
+pub struct Session {
+    /// The node.
+    pub node_id: NodeId,
+    /// Unique to this session; a node that comes back later has another.
+    pub id: Uuid,
+    /// Counts the node's sessions.
+    pub epoch: i64,
+    valid_until: Instant,
+}
+
+impl Session {
+    /// Whether others still have to believe that this node lives.
+    pub fn is_valid(&self) -> bool {
+        Instant::now() < self.valid_until
+    }
+}
+
+/// Where this node stands with the registry.
+#[derive(Clone, Debug)]
+pub enum Standing {
+    /// Not joined now; the reason is for an operator.
+    Apart {
+        /// Why.
+        reason: String,
+    },
+    /// Joined.
+    Member(Session),
+}
+
+/// A node as the registry lists it.
+#[derive(Clone, Debug)]
+pub struct Listed {
+    /// Its number.
+    pub id: NodeId,
+    /// Its address when it last joined.
+    pub address: String,
+    /// Its locality, as text.
+    pub locality: String,
+    /// Its shard.
+    pub shard: String,
+    /// Its program's version.
+    pub build: String,
+    /// When its process started.
+    pub started_at: DateTime<Utc>,
+    /// When it last renewed its session or joined.
+    pub updated_at: DateTime<Utc>,
+    /// Whether its session has not run out, by the registry's clock.
+    pub is_live: bool,
+}
+
+struct Shared {
+    standing: watch::Sender<Standing>,
+    session: watch::Sender<Option<Arc<PeerSession>>>,
+}
+
+/// The handle; clones share one membership.
+#[derive(Clone)]
+pub struct Registry(Arc<Shared>);
+
+impl Default for Registry {
+    fn default() -> Self {
+        let apart = Standing::Apart { reason: "the node has just started".to_owned() };
+        Self(Arc::new(Shared { standing: watch::Sender::new(apart), session: watch::Sender::new(None) }))
+    }
+}
+
+impl Registry {
+    /// Where this node stands.
+    pub fn standing(&self) -> Standing {
+        self.0.standing.borrow().clone()
+    }
+
+    /// All nodes that ever joined, by number.
+    ///
+    /// # Errors
+    ///
+    /// The registry is not reachable, or does not answer in time.
+    pub async fn nodes(&self) -> anyhow::Result<Vec<Listed>> {
+        let session = self.0.session.borrow().clone().context("reach the registry")?;
+        let listing = timeout(QUESTION_DEADLINE, session.query(membership::LIST_NODES, &[]));
+        let rows = listing.await.context("list the registry's nodes")?.map_err(spoken)?;
+        Ok(rows.iter().map(membership::listed).collect())
+    }
+
+    /// Joins and stays a member. Returns only when this node must not run at all.
+    ///
+    /// # Errors
+    ///
+    /// A [`Refused`] (the root of the chain): another shard, a number or a store that is in use, another cluster.
+    pub async fn run(self, cluster: Cluster, dialer: Dialer, requested: Option<NodeId>) -> anyhow::Error {
+        let mut kept = None;
+        loop {
+            let ended = self.attend(&cluster, &dialer, requested, &mut kept).await;
+            self.0.session.send_replace(None);
+            let error = match ended {
+                Ok(never) => match never {},
+                Err(error) => error,
+            };
+            if error.downcast_ref::<Refused>().is_some() {
+                return error;
+            }
+            self.apart(format!("{error:#}"));
+            sleep(RETRY).await;
+        }
+    }
+
+    fn apart(&self, reason: String) {
+        self.0.standing.send_if_modified(|standing| {
+            if matches!(standing, Standing::Apart { reason: before } if *before == reason) {
+                return false;
+            }
+            tracing::warn!("not a member of the registry: {reason}");
+            *standing = Standing::Apart { reason };
+            true
+        });
+    }
+
+    /// One connection to the registry, from finding it to losing it.
+    async fn attend(
+        &self,
+        cluster: &Cluster,
+        dialer: &Dialer,
+        requested: Option<NodeId>,
+        kept: &mut Option<Session>,
+    ) -> anyhow::Result<std::convert::Infallible> {
+        let (address, cluster_id) = match cluster.view().registry() {
+            Some((leader, cluster_id)) => (leader.address.clone(), cluster_id),
+            None => return Err(anyhow!("no node knows a registry; is the cluster initialized?")),
+        };
+        let purpose = Purpose::Server { database: schema::DATABASE.to_owned() };
+        let session = Arc::new(dialer.dial(&address, &purpose).await?);
+        // A heartbeat must not wait for a synchronous standby: the node is alive whatever that standby does.
+        session.batch_execute("SET synchronous_commit = local").await.map_err(spoken)?;
+        migrate(&session).await?;
+        membership::check_cluster(&session, cluster, cluster_id).await?;
+        let node_id = membership::join(&session, cluster, requested).await?;
+        cluster.update_me(|me| {
+            let news = me.node_id != Some(node_id);
+            me.node_id = Some(node_id);
+            news
+        });
+        self.0.session.send_replace(Some(Arc::clone(&session)));
+        let mut life = membership::session_life(&session).await?;
+        let mut reported = false;
+        let mut checked = None;
+        loop {
+            membership::check_shard(&session, &cluster.me(), &mut checked).await?;
+            let sent = Instant::now();
+            let beat = timeout(life / 3, membership::renew(&session, cluster, node_id, kept.as_ref(), life));
+            let renewed = beat.await.map_err(|_| anyhow!("the registry did not answer in time"))??;
+            let standing = Session { node_id, id: renewed.id, epoch: renewed.epoch, valid_until: sent + life };
+            if kept.as_ref().map(|session| session.id) != Some(standing.id) {
+                tracing::info!(node = %node_id, epoch = standing.epoch, "node has a session in the registry");
+            }
+            *kept = Some(standing.clone());
+            self.0.standing.send_replace(Standing::Member(standing));
+            let offset = renewed.registry_time - Utc::now();
+            if offset.abs() > CLOCK_OFFSET_TOLERATED && !reported {
+                reported = true;
+                tracing::warn!(
+                    "this host's clock differs from the registry's by {} ms; nothing depends on it, but times will look wrong",
+                    offset.num_milliseconds()
+                );
+            }
+            cluster.learn(renewed.addresses);
+            life = renewed.life;
+            sleep(life / 4).await;
+        }
+    }
+}

@@ -1,0 +1,21 @@
+//! PostgreSQL servers.
+//!
+//! [`Server`] is the one beside a node: where it listens, and as whom the node logs into it. Around it stand
+//!
+//! - [`probe`]: asking it again and again what it is (primary or standby, timeline, standbys), which is how a promotion
+//!   is noticed within a fraction of a second;
+//! - [`login`]: a plain protocol-level login whose socket can be handed on, so that a session on this server can be
+//!   lent to another node without the service password ever leaving the host;
+//! - [`door`]: the check that a server does not let everybody in who comes from its own host, which is where all
+//!   clients of a node seem to come from;
+//! - [`private`]: servers that Backhaul starts itself, for the demo and for tests.
+//!
+//! Nothing here writes to a server of a user.
+
+pub mod door;
+pub mod login;
+pub mod private;
+pub mod probe;
+mod server;
+
+pub use server::{Duplex, Server, Socket};

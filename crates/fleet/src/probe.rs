@@ -1,0 +1,202 @@
+//! Asking the server beside this node what it is, without end.
+
+use std::time::Duration;
+
+use anyhow::{Context as _, anyhow, bail};
+use cluster::{Downstream, Lsn, ServerInfo, ServerState, Upstream};
+use tokio::sync::watch;
+use tokio::time::{sleep, timeout};
+use tokio_postgres::Client;
+use uuid::Uuid;
+
+use crate::{Server, door};
+
+/// Time between two questions: an upper bound on how late a promotion is noticed.
+const PERIOD: Duration = Duration::from_millis(200);
+
+/// A server that takes longer to answer counts as down.
+const ANSWER_DEADLINE: Duration = Duration::from_secs(3);
+
+/// How often the rules by which the server lets clients in are looked at again while it stays up.
+const DOOR_PERIOD: Duration = Duration::from_secs(60);
+
+/// Whether clients may be relayed to the server.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Door {
+    /// Not looked at yet, because the server has not been reached.
+    Unchecked,
+    /// Everybody who comes in has to prove who they are, or the operator said not to look.
+    Guarded,
+}
+
+/// The task that asks.
+pub struct Probe {
+    /// The server to ask.
+    pub server: Server,
+    /// Whether to leave the door unchecked (`--insecure`).
+    pub insecure: bool,
+    /// Where the outcome of the door check goes.
+    pub door: watch::Sender<Door>,
+}
+
+impl Probe {
+    /// Asks until the door is found open; hands every answer to `report`.
+    ///
+    /// # Errors
+    ///
+    /// The server lets in whoever comes from this host: the node must not stand in front of it.
+    pub async fn run(self, report: impl Fn(ServerInfo)) -> anyhow::Error {
+        if self.insecure {
+            self.door.send_replace(Door::Guarded);
+        }
+        loop {
+            match self.attend(&report).await {
+                Ok(open) => {
+                    return anyhow!(
+                        "{}; a node in front of it would let in everybody, so it does not run (use scram-sha-256, or \
+                         --insecure on a host that only you reach)",
+                        open.found
+                    );
+                }
+                Err(error) => report(ServerInfo::Down { reason: format!("{error:#}") }),
+            }
+            sleep(PERIOD).await;
+        }
+    }
+
+    /// One session with the server, from login to loss.
+    async fn attend(&self, report: &impl Fn(ServerInfo)) -> anyhow::Result<door::OpenDoor> {
+        let opened = self.server.session().await;
+        if let (Err(error), false) = (&opened, self.insecure)
+            && error.as_db_error().is_some()
+            && let Some(open) = door::check(&self.server, None).await?
+        {
+            // The service role cannot log in (yet), and still the door has to be shut before clients pass.
+            return Ok(open);
+        }
+        if opened.as_ref().is_err_and(|error| error.as_db_error().is_some()) {
+            self.door.send_replace(Door::Guarded);
+        }
+        let (client, _connection) = opened.map_err(spoken).context("log into the server as the service role")?;
+        let mut since_door_check = DOOR_PERIOD;
+        loop {
+            if since_door_check >= DOOR_PERIOD && !self.insecure {
+                since_door_check = Duration::ZERO;
+                if let Some(open) = door::check(&self.server, Some(&client)).await? {
+                    return Ok(open);
+                }
+                self.door.send_replace(Door::Guarded);
+            }
+            let state = timeout(ANSWER_DEADLINE, ask(&client)).await.context("ask the server what it is")??;
+            report(ServerInfo::Up(state));
+            sleep(PERIOD).await;
+            since_door_check += PERIOD;
+        }
+    }
+}
+
+const STATE: &str = "
+    SELECT pg_catalog.pg_is_in_recovery(),
+           (SELECT system_identifier FROM pg_catalog.pg_control_system())::text,
+           pg_catalog.current_setting('server_version_num')::int,
+           CASE WHEN pg_catalog.pg_is_in_recovery()
+                THEN coalesce((SELECT received_tli FROM pg_catalog.pg_stat_wal_receiver),
+                              (SELECT timeline_id FROM pg_catalog.pg_control_checkpoint()))
+                ELSE ('x' || substr(pg_catalog.pg_walfile_name(pg_catalog.pg_current_wal_lsn()), 1, 8))::bit(32)::int
+           END,
+           CASE WHEN pg_catalog.pg_is_in_recovery() THEN pg_catalog.pg_last_wal_replay_lsn()
+                ELSE pg_catalog.pg_current_wal_lsn() END::text,
+           (SELECT pg_catalog.shobj_description(oid, 'pg_database')
+            FROM pg_catalog.pg_database WHERE datname = 'backhaul'),
+           (SELECT status FROM pg_catalog.pg_stat_wal_receiver),
+           (SELECT slot_name FROM pg_catalog.pg_stat_wal_receiver),
+           (SELECT conninfo FROM pg_catalog.pg_stat_wal_receiver),
+           pg_catalog.current_setting('cluster_name')";
+
+const DOWNSTREAM: &str = "
+    SELECT r.application_name, s.slot_name::text, coalesce(r.sync_state, 'async'), coalesce(r.state, 'unknown')
+    FROM pg_catalog.pg_stat_replication r LEFT JOIN pg_catalog.pg_replication_slots s ON s.active_pid = r.pid
+    WHERE r.state IS DISTINCT FROM 'backup' ORDER BY r.application_name, r.pid";
+
+async fn ask(client: &Client) -> anyhow::Result<ServerState> {
+    let row = client.query_one(STATE, &[]).await.map_err(spoken)?;
+    let downstream = client.query(DOWNSTREAM, &[]).await.map_err(spoken)?;
+    let Some(system_identifier) = row.get(1) else { bail!("the server has no system identifier") };
+    let in_recovery: bool = row.get(0);
+    let lsn: Option<&str> = row.get(4);
+    let status: Option<String> = row.get(6);
+    let upstream = in_recovery.then(|| Upstream {
+        application_name: application_name(row.get(8), row.get(9)),
+        slot: row.get(7),
+        status: status.unwrap_or_else(|| "not receiving".to_owned()),
+    });
+    Ok(ServerState {
+        system_identifier,
+        version: row.get(2),
+        in_recovery,
+        timeline: row.get::<_, i32>(3).unsigned_abs(),
+        lsn: lsn.and_then(|text| text.parse().ok()).unwrap_or(Lsn(0)),
+        registry: row.get::<_, Option<&str>>(5).and_then(registry_of),
+        upstream,
+        downstream: downstream
+            .iter()
+            .map(|row| Downstream {
+                application_name: row.get(0),
+                slot: row.get(1),
+                sync_state: row.get(2),
+                state: row.get(3),
+            })
+            .collect(),
+    })
+}
+
+/// What the comment on the registry's database begins with; the cluster's id follows. `init` writes it last, so it
+/// says that the registry is whole.
+pub const REGISTRY_MARK: &str = "backhaul cluster ";
+
+fn registry_of(comment: &str) -> Option<Uuid> {
+    comment.strip_prefix(REGISTRY_MARK)?.parse().ok()
+}
+
+/// The name under which a standby is listed by its sender: `application_name` of its connection string, else
+/// `cluster_name`, else `walreceiver` (PostgreSQL's documentation of `primary_conninfo`).
+fn application_name(conninfo: Option<&str>, cluster_name: Option<&str>) -> String {
+    let given = conninfo
+        .unwrap_or_default()
+        .split_ascii_whitespace()
+        .find_map(|pair| pair.strip_prefix("application_name=").filter(|name| !name.is_empty()));
+    let cluster_name = cluster_name.filter(|name| !name.is_empty());
+    given.or(cluster_name).unwrap_or("walreceiver").trim_matches('\'').to_owned()
+}
+
+/// tokio-postgres prints a server's error as "db error"; the words are in its source.
+fn spoken(error: tokio_postgres::Error) -> anyhow::Error {
+    match error.as_db_error() {
+        Some(said) => anyhow!("{} ({})", said.message(), said.code().code()),
+        None => anyhow::Error::new(error),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_standby_is_listed_under_the_name_it_gives() {
+        for (conninfo, cluster_name, name) in [
+            (Some("user=r application_name=n2 host=/tmp"), Some("c"), "n2"),
+            (Some("user=r host=/tmp"), Some("c"), "c"),
+            (Some("user=r application_name= host=/tmp"), Some(""), "walreceiver"),
+            (None, None, "walreceiver"),
+        ] {
+            assert_eq!(application_name(conninfo, cluster_name), name);
+        }
+    }
+
+    #[test]
+    fn only_the_mark_makes_a_registry() {
+        let id = Uuid::new_v4();
+        assert_eq!(registry_of(&format!("{REGISTRY_MARK}{id}")), Some(id));
+        assert_eq!(registry_of("somebody's own comment"), None);
+    }
+}

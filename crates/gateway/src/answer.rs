@@ -1,0 +1,225 @@
+//! What this gateway says itself, as frames. The only place that builds messages with pgwire.
+
+use std::sync::Arc;
+
+use bytes::BytesMut;
+use chrono::{DateTime, Utc};
+use pgerror::PgError;
+use pgwire::api::Type;
+use pgwire::api::results::{DataRowEncoder, FieldFormat, FieldInfo};
+use pgwire::error::ErrorInfo;
+use pgwire::messages::Message;
+use pgwire::messages::data::{FieldDescription, ParameterDescription, RowDescription};
+use pgwire::messages::extendedquery::{BindComplete, CloseComplete, Flush, Parse, ParseComplete, PortalSuspended};
+use pgwire::messages::response::{CommandComplete, ErrorResponse, NoticeResponse, ReadyForQuery, TransactionStatus};
+use pgwire::messages::simplequery::Query;
+use pgwire::messages::startup::Authentication;
+use pgwire::types::format::FormatOptions;
+
+use crate::pipeline::{POISON, Transaction};
+
+/// A column of an answer.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Column {
+    /// Its name.
+    pub(crate) name: &'static str,
+    /// Its type.
+    pub(crate) kind: Kind,
+}
+
+/// The types that our answers have.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Kind {
+    /// `text`
+    Text,
+    /// `int8`
+    Int8,
+    /// `bool`
+    Bool,
+    /// `timestamptz`
+    Timestamp,
+}
+
+/// A value; `None` is NULL.
+#[derive(Clone, Debug)]
+pub(crate) enum Value {
+    /// `text`
+    Text(Option<String>),
+    /// `int8`
+    Int8(Option<i64>),
+    /// `bool`
+    Bool(Option<bool>),
+    /// `timestamptz`
+    Timestamp(Option<DateTime<Utc>>),
+}
+
+/// The rows that a statement of ours gives.
+#[derive(Debug)]
+pub(crate) struct Answer {
+    /// As many values as the statement has columns.
+    pub(crate) rows: Vec<Vec<Value>>,
+    /// What the client should know beside the rows.
+    pub(crate) notices: Vec<PgError>,
+}
+
+/// How a client wants a column: text or binary.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Format {
+    /// As text.
+    Text,
+    /// In the type's binary form.
+    Binary,
+}
+
+impl Kind {
+    fn pg_type(self) -> Type {
+        match self {
+            Self::Text => Type::TEXT,
+            Self::Int8 => Type::INT8,
+            Self::Bool => Type::BOOL,
+            Self::Timestamp => Type::TIMESTAMPTZ,
+        }
+    }
+
+    fn size(self) -> i16 {
+        match self {
+            Self::Text => -1,
+            Self::Int8 | Self::Timestamp => 8,
+            Self::Bool => 1,
+        }
+    }
+}
+
+/// Frames, written one behind the other.
+pub(crate) struct Writer<'b>(pub(crate) &'b mut BytesMut);
+
+impl Writer<'_> {
+    fn put(&mut self, message: &impl Message) {
+        // Encoding fails only for messages beyond the frame limit, which none of ours comes near.
+        message.encode(self.0).expect("a message of ours is short");
+    }
+
+    pub(crate) fn parse_complete(&mut self) {
+        self.put(&ParseComplete::new());
+    }
+
+    pub(crate) fn bind_complete(&mut self) {
+        self.put(&BindComplete::new());
+    }
+
+    pub(crate) fn close_complete(&mut self) {
+        self.put(&CloseComplete::new());
+    }
+
+    pub(crate) fn portal_suspended(&mut self) {
+        self.put(&PortalSuspended::new());
+    }
+
+    /// To the server: a statement that it will refuse, in the simple or the extended protocol.
+    ///
+    /// The extended one has a name, because a Parse without one would drop the client's unnamed statement.
+    pub(crate) fn poison(&mut self, extended: bool) {
+        if extended {
+            self.put(&Parse::new(Some("backhaul_poison".to_owned()), POISON.to_owned(), Vec::new()));
+            self.flush();
+        } else {
+            self.put(&Query::new(POISON.to_owned()));
+        }
+    }
+
+    /// To the server: answer now what you have.
+    pub(crate) fn flush(&mut self) {
+        self.put(&Flush::new());
+    }
+
+    pub(crate) fn parameter_description(&mut self) {
+        self.put(&ParameterDescription::new(Vec::new()));
+    }
+
+    pub(crate) fn row_description(&mut self, columns: &[Column], formats: impl Fn(usize) -> Format) {
+        let fields = columns.iter().enumerate().map(|(index, column)| {
+            let format = formats(index) as i16;
+            FieldDescription::new(
+                column.name.to_owned(),
+                0,
+                0,
+                column.kind.pg_type().oid(),
+                column.kind.size(),
+                -1,
+                format,
+            )
+        });
+        self.put(&RowDescription::new(fields.collect()));
+    }
+
+    pub(crate) fn row(&mut self, values: &[Value], formats: impl Fn(usize) -> Format) {
+        let schema: Vec<FieldInfo> = Vec::new();
+        let mut encoder = DataRowEncoder::new(Arc::new(schema));
+        for (index, value) in values.iter().enumerate() {
+            let format = match formats(index) {
+                Format::Text => FieldFormat::Text,
+                Format::Binary => FieldFormat::Binary,
+            };
+            let options = FormatOptions::default();
+            let encoded = match value {
+                Value::Text(text) => encoder.encode_field_with_type_and_format(text, &Type::TEXT, format, &options),
+                Value::Int8(number) => encoder.encode_field_with_type_and_format(number, &Type::INT8, format, &options),
+                Value::Bool(truth) => encoder.encode_field_with_type_and_format(truth, &Type::BOOL, format, &options),
+                Value::Timestamp(time) => {
+                    encoder.encode_field_with_type_and_format(time, &Type::TIMESTAMPTZ, format, &options)
+                }
+            };
+            encoded.expect("a value matches its own type");
+        }
+        self.put(&encoder.take_row());
+    }
+
+    pub(crate) fn command_complete(&mut self, tag: &str) {
+        self.put(&CommandComplete::new(tag.to_owned()));
+    }
+
+    pub(crate) fn ready(&mut self, transaction: Transaction) {
+        self.put(&ReadyForQuery::new(match transaction {
+            Transaction::Idle => TransactionStatus::Idle,
+            Transaction::Open => TransactionStatus::Transaction,
+            Transaction::Failed => TransactionStatus::Error,
+        }));
+    }
+
+    pub(crate) fn authentication(&mut self, step: &Authentication) {
+        self.put(step);
+    }
+
+    /// An error that ends the statement.
+    pub(crate) fn error(&mut self, error: &PgError) {
+        self.put(&ErrorResponse::from(info("ERROR", error)));
+    }
+
+    /// An error that ends the connection.
+    pub(crate) fn fatal(&mut self, error: &PgError) {
+        self.put(&ErrorResponse::from(info("FATAL", error)));
+    }
+
+    /// Something worth knowing.
+    pub(crate) fn notice(&mut self, notice: &PgError) {
+        self.put(&NoticeResponse::from(info("NOTICE", notice)));
+    }
+}
+
+fn info(severity: &str, error: &PgError) -> ErrorInfo {
+    let mut info = ErrorInfo::new(severity.to_owned(), error.code.to_string(), error.message.clone());
+    info.severity_nonlocalized = Some(severity.to_owned());
+    info.detail.clone_from(&error.detail);
+    info.hint.clone_from(&error.hint);
+    info.position = error.position.map(|position| position.to_string());
+    info
+}
+
+/// What a client is told of `error`; the whole chain goes to the log when nobody wrote a text for the client.
+pub(crate) fn spoken(error: &anyhow::Error) -> PgError {
+    PgError::of(error).cloned().unwrap_or_else(|| {
+        let id = uuid::Uuid::new_v4();
+        tracing::error!(%id, "internal error: {error:#}");
+        PgError::internal(id)
+    })
+}

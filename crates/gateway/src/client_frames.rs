@@ -1,0 +1,245 @@
+//! What a client sends, frame by frame: passed on, or ours.
+
+use bytes::{Buf as _, Bytes, BytesMut};
+use pgerror::{PgError, SqlState};
+use sql::Statement;
+
+use crate::answer::{Format, Writer};
+use crate::frame::{Header, cut_string, header};
+use crate::local::{Execution, concerns, utf8};
+use crate::pipeline::Transaction;
+use crate::session::{BUFFER_MAX, Outcome, Running, Session};
+use crate::show::columns;
+
+/// No more than this much of a frame is looked at; a statement of ours that is longer is refused.
+const LOOK_MAX: usize = 64 * 1024;
+
+/// What becomes of a frame.
+enum Judged {
+    /// Not enough of it is there to tell.
+    Later,
+    Pass,
+    Drop,
+    Ours,
+    TooLong,
+}
+
+impl Session {
+    /// Takes what the client has sent as far as possible.
+    pub(crate) fn digest_client(&mut self) -> Result<(), PgError> {
+        let mut passed = 0;
+        while self.running.is_none() && self.to_server.len() + passed < BUFFER_MAX {
+            let here = self.from_client.len() - passed;
+            if self.client_rest.pass > 0 {
+                let pass = here.min(self.client_rest.pass);
+                self.client_rest.pass -= pass;
+                passed += pass;
+                if self.client_rest.pass > 0 {
+                    break;
+                }
+            }
+            if self.client_rest.drop > 0 {
+                pass_on(&mut self.from_client, &mut passed, &mut self.to_server);
+                let drop = self.from_client.len().min(self.client_rest.drop);
+                self.client_rest.drop -= drop;
+                self.from_client.advance(drop);
+                if self.client_rest.drop > 0 {
+                    break;
+                }
+            }
+            let Some(found) = header(&self.from_client[passed..])? else { break };
+            match self.judge(found, passed) {
+                Judged::Later => break,
+                Judged::Pass => {
+                    self.client_ended |= found.tag == b'X';
+                    self.pipeline.forwarded(found.tag);
+                    self.client_rest.pass = found.len;
+                }
+                Judged::Drop => self.client_rest.drop = found.len,
+                judged @ (Judged::Ours | Judged::TooLong) => {
+                    pass_on(&mut self.from_client, &mut passed, &mut self.to_server);
+                    if !self.pipeline.is_quiet() {
+                        // Ours is answered behind everything that was asked before.
+                        if self.pipeline.take_flush() {
+                            Writer(&mut self.to_server).flush();
+                        }
+                        break;
+                    }
+                    if matches!(judged, Judged::TooLong) {
+                        self.client_rest.drop = found.len;
+                        self.fail(found.tag, &too_long());
+                    } else {
+                        let frame = self.from_client.split_to(found.len).freeze();
+                        self.ours(found.tag, &frame.slice(5..));
+                    }
+                }
+            }
+        }
+        pass_on(&mut self.from_client, &mut passed, &mut self.to_server);
+        Ok(())
+    }
+
+    fn judge(&mut self, found: Header, at: usize) -> Judged {
+        if !self.greeted {
+            // Until the server has let the client in, only its proof passes.
+            return if matches!(found.tag, b'p' | b'X') { Judged::Pass } else { Judged::Later };
+        }
+        if !self.intercepts {
+            return Judged::Pass;
+        }
+        match found.tag {
+            b'S' => {
+                self.skipping = false;
+                Judged::Pass
+            }
+            b'X' => Judged::Pass,
+            _ if self.skipping => Judged::Drop,
+            b'Q' | b'P' | b'B' | b'D' | b'E' | b'C' => {
+                let looked_at = found.len.min(LOOK_MAX);
+                let Some(bytes) = self.from_client.get(at..at + looked_at) else { return Judged::Later };
+                let body = &bytes[5..];
+                if !self.is_ours(found.tag, body) {
+                    self.locals.superseded(found.tag, body);
+                    Judged::Pass
+                } else if found.len > LOOK_MAX {
+                    Judged::TooLong
+                } else {
+                    Judged::Ours
+                }
+            }
+            _ => Judged::Pass,
+        }
+    }
+
+    fn is_ours(&self, tag: u8, mut body: &[u8]) -> bool {
+        match tag {
+            b'Q' => self.conforming_strings && sql::is_ours(body),
+            b'P' => self.conforming_strings && cut_string(&mut body).is_some() && sql::is_ours(body),
+            _ => concerns(&self.locals, tag, body),
+        }
+    }
+
+    /// A frame of ours, with everything before it answered.
+    fn ours(&mut self, tag: u8, body: &Bytes) {
+        if self.pipeline.transaction() == Transaction::Failed && matches!(tag, b'Q' | b'P' | b'B' | b'E') {
+            return self.fail(tag, &in_failed_transaction());
+        }
+        let done = match tag {
+            b'Q' => self.query(body),
+            b'P' => self.locals.parse(body, &mut self.to_client),
+            b'B' => self.locals.bind(body, &mut self.to_client),
+            b'D' => self.locals.describe(body, &mut self.to_client),
+            b'C' => self.locals.close(body, &mut self.to_client),
+            _ => self.execute(body),
+        };
+        if let Err(error) = done {
+            self.fail(tag, &error);
+        }
+    }
+
+    fn query(&mut self, body: &Bytes) -> Result<(), PgError> {
+        let text = cut_string(&mut &body[..])
+            .ok_or_else(|| PgError::new(SqlState::PROTOCOL_VIOLATION, "invalid Query message"))?;
+        self.start(sql::parse(utf8(text)?)?, None);
+        Ok(())
+    }
+
+    fn execute(&mut self, body: &Bytes) -> Result<(), PgError> {
+        match self.locals.begin_execute(body)? {
+            Execution::Run(statement) => {
+                self.start(vec![statement], Some(body.clone()));
+                Ok(())
+            }
+            Execution::Ready => self.locals.finish_execute(body, None, &mut self.to_client),
+        }
+    }
+
+    fn start(&mut self, statements: Vec<Statement>, execute: Option<Bytes>) {
+        let gateway = self.gateway.clone();
+        let cancelled = self.cancelable.begin();
+        let future = Box::pin(async move {
+            let mut outcome = Vec::with_capacity(statements.len());
+            for statement in statements {
+                let answer = tokio::select! {
+                    answer = gateway.run(statement) => answer,
+                    () = cancelled.cancelled() => Err(cancelled_by_user()),
+                };
+                let failed = answer.is_err();
+                outcome.push((statement, answer));
+                if failed {
+                    break;
+                }
+            }
+            outcome
+        });
+        self.running = Some(Running { future, execute });
+    }
+
+    /// A statement of ours has come to its end.
+    pub(crate) fn finish(&mut self, outcome: Outcome) {
+        self.cancelable.end();
+        let Some(running) = self.running.take() else { return };
+        let tag = if running.execute.is_some() { b'E' } else { b'Q' };
+        for (statement, answer) in outcome {
+            let written = answer.and_then(|answer| match &running.execute {
+                Some(body) => self.locals.finish_execute(body, Some(answer), &mut self.to_client),
+                None => {
+                    let mut out = Writer(&mut self.to_client);
+                    answer.notices.iter().for_each(|notice| out.notice(notice));
+                    out.row_description(columns(statement), |_| Format::Text);
+                    answer.rows.iter().for_each(|row| out.row(row, |_| Format::Text));
+                    out.command_complete(statement.tag());
+                    Ok(())
+                }
+            });
+            if let Err(error) = written {
+                return self.fail(tag, &error);
+            }
+        }
+        if running.execute.is_none() {
+            Writer(&mut self.to_client).ready(self.pipeline.transaction());
+        }
+    }
+
+    /// A statement of ours fails, and with it the transaction that it stands in, as PostgreSQL does it.
+    fn fail(&mut self, tag: u8, error: &PgError) {
+        let mut said = BytesMut::new();
+        Writer(&mut said).error(error);
+        let extended = tag != b'Q';
+        if extended || self.pipeline.transaction() == Transaction::Open {
+            Writer(&mut self.to_server).poison(extended);
+            self.pipeline.poisoned(extended, said.freeze());
+            self.pipeline.take_flush();
+            self.skipping = extended;
+        } else {
+            self.to_client.unsplit(said);
+            Writer(&mut self.to_client).ready(self.pipeline.transaction());
+        }
+    }
+}
+
+/// Moves the first `passed` bytes on, without copying where nothing else waits.
+pub(crate) fn pass_on(from: &mut BytesMut, passed: &mut usize, to: &mut BytesMut) {
+    let chunk = from.split_to(std::mem::take(passed));
+    if to.is_empty() {
+        *to = chunk;
+    } else {
+        to.extend_from_slice(&chunk);
+    }
+}
+
+fn in_failed_transaction() -> PgError {
+    // PostgreSQL's own words.
+    let message = "current transaction is aborted, commands ignored until end of transaction block";
+    PgError::new(SqlState::IN_FAILED_SQL_TRANSACTION, message)
+}
+
+fn cancelled_by_user() -> PgError {
+    // PostgreSQL's own words.
+    PgError::new(SqlState::QUERY_CANCELED, "canceling statement due to user request")
+}
+
+fn too_long() -> PgError {
+    let message = format!("a statement of Backhaul may not be longer than {LOOK_MAX} bytes");
+    PgError::new(SqlState::CONFIGURATION_LIMIT_EXCEEDED, message)
+}

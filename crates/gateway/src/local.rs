@@ -1,0 +1,225 @@
+//! Prepared statements and portals that are ours, beside those that the server holds for the same session.
+
+use std::collections::{HashMap, VecDeque};
+
+use bytes::BytesMut;
+use pgerror::{PgError, SqlState};
+use sql::Statement;
+
+use crate::answer::{Answer, Format, Value, Writer};
+use crate::frame::{cut_i16, cut_i32, cut_string};
+use crate::show::columns;
+
+/// A name that this gateway holds a statement or a portal of its own under is not looked up on the server.
+#[derive(Debug, Default)]
+pub(crate) struct Locals {
+    statements: HashMap<Vec<u8>, Statement>,
+    portals: HashMap<Vec<u8>, Portal>,
+}
+
+/// A statement of ours, bound.
+#[derive(Debug)]
+struct Portal {
+    statement: Statement,
+    formats: Vec<i16>,
+    /// Once executed: the rows that have not been fetched.
+    rows: Option<VecDeque<Vec<Value>>>,
+}
+
+impl Portal {
+    fn format(&self, column: usize) -> Format {
+        let code = match self.formats.as_slice() {
+            [] => 0,
+            [all] => *all,
+            each => each.get(column).copied().unwrap_or(0),
+        };
+        if code == 1 { Format::Binary } else { Format::Text }
+    }
+}
+
+/// What an Execute needs before it can be answered.
+pub(crate) enum Execution {
+    /// The statement has to be run first.
+    Run(Statement),
+    /// Everything is there.
+    Ready,
+}
+
+/// Whether a frame of the extended protocol names something of ours. `body` may be cut short behind the names.
+pub(crate) fn concerns(locals: &Locals, tag: u8, mut body: &[u8]) -> bool {
+    match tag {
+        b'B' => cut_string(&mut body).and_then(|_portal| cut_string(&mut body)).is_some_and(|name| locals.holds(name)),
+        b'D' | b'C' => match body.split_first() {
+            Some((b'S', mut name)) => cut_string(&mut name).is_some_and(|name| locals.holds(name)),
+            Some((b'P', mut name)) => cut_string(&mut name).is_some_and(|name| locals.portals.contains_key(name)),
+            _ => false,
+        },
+        b'E' => cut_string(&mut body).is_some_and(|name| locals.portals.contains_key(name)),
+        _ => false,
+    }
+}
+
+fn malformed(message: &str) -> PgError {
+    PgError::new(SqlState::PROTOCOL_VIOLATION, format!("invalid {message} message"))
+}
+
+impl Locals {
+    fn holds(&self, name: &[u8]) -> bool {
+        self.statements.contains_key(name)
+    }
+
+    /// Forgets what a frame that goes to the server replaces there.
+    pub(crate) fn superseded(&mut self, tag: u8, mut body: &[u8]) {
+        let name = cut_string(&mut body);
+        match (tag, name) {
+            (b'P', Some(name)) => drop(self.statements.remove(name)),
+            (b'B', Some(name)) => drop(self.portals.remove(name)),
+            _ => {}
+        }
+    }
+
+    /// A transaction has ended, and its portals with it.
+    pub(crate) fn end_transaction(&mut self) {
+        self.portals.clear();
+    }
+
+    /// `DISCARD ALL` or `DEALLOCATE ALL` has been done.
+    pub(crate) fn discard_all(&mut self) {
+        self.statements.clear();
+        self.portals.clear();
+    }
+
+    /// Parse, of a text that is ours.
+    pub(crate) fn parse(&mut self, mut body: &[u8], out: &mut BytesMut) -> Result<(), PgError> {
+        let (Some(name), Some(text)) = (cut_string(&mut body), cut_string(&mut body)) else {
+            return Err(malformed("Parse"));
+        };
+        let [statement] = sql::parse(utf8(text)?)?[..] else {
+            let message = "cannot insert multiple commands into a prepared statement";
+            return Err(PgError::new(SqlState::SYNTAX_ERROR, message));
+        };
+        if !name.is_empty() && self.holds(name) {
+            let name = String::from_utf8_lossy(name);
+            let message = format!("prepared statement \"{name}\" already exists");
+            return Err(PgError::new(SqlState::DUPLICATE_PREPARED_STATEMENT, message));
+        }
+        self.statements.insert(name.to_vec(), statement);
+        Writer(out).parse_complete();
+        Ok(())
+    }
+
+    /// Bind, of a statement of ours; none has parameters so far.
+    pub(crate) fn bind(&mut self, mut body: &[u8], out: &mut BytesMut) -> Result<(), PgError> {
+        let mut read = || {
+            let portal = cut_string(&mut body)?;
+            let name = cut_string(&mut body)?;
+            for _ in 0..cut_i16(&mut body)? {
+                cut_i16(&mut body)?;
+            }
+            let parameters = cut_i16(&mut body)?;
+            for _ in 0..parameters {
+                let length = cut_i32(&mut body)?;
+                body = body.get(usize::try_from(length).unwrap_or(0)..)?;
+            }
+            let formats = (0..cut_i16(&mut body)?).map(|_| cut_i16(&mut body)).collect::<Option<Vec<i16>>>()?;
+            Some((portal, name, parameters, formats))
+        };
+        let (portal, name, parameters, formats) = read().ok_or_else(|| malformed("Bind"))?;
+        let Some(statement) = self.statements.get(name).copied() else { return Err(malformed("Bind")) };
+        if parameters != 0 {
+            let name = String::from_utf8_lossy(name);
+            let message =
+                format!("bind message supplies {parameters} parameters, but prepared statement \"{name}\" requires 0");
+            return Err(PgError::new(SqlState::PROTOCOL_VIOLATION, message));
+        }
+        let width = columns(statement).len();
+        if formats.len() > 1 && formats.len() != width {
+            let message = format!("bind message has {} result formats but query has {width} columns", formats.len());
+            return Err(PgError::new(SqlState::PROTOCOL_VIOLATION, message));
+        }
+        if !portal.is_empty() && self.portals.contains_key(portal) {
+            let message = format!("cursor \"{}\" already exists", String::from_utf8_lossy(portal));
+            return Err(PgError::new(SqlState::DUPLICATE_CURSOR, message));
+        }
+        self.portals.insert(portal.to_vec(), Portal { statement, formats, rows: None });
+        Writer(out).bind_complete();
+        Ok(())
+    }
+
+    /// Describe, of something of ours.
+    pub(crate) fn describe(&self, body: &[u8], out: &mut BytesMut) -> Result<(), PgError> {
+        let (kind, mut rest) = body.split_first().ok_or_else(|| malformed("Describe"))?;
+        let name = cut_string(&mut rest).ok_or_else(|| malformed("Describe"))?;
+        let mut out = Writer(out);
+        if *kind == b'S' {
+            let statement = *self.statements.get(name).ok_or_else(|| malformed("Describe"))?;
+            out.parameter_description();
+            out.row_description(columns(statement), |_| Format::Text);
+        } else {
+            let portal = self.portals.get(name).ok_or_else(|| malformed("Describe"))?;
+            out.row_description(columns(portal.statement), |column| portal.format(column));
+        }
+        Ok(())
+    }
+
+    /// Close, of something of ours.
+    pub(crate) fn close(&mut self, body: &[u8], out: &mut BytesMut) -> Result<(), PgError> {
+        let (kind, mut rest) = body.split_first().ok_or_else(|| malformed("Close"))?;
+        let name = cut_string(&mut rest).ok_or_else(|| malformed("Close"))?;
+        if *kind == b'S' {
+            self.statements.remove(name);
+        } else {
+            self.portals.remove(name);
+        }
+        Writer(out).close_complete();
+        Ok(())
+    }
+
+    /// What an Execute of a portal of ours needs.
+    pub(crate) fn begin_execute(&self, mut body: &[u8]) -> Result<Execution, PgError> {
+        let name = cut_string(&mut body).ok_or_else(|| malformed("Execute"))?;
+        let portal = self.portals.get(name).ok_or_else(|| malformed("Execute"))?;
+        Ok(match portal {
+            Portal { statement, rows: None, .. } => Execution::Run(*statement),
+            Portal { rows: Some(_), .. } => Execution::Ready,
+        })
+    }
+
+    /// Answers an Execute; `answer` is there when the statement was run for it.
+    pub(crate) fn finish_execute(
+        &mut self,
+        mut body: &[u8],
+        answer: Option<Answer>,
+        out: &mut BytesMut,
+    ) -> Result<(), PgError> {
+        let name = cut_string(&mut body).ok_or_else(|| malformed("Execute"))?;
+        let limit = cut_i32(&mut body).ok_or_else(|| malformed("Execute"))?;
+        let portal = self.portals.get_mut(name).ok_or_else(|| malformed("Execute"))?;
+        let mut out = Writer(out);
+        if let Some(answer) = answer {
+            answer.notices.iter().for_each(|notice| out.notice(notice));
+            portal.rows = Some(answer.rows.into());
+        }
+        let mut rows = portal.rows.take().unwrap_or_default();
+        // Zero, and any negative number, means all.
+        let wanted = if limit > 0 { limit.unsigned_abs() as usize } else { rows.len() };
+        for row in rows.drain(..wanted.min(rows.len())) {
+            out.row(&row, |column| portal.format(column));
+        }
+        if rows.is_empty() {
+            out.command_complete(portal.statement.tag())
+        } else {
+            out.portal_suspended()
+        }
+        portal.rows = Some(rows);
+        Ok(())
+    }
+}
+
+/// Our statements are read as UTF-8, whatever the client's encoding.
+pub(crate) fn utf8(text: &[u8]) -> Result<&str, PgError> {
+    std::str::from_utf8(text).map_err(|_| {
+        PgError::new(SqlState::CHARACTER_NOT_IN_REPERTOIRE, "a statement of Backhaul must be valid UTF-8")
+            .hint("Use SET client_encoding = 'UTF8'.")
+    })
+}

@@ -1,0 +1,190 @@
+//! Serving other nodes: proving that they are, answering verbs, lending sessions.
+
+use std::time::Duration;
+
+use anyhow::{Context as _, bail};
+use bytes::{Buf as _, Bytes, BytesMut};
+use fleet::Socket;
+use pgerror::{PgError, SqlState};
+use pgwire::api::auth::sasl::scram::{SCRAM_ITERATIONS, ScramSecret, ScramServerAuth, gen_salted_password};
+use pgwire::messages::startup::{Authentication, PasswordMessageFamily};
+use sql::Verb;
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+use tokio::time::timeout;
+use uuid::Uuid;
+
+use crate::answer::{Column, Format, Kind, Value, Writer, spoken};
+use crate::cancel::Cancelable;
+use crate::frame::{cut_string, header};
+use crate::pipeline::Transaction;
+use crate::route::Route;
+use crate::session::Session;
+use crate::startup::Startup;
+use crate::{Gateway, refuse, show};
+
+/// A peer that has not proven itself by then is sent away.
+const PROOF_DEADLINE: Duration = Duration::from_secs(10);
+
+/// Verbs and proofs are short; a longer frame is not from a peer.
+const FRAME_MAX: usize = 64 * 1024;
+
+/// The one column of a verb's answer.
+const ANSWER: [Column; 1] = [Column { name: "answer", kind: Kind::Text }];
+
+impl Gateway {
+    /// Serves a connection that claims to be a peer's.
+    pub(crate) async fn serve_peer(self, mut socket: Socket, startup: &Startup, purpose: &str) {
+        let mut received = BytesMut::new();
+        let proven = timeout(PROOF_DEADLINE, self.prove(&mut socket, &mut received)).await;
+        let served = match proven {
+            Err(_) => return,
+            Ok(Err(error)) => Err(error),
+            Ok(Ok(())) => match purpose {
+                "verbs" => self.answer_verbs(&mut socket, received).await,
+                "server" => return self.lend(socket, startup).await,
+                other => Err(anyhow::anyhow!("unknown purpose of a peer session: {other}")),
+            },
+        };
+        if let Err(error) = served {
+            refuse(socket, &error).await;
+        }
+    }
+
+    /// SCRAM-SHA-256 with the cluster secret; in an insecure fleet everybody is let in.
+    async fn prove(&self, socket: &mut Socket, received: &mut BytesMut) -> anyhow::Result<()> {
+        let secret = self.secret.read().map_err(|error| {
+            tracing::warn!("a peer was refused: {error:#}");
+            PgError::new(SqlState::INVALID_AUTHORIZATION, "this node has no cluster secret yet")
+                .hint("Copy the secret file that \"backhaul init\" made to the node's host.")
+        })?;
+        let mut out = BytesMut::new();
+        if let Some(secret) = secret {
+            let salt: [u8; 16] = Uuid::new_v4().into_bytes();
+            let salted_password = gen_salted_password(&secret, &salt, SCRAM_ITERATIONS);
+            let verifier = ScramSecret::SaltedPassword { salt: salt.to_vec(), salted_password };
+            Writer(&mut out).authentication(&Authentication::SASL(vec!["SCRAM-SHA-256".to_owned()]));
+            socket.write_all_buf(&mut out).await?;
+
+            let first = proof(socket, received).await?.into_sasl_initial_response()?;
+            let data = first.data.context("read the first SCRAM message")?;
+            let scram = ScramServerAuth::new();
+            let (server_first, scram) =
+                scram.on_client_first_message_with_secret(&data, verifier).map_err(|_| wrong_secret())?;
+            Writer(&mut out).authentication(&Authentication::SASLContinue(server_first.into()));
+            socket.write_all_buf(&mut out).await?;
+
+            let last = proof(socket, received).await?.into_sasl_response()?;
+            let server_final = scram.on_client_final_message(&last.data).map_err(|_| wrong_secret())?;
+            Writer(&mut out).authentication(&Authentication::SASLFinal(server_final.into()));
+        }
+        Writer(&mut out).authentication(&Authentication::Ok);
+        socket.write_all_buf(&mut out).await?;
+        Ok(())
+    }
+
+    async fn answer_verbs(&self, socket: &mut Socket, mut received: BytesMut) -> anyhow::Result<()> {
+        let mut out = BytesMut::new();
+        Writer(&mut out).ready(Transaction::Idle);
+        loop {
+            socket.write_all_buf(&mut out).await?;
+            socket.flush().await?;
+            let next = tokio::select! {
+                next = frame(socket, &mut received) => next?,
+                () = self.shutdown.cancelled() => return Ok(()),
+            };
+            let Some((tag, body)) = next else { return Ok(()) };
+            match tag {
+                b'X' => return Ok(()),
+                b'Q' => {
+                    let verb = cut_string(&mut &body[..]).and_then(|text| std::str::from_utf8(text).ok()?.parse().ok());
+                    let answer = match verb {
+                        Some(verb) => self.answer_verb(verb).await,
+                        None => Err(PgError::new(
+                            SqlState::FEATURE_NOT_SUPPORTED,
+                            "this node does not know that verb; it may be of another version",
+                        )
+                        .into()),
+                    };
+                    let mut out = Writer(&mut out);
+                    match answer {
+                        Ok(text) => {
+                            out.row_description(&ANSWER, |_| Format::Text);
+                            out.row(&[Value::Text(Some(text))], |_| Format::Text);
+                            out.command_complete("SELECT 1");
+                        }
+                        Err(error) => out.error(&spoken(&error)),
+                    }
+                    out.ready(Transaction::Idle);
+                }
+                other => bail!("unexpected message \"{}\" on a peer session", other.escape_ascii()),
+            }
+        }
+    }
+
+    async fn answer_verb(&self, verb: Verb) -> anyhow::Result<String> {
+        match verb {
+            Verb::WhoAreYou { since } => Ok(serde_json::to_string(&self.cluster.who_am_i(since).await)?),
+            Verb::Nodes => {
+                let answer = show::nodes(&self.cluster, &self.registry).await;
+                let notices: Vec<&str> = answer.notices.iter().map(|notice| notice.message.as_str()).collect();
+                Ok(serde_json::to_string(&serde_json::json!({
+                    "columns": show::node_columns(),
+                    "rows": show::as_text(&answer.rows),
+                    "notices": notices,
+                }))?)
+            }
+        }
+    }
+
+    /// Lends a session on the own server: the login is this node's, everything behind it the peer's.
+    async fn lend(self, socket: Socket, startup: &Startup) {
+        let database = startup.parameter("database").unwrap_or("postgres");
+        let name = startup.parameter("application_name").unwrap_or("backhaul");
+        let opened = async {
+            let own = self.server.as_ref().context("lend a session on a server that this node does not have")?;
+            fleet::login::login(&own.server, database, name).await
+        };
+        match opened.await {
+            Err(error) => refuse(socket, &error).await,
+            Ok(logged_in) => {
+                let cancelable = Cancelable::new(Route::Own);
+                let mut session = Session::new(self, cancelable, false);
+                session.from_server = logged_in.received;
+                session.relay(socket, logged_in.socket, None).await;
+            }
+        }
+    }
+}
+
+fn wrong_secret() -> PgError {
+    PgError::new(SqlState::INVALID_PASSWORD, "the cluster secret does not match")
+        .hint("All nodes of a fleet need the same secret file.")
+}
+
+async fn proof(socket: &mut Socket, received: &mut BytesMut) -> anyhow::Result<PasswordMessageFamily> {
+    match frame(socket, received).await? {
+        Some((b'p', body)) => Ok(PasswordMessageFamily::Raw(BytesMut::from(&body[..]))),
+        Some(_) => bail!("a peer sent something other than its proof"),
+        // The peer tried a password that it does not have, most likely: it is told when it comes back.
+        None => Err(std::io::Error::from(std::io::ErrorKind::UnexpectedEof).into()),
+    }
+}
+
+/// Reads one whole, short frame: its tag and its body.
+async fn frame(socket: &mut Socket, received: &mut BytesMut) -> anyhow::Result<Option<(u8, Bytes)>> {
+    loop {
+        if let Some(found) = header(received)? {
+            if found.len > FRAME_MAX {
+                bail!("a frame of {} bytes on a peer session", found.len);
+            }
+            if received.len() >= found.len {
+                let mut frame = received.split_to(found.len).freeze();
+                frame.advance(5);
+                return Ok(Some((found.tag, frame)));
+            }
+        }
+        if socket.read_buf(received).await? == 0 {
+            return Ok(None);
+        }
+    }
+}

@@ -1,0 +1,309 @@
+//! What the server still owes the client, in order.
+//!
+//! The relay passes frames on without waiting, so at any moment several answers may be on their way. Before this
+//! gateway answers a statement of its own, everything the client asked for earlier must have been answered; and a
+//! statement of ours that fails inside a transaction must fail that transaction too. Both need to know which answer of
+//! the server belongs to which question. That is all this module does; it holds no bytes and does no I/O.
+//!
+//! **Failing a transaction.** PostgreSQL aborts a transaction only for an error of its own. So a statement that fails
+//! here is followed by one to the server that is certain to fail there (the *poison*), and the server's error is
+//! replaced by ours on its way to the client.
+
+use std::collections::VecDeque;
+
+use bytes::Bytes;
+
+/// A text that no PostgreSQL accepts. It appears in the server's log in place of the client's statement, which may
+/// hold secrets.
+pub(crate) const POISON: &str = "BACKHAUL: a statement of this transaction failed in the gateway";
+
+/// A question that the server has not answered whole.
+#[derive(Clone, Debug, PartialEq, Eq)]
+enum Slot {
+    /// Answered by the one frame (or one of the frames) that its kind ends with.
+    Step(Step),
+    /// Answered up to and including ReadyForQuery: Query, FunctionCall, Sync.
+    Cycle(Cycle),
+    /// A Parse that is to fail; its error is replaced by these bytes.
+    PoisonParse(Bytes),
+    /// A Query that is to fail; its error is replaced by these bytes.
+    PoisonQuery(Bytes),
+    /// The client's end of COPY data. The server answers it only as part of the COPY.
+    CopyEnd,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Step {
+    Parse,
+    Bind,
+    Describe,
+    Execute,
+    Close,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Cycle {
+    Query,
+    Sync,
+}
+
+/// What to do with a frame of the server.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum Verdict {
+    /// The client gets it.
+    Pass,
+    /// The client gets these bytes in its place.
+    Replace(Bytes),
+}
+
+/// The transaction status of the last ReadyForQuery.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) enum Transaction {
+    /// None is open.
+    #[default]
+    Idle,
+    /// One is open.
+    Open,
+    /// One is open and has failed.
+    Failed,
+}
+
+impl Transaction {
+    fn of(status: u8) -> Self {
+        match status {
+            b'T' => Self::Open,
+            b'E' => Self::Failed,
+            _ => Self::Idle,
+        }
+    }
+}
+
+/// The book of questions and answers of one session.
+#[derive(Debug, Default)]
+pub(crate) struct Pipeline {
+    slots: VecDeque<Slot>,
+    transaction: Transaction,
+    /// Something was sent that the server may keep back until a Flush or a Sync.
+    unflushed: bool,
+    /// After an error the server passes over everything up to the next Sync, and answers none of it.
+    server_skips: bool,
+    /// The server reads COPY data, and ignores Sync meanwhile.
+    copy_in: bool,
+}
+
+impl Pipeline {
+    /// The transaction status after all that has been answered.
+    pub(crate) fn transaction(&self) -> Transaction {
+        self.transaction
+    }
+
+    /// Whether the server has answered everything.
+    pub(crate) fn is_quiet(&self) -> bool {
+        self.slots.is_empty()
+    }
+
+    /// Whether a Flush has to be sent before the server will answer all; asked once, it counts as sent.
+    pub(crate) fn take_flush(&mut self) -> bool {
+        std::mem::take(&mut self.unflushed)
+    }
+
+    /// Takes note of a frame of the client that is passed on.
+    pub(crate) fn forwarded(&mut self, tag: u8) {
+        let slot = match tag {
+            b'P' => Slot::Step(Step::Parse),
+            b'B' => Slot::Step(Step::Bind),
+            b'D' => Slot::Step(Step::Describe),
+            b'E' => Slot::Step(Step::Execute),
+            b'C' => Slot::Step(Step::Close),
+            b'Q' | b'F' => Slot::Cycle(Cycle::Query),
+            b'S' => Slot::Cycle(Cycle::Sync),
+            b'H' => {
+                self.unflushed = false;
+                return;
+            }
+            b'c' | b'f' if self.copy_in => {
+                self.copy_in = false;
+                return;
+            }
+            b'c' | b'f' => Slot::CopyEnd,
+            _ => return,
+        };
+        self.push(slot);
+    }
+
+    /// Takes note of a poison that is sent: a Parse in the extended protocol, else a Query.
+    pub(crate) fn poisoned(&mut self, extended: bool, replacement: Bytes) {
+        self.push(if extended { Slot::PoisonParse(replacement) } else { Slot::PoisonQuery(replacement) });
+    }
+
+    fn push(&mut self, slot: Slot) {
+        let is_sync = slot == Slot::Cycle(Cycle::Sync);
+        if self.server_skips && !is_sync || self.copy_in && is_sync {
+            return;
+        }
+        self.server_skips = false;
+        self.unflushed = matches!(slot, Slot::Step(_) | Slot::PoisonParse(_));
+        self.slots.push_back(slot);
+    }
+
+    /// Takes note of a frame of the server and says what becomes of it. `status` is the byte after the header.
+    pub(crate) fn received(&mut self, tag: u8, status: Option<u8>) -> Verdict {
+        while self.slots.front() == Some(&Slot::CopyEnd) {
+            self.slots.pop_front();
+        }
+        match (tag, self.slots.front()) {
+            (b'Z', _) => {
+                self.transaction = Transaction::of(status.unwrap_or(b'I'));
+                self.copy_in = false;
+                self.end_cycle();
+            }
+            (b'E', _) => return self.failed(),
+            (b'G', _) => self.begin_copy_in(),
+            (b'1', Some(Slot::Step(Step::Parse)))
+            | (b'2', Some(Slot::Step(Step::Bind)))
+            | (b'3', Some(Slot::Step(Step::Close)))
+            | (b'T' | b'n', Some(Slot::Step(Step::Describe))) => {
+                self.slots.pop_front();
+            }
+            (b'C' | b'I' | b's', Some(Slot::Step(Step::Execute))) => {
+                self.copy_in = false;
+                self.slots.pop_front();
+            }
+            _ => {}
+        }
+        Verdict::Pass
+    }
+
+    fn end_cycle(&mut self) {
+        // Whatever stood before belongs to the same cycle and will not be answered any more.
+        while let Some(slot) = self.slots.pop_front() {
+            if matches!(slot, Slot::Cycle(_) | Slot::PoisonQuery(_)) {
+                break;
+            }
+        }
+    }
+
+    fn failed(&mut self) -> Verdict {
+        self.copy_in = false;
+        let verdict = match self.slots.front_mut() {
+            Some(slot @ Slot::PoisonQuery(_)) => {
+                let Slot::PoisonQuery(bytes) = std::mem::replace(slot, Slot::Cycle(Cycle::Query)) else {
+                    return Verdict::Pass;
+                };
+                return Verdict::Replace(bytes);
+            }
+            Some(Slot::PoisonParse(bytes)) => Verdict::Replace(std::mem::take(bytes)),
+            Some(Slot::Cycle(_)) | None => return Verdict::Pass,
+            Some(Slot::Step(_) | Slot::CopyEnd) => Verdict::Pass,
+        };
+        // The server answers nothing more up to the next Sync, a Query in between included.
+        let sync = self.slots.iter().position(|slot| *slot == Slot::Cycle(Cycle::Sync));
+        self.slots.drain(..sync.unwrap_or(self.slots.len()));
+        self.server_skips = sync.is_none();
+        verdict
+    }
+
+    /// The server asks for COPY data, and ignores every Sync up to their end; drivers do send one right after Execute.
+    fn begin_copy_in(&mut self) {
+        let end = self.slots.iter().position(|slot| *slot == Slot::CopyEnd);
+        let mut index = 0;
+        self.slots.retain(|slot| {
+            let inside = index > 0 && end.is_none_or(|end| index <= end);
+            index += 1;
+            !(inside && matches!(slot, Slot::CopyEnd | Slot::Cycle(Cycle::Sync)))
+        });
+        self.copy_in = end.is_none();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Plays frames: upper part of a step is the client's (`>`), lower part the server's (`<`); Z carries its status.
+    fn play(script: &str) -> Pipeline {
+        let mut pipeline = Pipeline::default();
+        for step in script.split_ascii_whitespace() {
+            let (direction, frame) = step.split_at(1);
+            let tag = frame.as_bytes()[0];
+            match direction {
+                ">" => pipeline.forwarded(tag),
+                _ => assert_eq!(pipeline.received(tag, frame.bytes().nth(1)), Verdict::Pass, "{script}: {step}"),
+            }
+        }
+        pipeline
+    }
+
+    #[test]
+    fn every_question_is_quiet_once_it_is_answered() {
+        for (script, quiet) in [
+            ("", true),
+            (">Q", false),
+            (">Q <T <D <C", false),
+            (">Q <T <D <C <ZI", true),
+            (">Q <E <ZI", true),
+            (">F <V <ZT", true),
+            (">P >B >D >E >S <1 <2 <T <D <C", false),
+            (">P >B >D >E >S <1 <2 <T <D <C <ZI", true),
+            (">P >D >S <1 <t <T <ZI", true),
+            (">P >D <1 <t", false),
+            (">B >E >C >S <2 <s <3 <ZI", true),
+            // An error answers for all up to its Sync, and for nothing behind it.
+            (">P >B >E >S >P >B >E >S <E <ZI", false),
+            (">P >B >E >S >P >B >E >S <E <ZI <1 <2 <C <ZI", true),
+            // What follows an error without a Sync is passed over by the server.
+            (">P <E >B >E", true),
+            (">P <E >B >E >S <ZI", true),
+            // Notices, notifications and parameters belong to nobody.
+            (">P >S <N <A <S <1 <ZI", true),
+            // COPY in both protocols, with the Sync that a driver sends too early.
+            (">Q <G >d >c <C <ZI", true),
+            (">B >E >S <2 <G >d >c >S <C <ZI", true),
+            (">B >E >S >d >c >S <2 <G <C <ZI", true),
+            (">B >E >S <2 <G >d <E >c >S <ZI", true),
+            (">B >E >S <2 <H <d <c <C <ZI", true),
+        ] {
+            assert_eq!(play(script).is_quiet(), quiet, "{script}");
+        }
+    }
+
+    #[test]
+    fn the_transaction_is_what_the_server_last_said() {
+        for (script, transaction) in [
+            ("", Transaction::Idle),
+            (">Q <C <ZT", Transaction::Open),
+            (">Q <C <ZT >Q <E <ZE", Transaction::Failed),
+            (">Q <C <ZT >Q <C <ZI", Transaction::Idle),
+        ] {
+            assert_eq!(play(script).transaction(), transaction, "{script}");
+        }
+    }
+
+    #[test]
+    fn a_flush_is_needed_once_after_steps_without_a_sync() {
+        for (script, needed) in [("", false), (">P", true), (">P >H", false), (">P >S", false), (">P >S >B", true)] {
+            let mut pipeline = play(script);
+            assert_eq!((pipeline.take_flush(), pipeline.take_flush()), (needed, false), "{script}");
+        }
+    }
+
+    #[test]
+    fn the_error_of_a_poison_is_replaced_by_ours() {
+        let ours = Bytes::from_static(b"ours");
+        let mut simple = play(">Q <C <ZT");
+        simple.poisoned(false, ours.clone());
+        assert_eq!(simple.received(b'N', None), Verdict::Pass);
+        assert_eq!(simple.received(b'E', None), Verdict::Replace(ours.clone()));
+        assert_eq!(simple.received(b'Z', Some(b'E')), Verdict::Pass);
+        assert_eq!((simple.is_quiet(), simple.transaction()), (true, Transaction::Failed));
+
+        let mut extended = play(">P <1");
+        extended.poisoned(true, ours.clone());
+        assert_eq!(extended.received(b'E', None), Verdict::Replace(ours));
+        extended.forwarded(b'B');
+        assert!(extended.is_quiet(), "the server passes over a Bind behind the error");
+        extended.forwarded(b'S');
+        assert_eq!(extended.received(b'Z', Some(b'I')), Verdict::Pass);
+        assert!(extended.is_quiet());
+    }
+}

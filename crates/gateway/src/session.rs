@@ -1,0 +1,233 @@
+//! A client's session: two streams, and between them frames that pass.
+//!
+//! One task moves bytes in both directions at once. What was read is digested first ([`crate::server_frames`],
+//! [`crate::client_frames`]), which decides frame by frame what passes and what is ours; then the task waits for
+//! whichever can move next: either socket to read or to write, a statement of ours to finish, or the world to change.
+//! No buffer grows beyond [`BUFFER_MAX`] for long: a side that does not take its bytes stops the reading of the other,
+//! so a slow client slows its server exactly as it would without a gateway.
+
+use std::future::Future;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::{Bytes, BytesMut};
+use cluster::View;
+use fleet::Socket;
+use pgerror::{PgError, SqlState};
+use sql::Statement;
+use tokio::io::{AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _};
+use tokio::sync::watch;
+use tokio::time::timeout;
+use uuid::Uuid;
+
+use crate::Gateway;
+use crate::answer::{Answer, Writer};
+use crate::cancel::{Cancelable, Registered};
+use crate::local::Locals;
+use crate::pipeline::Pipeline;
+
+/// Reading from one side stops while this much waits to be written to the other.
+pub(crate) const BUFFER_MAX: usize = 256 * 1024;
+
+/// Room that is made before each read.
+const READ_SIZE: usize = 64 * 1024;
+
+/// A client that does not take its last words within this time goes without them.
+const LAST_WORDS_DEADLINE: Duration = Duration::from_secs(5);
+
+/// What came of the statements of one text: in order, up to the first that failed.
+pub(crate) type Outcome = Vec<(Statement, Result<Answer, PgError>)>;
+
+/// A statement of ours at work.
+pub(crate) struct Running {
+    pub(crate) future: Pin<Box<dyn Future<Output = Outcome> + Send>>,
+    /// The Execute message that waits for it; `None` in the simple protocol.
+    pub(crate) execute: Option<Bytes>,
+}
+
+/// Bytes of a frame that has been judged and is not all there yet.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Rest {
+    /// These pass.
+    pub(crate) pass: usize,
+    /// These are thrown away.
+    pub(crate) drop: usize,
+}
+
+/// Everything about one client but its sockets.
+pub(crate) struct Session {
+    pub(crate) gateway: Gateway,
+    /// Whether statements may be ours: not on a replication connection, nor on one that another node passed on.
+    pub(crate) intercepts: bool,
+    /// The server has let the client in.
+    pub(crate) greeted: bool,
+    /// What the server calls `standard_conforming_strings`; while it is off, texts cannot be read safely.
+    pub(crate) conforming_strings: bool,
+    /// The server has said that it ends the connection.
+    pub(crate) server_ended: bool,
+    /// The client has said good-bye.
+    pub(crate) client_ended: bool,
+    /// A statement of ours has failed, and the client's frames do not count up to its Sync.
+    pub(crate) skipping: bool,
+    pub(crate) pipeline: Pipeline,
+    pub(crate) locals: Locals,
+    pub(crate) running: Option<Running>,
+    pub(crate) cancelable: Arc<Cancelable>,
+    pub(crate) registered: Option<Registered>,
+    pub(crate) from_client: BytesMut,
+    pub(crate) to_server: BytesMut,
+    pub(crate) client_rest: Rest,
+    pub(crate) from_server: BytesMut,
+    pub(crate) to_client: BytesMut,
+    pub(crate) server_rest: Rest,
+}
+
+/// The leader that a session depends on.
+pub(crate) struct Follows {
+    pub(crate) shard: String,
+    pub(crate) instance: Uuid,
+}
+
+impl Session {
+    pub(crate) fn new(gateway: Gateway, cancelable: Arc<Cancelable>, intercepts: bool) -> Self {
+        Self {
+            gateway,
+            intercepts,
+            greeted: false,
+            conforming_strings: true,
+            server_ended: false,
+            client_ended: false,
+            skipping: false,
+            pipeline: Pipeline::default(),
+            locals: Locals::default(),
+            running: None,
+            cancelable,
+            registered: None,
+            from_client: BytesMut::new(),
+            to_server: BytesMut::new(),
+            client_rest: Rest::default(),
+            from_server: BytesMut::new(),
+            to_client: BytesMut::new(),
+            server_rest: Rest::default(),
+        }
+    }
+
+    /// Relays until either side is done. Errors of the sockets themselves end it silently: there is nobody to tell.
+    pub(crate) async fn relay(mut self, client: Socket, server: Socket, follows: Option<Follows>) {
+        let (mut client_in, mut client_out) = tokio::io::split(client);
+        let (mut server_in, mut server_out) = tokio::io::split(server);
+        let mut views = self.gateway.cluster.subscribe();
+        // The leader may have changed since the route was chosen.
+        views.mark_changed();
+        let shutdown = self.gateway.shutdown.clone();
+        let (mut client_open, mut server_open, mut server_writable) = (true, true, true);
+        let (mut client_flushed, mut server_flushed) = (true, true);
+        let end: Result<(), PgError> = loop {
+            if let Err(error) = self.digest_server().and_then(|()| self.digest_client()) {
+                break Err(error);
+            }
+            if !server_open && self.from_server.len() < BUFFER_MAX {
+                break if self.server_ended || self.client_ended { Ok(()) } else { Err(self.server_lost()) };
+            }
+            if !client_open && self.to_server.is_empty() && server_writable {
+                // As a client that closes its side directly: the server finishes what it has and then goes.
+                server_writable = false;
+                self.running = None;
+                if server_out.shutdown().await.is_err() {
+                    break Ok(());
+                }
+            }
+            self.from_client.reserve(READ_SIZE);
+            self.from_server.reserve(READ_SIZE);
+            tokio::select! {
+                read = client_in.read_buf(&mut self.from_client), if client_open && self.from_client.len() < BUFFER_MAX => {
+                    client_open = matches!(read, Ok(read) if read > 0);
+                }
+                read = server_in.read_buf(&mut self.from_server), if server_open && self.to_client.len() < BUFFER_MAX => {
+                    server_open = matches!(read, Ok(read) if read > 0);
+                }
+                pushed = push(&mut server_out, &mut self.to_server), if !self.to_server.is_empty() || !server_flushed => {
+                    server_flushed = matches!(pushed, Ok(true) | Err(_));
+                    if pushed.is_err() {
+                        // It does not read any more; what it has still to say comes from the other half.
+                        self.to_server.clear();
+                    }
+                }
+                pushed = push(&mut client_out, &mut self.to_client), if !self.to_client.is_empty() || !client_flushed => {
+                    match pushed {
+                        Ok(flushed) => client_flushed = flushed,
+                        Err(_) => break Ok(()),
+                    }
+                }
+                outcome = finished(&mut self.running) => self.finish(outcome),
+                () = moved(&mut views, follows.as_ref()) => break Err(leader_moved(follows.as_ref())),
+                () = shutdown.cancelled() => break Err(shutting_down()),
+            }
+        };
+        if let Err(error) = end
+            && self.server_rest.pass == 0
+        {
+            // Not in the middle of a frame of the server: the client could not tell our words from its bytes.
+            Writer(&mut self.to_client).fatal(&error);
+        }
+        let last_words = async {
+            client_out.write_all_buf(&mut self.to_client).await?;
+            client_out.shutdown().await
+        };
+        // Who does not listen does not hear.
+        let _ = timeout(LAST_WORDS_DEADLINE, last_words).await;
+    }
+
+    fn server_lost(&self) -> PgError {
+        let name = match &self.cancelable.route {
+            crate::route::Route::Own => self.gateway.cluster.me().name(),
+            crate::route::Route::Through { name, .. } => name.clone(),
+        };
+        PgError::new(SqlState::CONNECTION_FAILURE, format!("the connection to the server beside {name} was lost"))
+            .hint("Connect again; whether the last transaction was committed is not known.")
+    }
+}
+
+/// Writes some of `bytes`, or flushes when there are none left; true once nothing waits on the way out (TLS keeps a
+/// buffer of its own).
+async fn push(out: &mut (impl AsyncWrite + Unpin), bytes: &mut BytesMut) -> std::io::Result<bool> {
+    if bytes.is_empty() {
+        out.flush().await?;
+        return Ok(true);
+    }
+    out.write_buf(bytes).await?;
+    Ok(false)
+}
+
+async fn finished(running: &mut Option<Running>) -> Outcome {
+    match running {
+        Some(running) => running.future.as_mut().await,
+        None => std::future::pending().await,
+    }
+}
+
+/// Returns when another node leads the shard.
+async fn moved(views: &mut watch::Receiver<Arc<View>>, follows: Option<&Follows>) {
+    let Some(follows) = follows else { return std::future::pending().await };
+    // Only news is looked at: this is asked anew for every few bytes that pass.
+    while views.changed().await.is_ok() {
+        let view = Arc::clone(&views.borrow_and_update());
+        if view.leader(&follows.shard).is_some_and(|leader| leader.instance != follows.instance) {
+            return;
+        }
+    }
+    std::future::pending().await
+}
+
+fn leader_moved(follows: Option<&Follows>) -> PgError {
+    let shard = follows.map_or("", |follows| follows.shard.as_str());
+    let message = format!("terminating connection because shard \"{shard}\" has another leaseholder");
+    PgError::new(SqlState::ADMIN_SHUTDOWN, message).hint("Connect again to reach it.")
+}
+
+fn shutting_down() -> PgError {
+    // PostgreSQL's own words for the same.
+    PgError::new(SqlState::ADMIN_SHUTDOWN, "terminating connection due to administrator command")
+        .hint("The node is being stopped; connect to another one.")
+}

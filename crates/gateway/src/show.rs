@@ -1,0 +1,111 @@
+//! Our SHOW statements: their columns and their rows.
+
+use cluster::registry::{Listed, Registry};
+use cluster::{Cluster, View};
+use pgerror::{PgError, SqlState};
+use sql::Statement;
+
+use crate::answer::{Answer, Column, Kind, Value};
+
+const LOCALITY: [Column; 1] = [Column { name: "locality", kind: Kind::Text }];
+
+/// Named after the columns of `cockroach node status` and `crdb_internal.gossip_nodes` where they mean the same.
+const NODES: [Column; 10] = [
+    Column { name: "node_id", kind: Kind::Int8 },
+    Column { name: "address", kind: Kind::Text },
+    Column { name: "locality", kind: Kind::Text },
+    Column { name: "shard", kind: Kind::Text },
+    Column { name: "role", kind: Kind::Text },
+    Column { name: "is_live", kind: Kind::Bool },
+    Column { name: "is_reachable", kind: Kind::Bool },
+    Column { name: "build", kind: Kind::Text },
+    Column { name: "started_at", kind: Kind::Timestamp },
+    Column { name: "updated_at", kind: Kind::Timestamp },
+];
+
+/// The columns of a statement's answer.
+pub(crate) fn columns(statement: Statement) -> &'static [Column] {
+    match statement {
+        Statement::ShowLocality => &LOCALITY,
+        Statement::ShowNodes => &NODES,
+    }
+}
+
+/// Runs a SHOW.
+pub(crate) async fn run(statement: Statement, cluster: &Cluster, registry: &Registry) -> Answer {
+    match statement {
+        Statement::ShowLocality => {
+            let locality = cluster.me().locality.to_string();
+            Answer { rows: vec![vec![Value::Text(Some(locality))]], notices: Vec::new() }
+        }
+        Statement::ShowNodes => nodes(cluster, registry).await,
+    }
+}
+
+/// All nodes of the registry, with what this node sees of them. While the registry cannot be reached the list is this
+/// node's own, without a word about sessions: `is_live` is NULL.
+pub(crate) async fn nodes(cluster: &Cluster, registry: &Registry) -> Answer {
+    let view = cluster.view();
+    match registry.nodes().await {
+        Ok(listed) => Answer { rows: listed.iter().map(|node| listed_row(node, &view)).collect(), notices: Vec::new() },
+        Err(error) => {
+            tracing::info!("SHOW NODES without the registry: {error:#}");
+            let notice = PgError::new(SqlState::CONNECTION_FAILURE, "the registry cannot be reached")
+                .detail("These are the nodes that this gateway knows; whether their sessions live is not known.");
+            let mut rows: Vec<Vec<Value>> = view.nodes.values().map(|known| seen_row(known, &view)).collect();
+            rows.sort_by_key(|row| match row.first() {
+                Some(Value::Int8(id)) => id.unwrap_or(i64::MAX),
+                _ => i64::MAX,
+            });
+            Answer { rows, notices: vec![notice] }
+        }
+    }
+}
+
+fn listed_row(node: &Listed, view: &View) -> Vec<Value> {
+    let known = view.node(node.id);
+    vec![
+        Value::Int8(Some(node.id.0.into())),
+        Value::Text(Some(node.address.clone())),
+        Value::Text(Some(node.locality.clone())),
+        Value::Text(Some(node.shard.clone())),
+        Value::Text(known.filter(|known| known.reachable).map(|known| view.role(&known.info).to_string())),
+        Value::Bool(Some(node.is_live)),
+        Value::Bool(Some(known.is_some_and(|known| known.reachable))),
+        Value::Text(Some(node.build.clone())),
+        Value::Timestamp(Some(node.started_at)),
+        Value::Timestamp(Some(node.updated_at)),
+    ]
+}
+
+fn seen_row(known: &cluster::Known, view: &View) -> Vec<Value> {
+    let info = &known.info;
+    vec![
+        Value::Int8(info.node_id.map(|id| id.0.into())),
+        Value::Text(Some(info.address.clone())),
+        Value::Text(Some(info.locality.to_string())),
+        Value::Text(Some(info.shard.clone())),
+        Value::Text(known.reachable.then(|| view.role(info).to_string())),
+        Value::Bool(None),
+        Value::Bool(Some(known.reachable)),
+        Value::Text(Some(info.build.clone())),
+        Value::Timestamp(Some(info.started_at)),
+        Value::Timestamp(None),
+    ]
+}
+
+/// The rows as text, for a tool that has no types: NULL is `None`.
+pub(crate) fn as_text(rows: &[Vec<Value>]) -> Vec<Vec<Option<String>>> {
+    let text = |value: &Value| match value {
+        Value::Text(text) => text.clone(),
+        Value::Int8(number) => number.map(|number| number.to_string()),
+        Value::Bool(truth) => truth.map(|truth| truth.to_string()),
+        Value::Timestamp(time) => time.map(|time| time.format("%Y-%m-%d %H:%M:%S+00").to_string()),
+    };
+    rows.iter().map(|row| row.iter().map(text).collect()).collect()
+}
+
+/// The names of the columns of SHOW NODES.
+pub(crate) fn node_columns() -> Vec<&'static str> {
+    NODES.iter().map(|column| column.name).collect()
+}

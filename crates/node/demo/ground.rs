@@ -1,0 +1,177 @@
+//! A demo's directory, and the end of everything that runs in it.
+//!
+//! ```text
+//! DIR/DEMO            says that a demo made this; locked while one runs here
+//! DIR/READY           the fleet was whole at least once; its text is the layout
+//! DIR/n<i>/           node i's store (its LOCK holds the process id), with extern/ and node.log
+//! DIR/n<i>/pg/        its server (postmaster.pid holds the process id), with server.log beside it
+//! ```
+//!
+//! Processes are found by these files and by nothing else, and only believed when their command line names the
+//! directory: so the reaper, a regular end and the start after a crash all clean up by the same few lines.
+
+use std::fs;
+use std::os::unix::fs::PermissionsExt as _;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, bail};
+use fleet::private::RunAs;
+use nix::fcntl::{Flock, FlockArg};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+
+/// What a temporary directory's name begins with.
+const PREFIX: &str = "backhaul-demo-";
+
+/// Processes that have not ended this long after they were asked are ended harder.
+const PATIENCE: Duration = Duration::from_secs(10);
+
+/// The directory of a demo, locked.
+pub(super) struct Ground {
+    /// Where it is, as an absolute path.
+    pub(super) dir: PathBuf,
+    /// Whether it goes when the demo ends.
+    pub(super) temporary: bool,
+    _lock: Flock<fs::File>,
+}
+
+impl Ground {
+    /// Takes `given`, or a new temporary directory, ending and cleaning what an earlier demo left there.
+    ///
+    /// # Errors
+    ///
+    /// Another demo runs there, the directory holds something else, or `run_as` could not enter it.
+    pub(super) fn take(given: Option<&Path>, run_as: Option<&RunAs>) -> anyhow::Result<Self> {
+        let Some(given) = given else {
+            clean_temporary();
+            let dir = tempfile::Builder::new().prefix(PREFIX).tempdir().context("create a temporary directory")?.keep();
+            return Self::lock(dir, true, run_as);
+        };
+        fs::create_dir_all(given).with_context(|| format!("create {}", given.display()))?;
+        let dir = given.canonicalize()?;
+        let ours = dir.join("DEMO").exists();
+        if !ours && fs::read_dir(&dir)?.next().is_some() {
+            bail!("{} is not empty and was not made by a demo; choose another directory", dir.display());
+        }
+        let ground = Self::lock(dir, false, run_as)?;
+        end_processes(&ground.dir);
+        if !ground.dir.join("READY").exists() {
+            // A start that never finished is begun again.
+            clear(&ground.dir)?;
+        }
+        Ok(ground)
+    }
+
+    fn lock(dir: PathBuf, temporary: bool, run_as: Option<&RunAs>) -> anyhow::Result<Self> {
+        fs::set_permissions(&dir, fs::Permissions::from_mode(0o755))?;
+        if let Some(run_as) = run_as {
+            check_enterable(&dir, run_as)?;
+        }
+        let file = fs::OpenOptions::new().create(true).append(true).open(dir.join("DEMO"))?;
+        let Ok(lock) = Flock::lock(file, FlockArg::LockExclusiveNonblock) else {
+            bail!("another demo runs in {}", dir.display());
+        };
+        Ok(Self { dir, temporary, _lock: lock })
+    }
+
+    /// The layout of the fleet that was once whole here.
+    pub(super) fn ready_layout(&self) -> Option<String> {
+        fs::read_to_string(self.dir.join("READY")).ok()
+    }
+
+    /// From now on a start in this directory takes up what is there.
+    pub(super) fn set_ready(&self, layout: &str) -> anyhow::Result<()> {
+        fs::write(self.dir.join("READY"), layout).context("write READY")
+    }
+}
+
+/// Servers run as another user under root, who has to get to their data.
+fn check_enterable(dir: &Path, run_as: &RunAs) -> anyhow::Result<()> {
+    for ancestor in dir.ancestors() {
+        let mode = fs::metadata(ancestor)?.permissions().mode();
+        if mode & 0o001 == 0 {
+            bail!(
+                "PostgreSQL runs as user {} here, who may not enter {}; choose a directory that everybody may enter",
+                run_as.name,
+                ancestor.display()
+            );
+        }
+    }
+    Ok(())
+}
+
+/// Ends and removes temporary fleets whose demo and reaper are both gone.
+fn clean_temporary() {
+    for entry in fs::read_dir(std::env::temp_dir()).into_iter().flatten().flatten() {
+        let dir = entry.path();
+        if !entry.file_name().to_string_lossy().starts_with(PREFIX) {
+            continue;
+        }
+        let Ok(file) = fs::OpenOptions::new().append(true).open(dir.join("DEMO")) else { continue };
+        if let Ok(_lock) = Flock::lock(file, FlockArg::LockExclusiveNonblock) {
+            end_processes(&dir);
+            // What cannot be removed is somebody else's.
+            let _ = fs::remove_dir_all(&dir);
+        }
+    }
+}
+
+/// Removes what a demo made in its directory, but not the directory nor its lock.
+fn clear(dir: &Path) -> anyhow::Result<()> {
+    for path in node_dirs(dir) {
+        fs::remove_dir_all(&path).with_context(|| format!("remove {}", path.display()))?;
+    }
+    Ok(())
+}
+
+fn node_dirs(dir: &Path) -> Vec<PathBuf> {
+    let numbered = |name: &str| name.strip_prefix('n').is_some_and(|number| number.parse::<usize>().is_ok());
+    let entries = fs::read_dir(dir).into_iter().flatten().flatten();
+    entries.filter(|entry| numbered(&entry.file_name().to_string_lossy())).map(|entry| entry.path()).collect()
+}
+
+/// Ends the nodes, then the servers, of the demo in `dir`, and waits until they are gone.
+pub(super) fn end_processes(dir: &Path) {
+    let dirs = node_dirs(dir);
+    let nodes = dirs.iter().filter_map(|node| recorded(dir, &node.join("LOCK"))).collect();
+    end(dir, nodes, [Signal::SIGTERM, Signal::SIGKILL]);
+    let servers = dirs.iter().filter_map(|node| recorded(dir, &node.join("pg/postmaster.pid"))).collect();
+    end(dir, servers, [Signal::SIGINT, Signal::SIGQUIT]);
+}
+
+/// The process whose id is the first line of `file`, if it runs and is one of this demo's.
+fn recorded(dir: &Path, file: &Path) -> Option<Pid> {
+    let pid = Pid::from_raw(fs::read_to_string(file).ok()?.lines().next()?.trim().parse().ok()?);
+    is_ours(dir, pid).then_some(pid)
+}
+
+/// A number may have been given to another process by now: its command line tells.
+fn is_ours(dir: &Path, pid: Pid) -> bool {
+    let command_line = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+    String::from_utf8_lossy(&command_line).contains(&*dir.to_string_lossy())
+}
+
+fn end(dir: &Path, mut processes: Vec<Pid>, signals: [Signal; 2]) {
+    for signal in signals {
+        for pid in &processes {
+            // It may have ended by itself meanwhile.
+            let _ = kill(*pid, signal);
+        }
+        let deadline = Instant::now() + PATIENCE;
+        while !processes.is_empty() && Instant::now() < deadline {
+            std::thread::sleep(Duration::from_millis(20));
+            // A process that nobody has waited for keeps its number but not its command line.
+            processes.retain(|pid| is_ours(dir, *pid));
+        }
+    }
+}
+
+/// The reaper's work: everything of the demo in `dir` ends, and the directory goes if it was temporary.
+pub(super) fn reap(dir: &Path, remove: bool) -> anyhow::Result<()> {
+    end_processes(dir);
+    if remove {
+        fs::remove_dir_all(dir).with_context(|| format!("remove {}", dir.display()))?;
+    }
+    Ok(())
+}

@@ -1,0 +1,126 @@
+//! `backhaul start`: a node, put together.
+
+use std::sync::Arc;
+
+use anyhow::{Context as _, bail};
+use cluster::registry::Registry;
+use cluster::store::Store;
+use cluster::{Cluster, Dialer, NodeId, NodeInfo, ServerInfo, follow_peers};
+use fleet::Server;
+use fleet::probe::{Door, Probe};
+use gateway::{Gateway, OwnServer};
+use tokio::net::TcpListener;
+use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::watch;
+use tokio_util::sync::CancellationToken;
+use tracing_subscriber::EnvFilter;
+use uuid::Uuid;
+
+use crate::flags::Start;
+use crate::health;
+
+/// Runs a node until it is told to stop.
+///
+/// The port opens before anything else is known: what a client needs that is not there yet is waited for, or refused
+/// with a reason, connection by connection.
+///
+/// # Errors
+///
+/// The store or the address is in use, a flag cannot be, or the fleet must not have this node.
+pub(crate) async fn run(flags: Start) -> anyhow::Result<()> {
+    let filter = EnvFilter::try_from_env("BACKHAUL_LOG").unwrap_or_else(|_| EnvFilter::new("info"));
+    tracing_subscriber::fmt().with_env_filter(filter).with_ansi(false).with_writer(std::io::stderr).init();
+
+    let server = flags.postgres.as_deref().map(Server::from_conninfo).transpose()?;
+    let tls = flags.trust.tls()?;
+    let store = Arc::new(Store::open(&flags.store)?);
+    let extern_dir = flags.external_io_dir.clone().unwrap_or_else(|| flags.store.join("extern"));
+    std::fs::create_dir_all(&extern_dir).with_context(|| format!("create {}", extern_dir.display()))?;
+    let listener =
+        TcpListener::bind(&flags.listen_addr).await.with_context(|| format!("listen on {}", flags.listen_addr))?;
+    let me = describe(&flags, &listener, &store, server.is_some())?;
+    tracing::info!(address = %me.address, locality = %me.locality, shard = %me.shard, "node is starting");
+    let address = me.address.clone();
+
+    let cluster = Cluster::new(me, &flags.join, store)?;
+    let registry = Registry::default();
+    let shutdown = CancellationToken::new();
+    let door = watch::Sender::new(Door::Unchecked);
+    let own = server.clone().map(|server| OwnServer { server, door: door.subscribe() });
+    let dialer = Dialer::new(flags.trust.secret(), tls.to_nodes(), format!("backhaul {address}"));
+    let gateway = Gateway::new(cluster.clone(), registry.clone(), own, flags.trust.secret(), tls, shutdown.clone());
+    let mut serving = tokio::spawn(gateway.serve(listener));
+
+    if let Some(file) = &flags.listening_url_file {
+        publish_url(file, &address)?;
+    }
+    let http = match &flags.http_addr {
+        Some(http) => Some(TcpListener::bind(http).await.with_context(|| format!("listen on {http}"))?),
+        None => None,
+    };
+    let (mut interrupted, mut terminated) = (signal(SignalKind::interrupt())?, signal(SignalKind::terminate())?);
+    let requested = flags.node_id.map(NodeId);
+    let ended = tokio::select! {
+        _ = interrupted.recv() => Ok(()),
+        _ = terminated.recv() => Ok(()),
+        error = probe(server, flags.trust.insecure, door, cluster.clone()) => Err(error),
+        () = follow_peers(cluster.clone(), dialer.clone()) => Ok(()),
+        error = registry.clone().run(cluster.clone(), dialer, requested) => Err(error),
+        error = health::serve(http, cluster, registry) => Err(error),
+        _ = &mut serving => bail!("the node's port was closed"),
+    };
+    tracing::info!("node is stopping");
+    shutdown.cancel();
+    serving.await.context("close the node's port")?;
+    ended
+}
+
+async fn probe(server: Option<Server>, insecure: bool, door: watch::Sender<Door>, cluster: Cluster) -> anyhow::Error {
+    let Some(server) = server else { return std::future::pending().await };
+    let probe = Probe { server, insecure, door };
+    probe
+        .run(|seen| {
+            cluster.update_me(|me| {
+                let news = match (&me.server, &seen) {
+                    (Some(ServerInfo::Up(before)), ServerInfo::Up(now)) => now.differs(before),
+                    (before, now) => before.as_ref() != Some(now),
+                };
+                me.server = Some(seen);
+                news
+            });
+        })
+        .await
+}
+
+fn describe(flags: &Start, listener: &TcpListener, store: &Store, has_server: bool) -> anyhow::Result<NodeInfo> {
+    let bound = listener.local_addr()?;
+    let address = match &flags.advertise_addr {
+        Some(given) if given.contains(':') => given.clone(),
+        Some(host) => format!("{host}:{}", bound.port()),
+        None if bound.ip().is_unspecified() => {
+            bail!("listening on every address of this host; give the one that other nodes use with --advertise-addr")
+        }
+        None => bound.to_string(),
+    };
+    let unknown = ServerInfo::Down { reason: "not asked yet".to_owned() };
+    Ok(NodeInfo {
+        instance: Uuid::new_v4(),
+        node_id: store.identity()?.node_id,
+        address,
+        locality: flags.locality.clone(),
+        shard: flags.shard.clone(),
+        build: env!("CARGO_PKG_VERSION").to_owned(),
+        started_at: chrono::Utc::now(),
+        server: has_server.then_some(unknown),
+        peers: Vec::new(),
+        revision: 1,
+    })
+}
+
+/// Written beside and renamed: who finds the file finds it whole.
+fn publish_url(file: &std::path::Path, address: &str) -> anyhow::Result<()> {
+    let beside = file.with_extension("new");
+    std::fs::write(&beside, format!("postgresql://{address}\n"))
+        .and_then(|()| std::fs::rename(&beside, file))
+        .with_context(|| format!("write {}", file.display()))
+}

@@ -199,7 +199,9 @@ impl Role {
         });
         match listed.map(|standby| standby.sync_state.as_str()) {
             Some("sync" | "quorum" | "potential") => Self::Voting,
-            Some(_) | None => Self::NonVoting,
+            Some(_) => Self::NonVoting,
+            None if upstream.status == "streaming" => Self::NonVoting,
+            None => Self::Unknown,
         }
     }
 }
@@ -259,22 +261,24 @@ pub(crate) mod tests {
                 downstream("named", None, "sync"),
             ];
         }
-        let standby = |name: &str, slot: Option<&str>| {
+        let receiving = |name: &str, slot: Option<&str>, status: &str| {
             let mut standby = node(2, "s1", Some((true, 1)));
             if let Some(ServerInfo::Up(state)) = &mut standby.server {
                 state.upstream = Some(Upstream {
                     application_name: name.to_owned(),
                     slot: slot.map(str::to_owned),
-                    status: "streaming".to_owned(),
+                    status: status.to_owned(),
                 });
             }
             standby
         };
+        let standby = |name: &str, slot: Option<&str>| receiving(name, slot, "streaming");
         for (standby, role) in [
             (standby("walreceiver", Some("b")), Role::Voting),
             (standby("walreceiver", Some("c")), Role::NonVoting),
             (standby("named", None), Role::Voting),
             (standby("cascaded", None), Role::NonVoting),
+            (receiving("left behind", None, "not receiving"), Role::Unknown),
             (node(3, "s1", Some((true, 1))), Role::Unknown),
             (node(4, "s1", None), Role::None),
             (leader.clone(), Role::Leaseholder),

@@ -98,7 +98,10 @@ impl Gateway {
                 b'Q' => {
                     let verb = cut_string(&mut &body[..]).and_then(|text| std::str::from_utf8(text).ok()?.parse().ok());
                     let answer = match verb {
-                        Some(verb) => self.answer_verb(verb).await,
+                        Some(verb) => tokio::select! {
+                            answer = self.answer_verb(verb) => answer,
+                            () = self.shutdown.cancelled() => return Ok(()),
+                        },
                         None => Err(PgError::new(
                             SqlState::FEATURE_NOT_SUPPORTED,
                             "this node does not know that verb; it may be of another version",

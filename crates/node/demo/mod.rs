@@ -225,7 +225,7 @@ fn suggest(running: &[RunningNode], first: &str) -> Vec<String> {
         "Try, in psql on any of these nodes:".to_owned(),
         "  SHOW LOCALITY;".to_owned(),
         "  SHOW NODES;".to_owned(),
-        format!("  psql {first} -c 'SELECT inet_server_port(), count(*) FROM rides'"),
+        "  SELECT pg_is_in_recovery(), count(*) FROM rides;  -- every node leads to the leaseholder".to_owned(),
     ];
     if let Some(last) = running.last() {
         lines.push(format!("Kill a node and look:  kill -9 {};  psql {first} -c 'SHOW NODES'", last.pid()));

@@ -86,7 +86,10 @@ pub(super) async fn start(
     command.args(["--listen-addr", &format!("127.0.0.1:{}", ports.0), "--http-addr"]);
     command.args([&format!("127.0.0.1:{}", ports.1), "--node-id", &planned.number.to_string()]);
     command.arg("--store").arg(&home).arg("--external-io-dir").arg(home.join("extern"));
-    command.arg("--listening-url-file").arg(&url_file).arg("--join").arg(join.join(","));
+    command.arg("--listening-url-file").arg(&url_file);
+    if !join.is_empty() {
+        command.arg("--join").arg(join.join(","));
+    }
     if let Some(server) = server {
         command.args(["--postgres", &server.conninfo("backhaul")]);
     }

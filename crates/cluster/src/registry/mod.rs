@@ -18,7 +18,7 @@ mod schema;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context as _, anyhow};
+use anyhow::{Context as _, anyhow, bail};
 use chrono::{DateTime, Utc};
 use tokio::sync::watch;
 use tokio::time::{sleep, timeout};
@@ -168,7 +168,10 @@ impl Registry {
     ) -> anyhow::Result<std::convert::Infallible> {
         let (address, cluster_id) = match cluster.view().registry() {
             Some((leader, cluster_id)) => (leader.address.clone(), cluster_id),
-            None => return Err(anyhow!("no node knows a registry; is the cluster initialized?")),
+            None if cluster.store().identity()?.cluster_id.is_some() => {
+                bail!("the registry's server has no leader now")
+            }
+            None => bail!("no node knows a registry; has \"backhaul init\" been run?"),
         };
         let purpose = Purpose::Server { database: schema::DATABASE.to_owned() };
         let session = Arc::new(dialer.dial(&address, &purpose).await?);

@@ -11,6 +11,9 @@ use nix::unistd::{Gid, Uid, User};
 /// The oldest release that Backhaul works with: TID range scans came with it.
 const RELEASE_MIN: u32 = 14;
 
+/// What a folder must hold to count as an installation.
+const PROGRAMS: [&str; 5] = ["postgres", "initdb", "pg_basebackup", "pg_ctl", "pg_dump"];
+
 /// The directory under which Debian keeps one folder per release.
 const DEBIAN: &str = "/usr/lib/postgresql";
 
@@ -33,7 +36,8 @@ impl Installation {
         let debian = fs::read_dir(DEBIAN).into_iter().flatten().flatten().map(|entry| entry.path().join("bin"));
         let on_path: Vec<PathBuf> =
             env::var_os("PATH").map(|path| env::split_paths(&path).collect()).unwrap_or_default();
-        let found = debian.chain(on_path).filter_map(|bin| Self::at(&bin));
+        // Of equals the last one is taken: Debian's folders are complete, PATH may hold single links into them.
+        let found = on_path.into_iter().chain(debian).filter_map(|bin| Self::at(&bin));
         let newest = found.max_by_key(Self::release);
         match newest {
             Some(newest) if newest.release() >= RELEASE_MIN => Ok(newest),
@@ -43,7 +47,7 @@ impl Installation {
     }
 
     fn at(bin: &Path) -> Option<Self> {
-        if !bin.join("initdb").is_file() {
+        if !PROGRAMS.iter().all(|program| bin.join(program).is_file()) {
             return None;
         }
         let output = Command::new(bin.join("postgres")).arg("--version").output().ok()?;

@@ -107,6 +107,7 @@ impl Instance {
             ("shared_buffers", "32MB"),
             ("max_wal_size", "256MB"),
             ("wal_keep_size", "64MB"),
+            ("wal_retrieve_retry_interval", "500ms"),
             ("max_connections", "60"),
             ("logging_collector", "off"),
             ("log_line_prefix", "%m [%p] %q%a %u@%d "),

@@ -58,6 +58,9 @@ pub(crate) async fn run(flags: Start) -> anyhow::Result<()> {
         Some(http) => Some(TcpListener::bind(http).await.with_context(|| format!("listen on {http}"))?),
         None => None,
     };
+    if let Some(http) = &http {
+        tracing::info!(address = %http.local_addr()?, "HTTP is served");
+    }
     let (mut interrupted, mut terminated) = (signal(SignalKind::interrupt())?, signal(SignalKind::terminate())?);
     let requested = flags.node_id.map(NodeId);
     let ended = tokio::select! {

@@ -35,6 +35,8 @@ pub(crate) enum FirstAnswer {
     LetIn,
     /// It asks for a proof, or refuses.
     Guarded,
+    /// It is starting or stopping.
+    NotNow,
 }
 
 /// Logs into `database` as the service role, presenting itself as `application_name`.
@@ -64,6 +66,7 @@ pub(crate) async fn knock(server: &Server, parameters: &[(&str, &str)]) -> anyho
         let mut login = Login::open(server, parameters).await?;
         Ok(match login.next().await? {
             Message::AuthenticationOk => FirstAnswer::LetIn,
+            Message::ErrorResponse(body) if said(&body).code == SqlState::CANNOT_CONNECT_NOW => FirstAnswer::NotNow,
             _ => FirstAnswer::Guarded,
         })
     };

@@ -47,14 +47,14 @@ pub(super) async fn start(
 
 /// Only the primary is told of synchronous standbys: one that is promoted must not wait for itself.
 fn settings(node: &PlannedNode, nodes: &[PlannedNode]) -> Settings {
-    let mut conf = Vec::new();
+    let mut settings = Settings::new();
     let voting: Vec<String> = nodes
         .iter()
         .filter(|other| other.shard == node.shard && other.part == Part::Voting)
         .map(PlannedNode::name)
         .collect();
     if node.part == Part::Leaseholder && !voting.is_empty() {
-        conf.push(("synchronous_standby_names".to_owned(), format!("ANY 1 ({})", voting.join(", "))));
+        settings.push(("synchronous_standby_names".to_owned(), format!("ANY 1 ({})", voting.join(", "))));
     }
-    Settings { conf, hba: String::new() }
+    settings
 }

@@ -14,6 +14,7 @@ use tokio::time::sleep;
 
 use super::{Installation, RunAs};
 use crate::Server;
+use crate::login::{FirstAnswer, knock};
 
 /// A server that has not begun to take connections by then is given up; a standby waits for its first WAL meanwhile.
 const START_DEADLINE: Duration = Duration::from_secs(60);
@@ -21,16 +22,11 @@ const START_DEADLINE: Duration = Duration::from_secs(60);
 /// The longest path that fits into a socket address, less the name of PostgreSQL's socket file.
 const SOCKET_DIR_MAX: usize = 107 - "/.s.PGSQL.5432".len();
 
-/// What tells one private server from another.
-#[derive(Clone, Debug, Default)]
-pub struct Settings {
-    /// Lines for `postgresql.conf`.
-    pub conf: Vec<(String, String)>,
-    /// The text of `pg_hba.conf`; everybody on the socket is trusted when it is empty.
-    pub hba: String,
-}
+/// What tells one private server from another: names and values for `postgresql.conf`.
+pub type Settings = Vec<(String, String)>;
 
-/// A private server: a directory with its data, and while it runs its process.
+/// A private server: a directory with its data, and while it runs its process. Everybody on its socket is trusted
+/// until [`Instance::set_hba`] says otherwise.
 ///
 /// Dropping it leaves the process alone; see [`Instance::child`].
 pub struct Instance {
@@ -95,6 +91,16 @@ impl Instance {
         Ok(())
     }
 
+    /// Replaces `pg_hba.conf`; a running server takes it up at its next reload.
+    ///
+    /// # Errors
+    ///
+    /// The file cannot be written.
+    pub fn set_hba(&self, text: &str) -> anyhow::Result<()> {
+        // Written over in place: the file stays with the user who made it.
+        fs::write(self.data.join("pg_hba.conf"), text).context("write pg_hba.conf")
+    }
+
     /// Writes the settings behind those of `initdb`; a standby's replace those it copied.
     fn configure(&self, settings: &Settings) -> anyhow::Result<()> {
         let mut conf = String::new();
@@ -112,17 +118,13 @@ impl Instance {
             ("logging_collector", "off"),
             ("log_line_prefix", "%m [%p] %q%a %u@%d "),
         ];
-        let given = settings.conf.iter().map(|(name, value)| (name.as_str(), value.as_str()));
+        let given = settings.iter().map(|(name, value)| (name.as_str(), value.as_str()));
         for (name, value) in fixed.into_iter().chain(given) {
             writeln!(conf, "{name} = '{}'", value.replace('\'', "''"))?;
         }
-        let hba = match settings.hba.as_str() {
-            "" => "local all all trust\nlocal replication all trust\n",
-            given => given,
-        };
-        // Written over in place: the files stay with the user who made them.
+        // Written over in place, as above.
         fs::write(self.data.join("postgresql.conf"), conf).context("write postgresql.conf")?;
-        fs::write(self.data.join("pg_hba.conf"), hba).context("write pg_hba.conf")
+        self.set_hba("local all all trust\nlocal replication all trust\n")
     }
 
     /// Starts the server and waits until it takes connections. Its log is `log`.
@@ -143,7 +145,8 @@ impl Instance {
             if let Some(status) = child.try_wait()? {
                 bail!("the server in {} ended at its start ({status}):\n{}", self.data.display(), last_lines(log));
             }
-            if server.session().await.is_ok() {
+            let parameters = [("user", superuser), ("database", "postgres")];
+            if matches!(knock(&server, &parameters).await, Ok(FirstAnswer::LetIn | FirstAnswer::Guarded)) {
                 break;
             }
             if Instant::now() > deadline {
@@ -179,15 +182,6 @@ impl Instance {
     /// The connection string cannot be read.
     pub fn server(&self, user: &str) -> anyhow::Result<Server> {
         Server::from_conninfo(&self.conninfo(user))
-    }
-
-    /// Makes this standby a primary and waits until it is one.
-    ///
-    /// # Errors
-    ///
-    /// It is none, or does not finish in time.
-    pub fn promote(&self) -> anyhow::Result<()> {
-        run(self.program("pg_ctl").args(["promote", "--wait", "--pgdata"]).arg(&self.data))
     }
 
     fn program(&self, name: &str) -> Command {

@@ -1,0 +1,182 @@
+//! A fleet as a user starts it.
+
+use std::io::{BufRead as _, BufReader, Read as _};
+use std::os::unix::fs::PermissionsExt as _;
+use std::path::PathBuf;
+use std::process::{Child, Command, Stdio};
+use std::thread::JoinHandle;
+
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+
+use super::{backhaul, both, postgres_program, processes_in};
+
+/// A running `backhaul demo`; ended when dropped.
+pub struct Demo {
+    child: Child,
+    rest: Option<JoinHandle<()>>,
+    /// Its data directory.
+    pub dir: tempfile::TempDir,
+    /// Its nodes, in order.
+    pub nodes: Vec<Node>,
+    /// What it printed up to `ready`, that line included.
+    pub said: Vec<String>,
+}
+
+/// A node of a demo, as the demo printed it.
+#[derive(Clone, Debug)]
+pub struct Node {
+    /// Its process.
+    pub pid: i32,
+    /// `host:port`.
+    pub address: String,
+    /// As the demo's line has it.
+    pub role: String,
+    /// For psql.
+    pub url: String,
+}
+
+/// A directory that servers of another user may enter.
+pub fn directory() -> tempfile::TempDir {
+    let dir = tempfile::Builder::new().prefix("backhaul-test-").tempdir().unwrap();
+    std::fs::set_permissions(dir.path(), std::fs::Permissions::from_mode(0o755)).unwrap();
+    dir
+}
+
+impl Demo {
+    /// Starts a demo with these flags, on any ports, and waits until it is ready.
+    #[track_caller]
+    pub fn start(arguments: &[&str]) -> Self {
+        Self::start_in(directory(), arguments)
+    }
+
+    /// The same in a given directory.
+    #[track_caller]
+    pub fn start_in(dir: tempfile::TempDir, arguments: &[&str]) -> Self {
+        let mut command = command(&dir, arguments);
+        let mut child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+        let mut lines = BufReader::new(child.stdout.take().unwrap()).lines();
+        let mut said = Vec::new();
+        while !said.last().is_some_and(|line: &String| line.starts_with("ready")) {
+            match lines.next() {
+                Some(line) => said.push(line.unwrap()),
+                None => {
+                    let mut errors = String::new();
+                    child.stderr.take().unwrap().read_to_string(&mut errors).unwrap();
+                    panic!("the demo did not get ready: {said:?}\n{errors}");
+                }
+            }
+        }
+        let nodes = said.iter().filter_map(|line| node(line)).collect();
+        // The demo goes on printing, and must not block on a full pipe.
+        let rest = Some(std::thread::spawn(move || lines.for_each(drop)));
+        Self { child, rest, dir, nodes, said }
+    }
+
+    /// The demo's own process.
+    pub fn pid(&self) -> Pid {
+        Pid::from_raw(self.child.id() as i32)
+    }
+
+    /// psql on node `number`, without the user's own settings.
+    pub fn psql(&self, number: usize) -> Command {
+        psql(&self.nodes[number - 1].url)
+    }
+
+    /// The rows of a statement through node `number`, unaligned; errors as they are printed.
+    pub fn ask(&self, number: usize, statement: &str) -> String {
+        let output = self.psql(number).args(["-At", "-v", "VERBOSITY=verbose", "-c", statement]).output().unwrap();
+        both(&output).trim_end().to_owned()
+    }
+
+    /// psql on the server beside node `number`, around all nodes.
+    pub fn psql_direct(&self, number: usize) -> Command {
+        psql(&self.direct_url(number))
+    }
+
+    /// The URL of the server beside node `number`.
+    pub fn direct_url(&self, number: usize) -> String {
+        let socket = self.node_dir(number).join("socket");
+        format!("postgresql:///movr?user=root&host={}", socket.display())
+    }
+
+    /// The store of node `number`.
+    pub fn node_dir(&self, number: usize) -> PathBuf {
+        self.dir.path().join(format!("n{number}"))
+    }
+
+    /// The process id of the server beside node `number`.
+    pub fn server_pid(&self, number: usize) -> Pid {
+        let text = std::fs::read_to_string(self.node_dir(number).join("pg/postmaster.pid")).unwrap();
+        Pid::from_raw(text.lines().next().unwrap().trim().parse().unwrap())
+    }
+
+    /// Makes the standby beside node `number` a primary.
+    #[track_caller]
+    pub fn promote(&self, number: usize) {
+        let done = self.psql_direct(number).args(["-Atc", "SELECT pg_promote()"]).output().unwrap();
+        assert_eq!(both(&done).trim(), "t");
+    }
+
+    /// Ends the demo by a signal and waits for it; its directory stays.
+    pub fn end(mut self, signal: Signal) -> tempfile::TempDir {
+        self.stop(signal);
+        std::mem::replace(&mut self.dir, directory())
+    }
+
+    fn stop(&mut self, signal: Signal) {
+        if self.child.try_wait().unwrap().is_none() {
+            kill(self.pid(), signal).unwrap();
+            self.child.wait().unwrap();
+        }
+        if let Some(rest) = self.rest.take() {
+            rest.join().unwrap();
+        }
+    }
+}
+
+impl Drop for Demo {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            for number in 1..=self.nodes.len() {
+                let log = std::fs::read_to_string(self.node_dir(number).join("node.log")).unwrap_or_default();
+                let lines: Vec<&str> = log.lines().collect();
+                eprintln!("--- n{number}:\n{}", lines[lines.len().saturating_sub(25)..].join("\n"));
+            }
+        }
+        self.stop(Signal::SIGTERM);
+    }
+}
+
+/// `backhaul demo` on any ports, in `dir`.
+pub fn command(dir: &tempfile::TempDir, arguments: &[&str]) -> Command {
+    let mut command = backhaul();
+    command.args(["demo", "--sql-port", "0", "--http-port", "0", "--data-dir"]).arg(dir.path()).args(arguments);
+    command.stdin(Stdio::null());
+    command
+}
+
+/// psql on a URL, without the user's own settings.
+pub fn psql(url: &str) -> Command {
+    let mut command = postgres_program("psql");
+    command.args(["--no-psqlrc", "--set=ON_ERROR_STOP=0", url]).env("PGCONNECT_TIMEOUT", "20").stdin(Stdio::null());
+    command
+}
+
+/// `n1  pid 17  region=a,zone=b  s1  leaseholder  postgresql://root@127.0.0.1:5/movr`
+fn node(line: &str) -> Option<Node> {
+    let fields: Vec<&str> = line.split("  ").collect();
+    let [name, pid, _locality, _shard, role, url] = fields[..] else { return None };
+    name.strip_prefix('n')?.parse::<u32>().ok()?;
+    let address = url.strip_prefix("postgresql://root@")?.split('/').next()?.to_owned();
+    Some(Node { pid: pid.strip_prefix("pid ")?.parse().ok()?, address, role: role.to_owned(), url: url.to_owned() })
+}
+
+/// Nothing that ran in `dir` runs any more.
+#[track_caller]
+pub fn assert_nothing_runs_in(dir: &std::path::Path) {
+    super::until("every process to end", || match processes_in(dir) {
+        none if none.is_empty() => Ok(()),
+        some => Err(some.join("\n")),
+    });
+}

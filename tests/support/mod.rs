@@ -1,0 +1,71 @@
+//! What whole-system tests stand on: fleets of real servers and nodes that live as long as a value does.
+
+#![allow(dead_code, reason = "each test binary uses a part")]
+
+pub mod demo;
+pub mod fleet;
+pub mod wire;
+
+use std::path::Path;
+use std::process::{Command, Output};
+use std::time::{Duration, Instant};
+
+/// Whatever a test waits for has come by then, or never will.
+pub const DEADLINE: Duration = Duration::from_secs(30);
+
+/// The program under test.
+pub fn backhaul() -> Command {
+    Command::new(env!("CARGO_BIN_EXE_backhaul"))
+}
+
+/// Asks until the answer is there.
+///
+/// # Panics
+///
+/// It is not there in time; the message is what was waited for, and the last thing that was seen instead.
+#[track_caller]
+pub fn until<T>(what: &str, mut ask: impl FnMut() -> Result<T, String>) -> T {
+    let deadline = Instant::now() + DEADLINE;
+    loop {
+        match ask() {
+            Ok(answer) => return answer,
+            Err(seen) if Instant::now() > deadline => panic!("waited in vain for {what}: {seen}"),
+            Err(_) => std::thread::sleep(Duration::from_millis(20)),
+        }
+    }
+}
+
+/// Runs a program to its end and gives what it printed.
+///
+/// # Panics
+///
+/// It fails.
+#[track_caller]
+pub fn run(command: &mut Command) -> String {
+    let output = command.output().expect("the program can be started");
+    assert!(output.status.success(), "{command:?} failed:\n{}", both(&output));
+    String::from_utf8_lossy(&output.stdout).into_owned()
+}
+
+/// Standard output and error, for messages and comparisons.
+pub fn both(output: &Output) -> String {
+    format!("{}{}", String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr))
+}
+
+/// The processes whose command line names `dir`, and that still run.
+pub fn processes_in(dir: &Path) -> Vec<String> {
+    let dir = dir.to_string_lossy();
+    let command_lines = std::fs::read_dir("/proc").into_iter().flatten().flatten().filter_map(|entry| {
+        // A process that has ended and was not waited for has no command line any more.
+        let text = std::fs::read(entry.path().join("cmdline")).ok()?;
+        Some(String::from_utf8_lossy(&text).replace('\0', " "))
+    });
+    command_lines.filter(|line| line.contains(&*dir)).collect()
+}
+
+/// One of PostgreSQL's programs.
+pub fn postgres_program(name: &str) -> Command {
+    let installation = ::fleet::private::Installation::find().expect("PostgreSQL is installed");
+    let path = installation.program(name);
+    Command::new(if path.exists() { path.into_os_string() } else { name.into() })
+}

@@ -1,0 +1,70 @@
+//! Application drivers, through every node. `scripts/prepare --tests` puts them under `target/drivers`.
+
+use std::path::PathBuf;
+use std::process::Command;
+
+use crate::support::demo::Demo;
+use crate::support::run;
+
+fn drivers() -> PathBuf {
+    let dir = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("target/drivers");
+    assert!(dir.exists(), "the drivers are not there; run scripts/prepare --tests");
+    dir
+}
+
+fn script(name: &str) -> PathBuf {
+    PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/drivers").join(name)
+}
+
+/// psycopg with its C binding (`binary`) or without (`python`).
+fn python(binding: &str, name: &str, url: &str) -> String {
+    let mut command = Command::new(drivers().join("venv/bin/python"));
+    run(command.env("PSYCOPG_IMPL", binding).env("PYTHONIOENCODING", "utf-8").arg(script(name)).arg(url))
+}
+
+fn node_js(url: &str, arguments: &[&str]) -> String {
+    let mut command = Command::new("node");
+    run(command.env("NODE_PATH", drivers().join("node_modules")).arg(script("session.js")).arg(url).args(arguments))
+}
+
+#[test]
+fn drivers_get_the_server_s_own_answers() {
+    let demo = Demo::start(&[]);
+    let direct = demo.direct_url(1);
+    let direct_js = format!("socket:{}?db=movr&user=root", demo.node_dir(1).join("socket").display());
+    for binding in ["python", "binary"] {
+        let expected = python(binding, "session.py", &direct);
+        for node in &demo.nodes {
+            assert_eq!(python(binding, "session.py", &node.url), expected, "{binding} through {}", node.address);
+        }
+    }
+    let expected = node_js(&direct_js, &[]);
+    for node in &demo.nodes {
+        assert_eq!(node_js(&node.url, &[]), expected, "through {}", node.address);
+    }
+}
+
+#[test]
+fn drivers_get_our_answers_too() {
+    let demo = Demo::start(&[]);
+    let expected = "\
+locality 25 [('region=us-west-1,zone=b',)] SHOW
+['int', 'str', 'str', 'str', 'str', 'bool', 'bool', 'str', 'datetime', 'datetime'] 4
+locality 25 [('region=us-west-1,zone=b',)] SHOW
+['int', 'str', 'str', 'str', 'str', 'bool', 'bool', 'str', 'datetime', 'datetime'] 4
+('region=us-west-1,zone=b',)
+('region=us-west-1,zone=b',)
+('region=us-west-1,zone=b',)
+[1, 'region=us-west-1,zone=b', 2, 'region=us-west-1,zone=b']
+42601 at or near \"now\": syntax error 15 try \\h SHOW
+42601 IDLE
+(None,)
+";
+    for binding in ["python", "binary"] {
+        assert_eq!(python(binding, "ours.py", &demo.nodes[3].url), expected, "{binding}");
+    }
+    let row = "[{\"locality\":\"region=us-west-1,zone=b\"}] SHOW null\n";
+    let array = "[[\"region=us-west-1,zone=b\"]] SHOW null\n";
+    let error = "42601 at or near \"now\": syntax error 15 try \\h SHOW\n";
+    assert_eq!(node_js(&demo.nodes[3].url, &["ours"]), format!("{row}{row}{row}{array}{error}"));
+}

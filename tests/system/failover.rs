@@ -1,0 +1,123 @@
+//! Servers and nodes that die, are promoted, and come back.
+
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+
+use crate::support::demo::Demo;
+use crate::support::wire::Wire;
+use crate::support::{postgres_program, until};
+
+/// Waits until node `number` leads its clients to a server on this timeline.
+#[track_caller]
+fn until_leads_to_timeline(demo: &Demo, number: usize, timeline: u32) {
+    until("the new leaseholder", || {
+        let query = "SELECT ('x' || substr(pg_walfile_name(pg_current_wal_lsn()), 1, 8))::bit(32)::int";
+        let seen = demo.ask(number, query);
+        if seen == timeline.to_string() { Ok(()) } else { Err(seen) }
+    });
+}
+
+#[test]
+fn clients_of_every_node_follow_a_promotion_and_an_old_primary_is_refused() {
+    let demo = Demo::start(&[]);
+    // Before the crash: sessions that lead to the old primary, one of them through a hop.
+    let mut sessions: Vec<Wire> = [2, 4].iter().map(|n| Wire::login(&demo.nodes[n - 1].address, "movr")).collect();
+    kill(demo.server_pid(1), Signal::SIGKILL).unwrap();
+    for wire in &mut sessions {
+        let heard = wire.hear();
+        assert!(heard.contains("FATAL") || heard == "end", "{heard}");
+    }
+    let seen = demo.ask(3, "SELECT 1");
+    assert!(seen.contains("57P03") || seen.contains("08006") || seen.contains("57P02"), "{seen}");
+
+    demo.promote(2);
+    for number in 1..=4 {
+        until_leads_to_timeline(&demo, number, 2);
+    }
+    until("the registry to be back", || {
+        let seen = demo.ask(4, "SHOW NODES");
+        let leads = seen.lines().any(|row| row.starts_with("2|") && row.contains("|leaseholder|t|t|"));
+        if leads { Ok(()) } else { Err(seen) }
+    });
+
+    // The old primary returns, out of recovery, on timeline 1: nobody is led to it, not even beside it.
+    let data = demo.node_dir(1).join("pg");
+    let mut start = postgres_program("pg_ctl");
+    start.args(["start", "-w", "-s", "-l", "/dev/null", "-D"]).arg(&data);
+    if nix::unistd::Uid::effective().is_root() {
+        let mut as_postgres = std::process::Command::new("runuser");
+        as_postgres.args(["-u", "postgres", "--"]).arg(start.get_program()).args(start.get_args());
+        start = as_postgres;
+    }
+    assert!(start.current_dir("/").status().unwrap().success());
+    until("node 1 to see its server again", || {
+        let seen = demo.ask(1, "SHOW NODES");
+        if seen.lines().any(|row| row.starts_with("1|")) { Ok(()) } else { Err(seen) }
+    });
+    for number in 1..=4 {
+        assert_eq!(demo.ask(number, "SELECT pg_is_in_recovery(), (SELECT count(*) FROM rides)"), "f|1000");
+        until_leads_to_timeline(&demo, number, 2);
+    }
+}
+
+#[test]
+fn sessions_on_a_leaseholder_that_was_overtaken_are_ended() {
+    let demo = Demo::start(&["--voters", "1"]);
+    let mut wires: Vec<Wire> = demo.nodes.iter().map(|node| Wire::login(&node.address, "movr")).collect();
+    demo.promote(2);
+    for wire in &mut wires {
+        let heard = wire.hear();
+        let words = "E SFATAL C57P01 Mterminating connection because shard \"s1\" has another leaseholder\nend";
+        assert_eq!(heard, words);
+    }
+    for number in 1..=4 {
+        until_leads_to_timeline(&demo, number, 2);
+    }
+}
+
+#[test]
+fn a_server_that_restarts_is_named_while_it_is_down() {
+    let demo = Demo::start(&["--nodes", "2", "--servers", "1"]);
+    let mut wire = Wire::login(&demo.nodes[1].address, "movr");
+    kill(demo.server_pid(1), Signal::SIGINT).unwrap();
+    let heard = wire.hear();
+    assert!(heard.starts_with("E SFATAL C57P01 Mterminating connection due to administrator command"), "{heard}");
+    until("the server to be down", || {
+        let seen = demo.ask(2, "SELECT 1");
+        let named =
+            seen.contains("57P03") && seen.contains("node 1") || seen.contains("shard \"s1\" has no leaseholder now");
+        if named { Ok(()) } else { Err(seen) }
+    });
+}
+
+#[test]
+fn a_killed_node_is_dead_to_the_others_after_one_session_life() {
+    let demo = Demo::start(&["--no-example-database"]);
+    let shorter = "UPDATE registry.settings SET value = '1000' WHERE name = 'session_life_ms'";
+    let registry = demo.nodes[0].url.replace("/postgres", "/backhaul");
+    let mut psql = crate::support::demo::psql(&registry);
+    assert!(psql.args(["-c", shorter]).status().unwrap().success());
+    until("every session to be short", || {
+        let query = "SELECT count(*) FROM registry.sessions WHERE expires_at > clock_timestamp() + interval '2 s'";
+        let seen = crate::support::run(crate::support::demo::psql(&registry).args(["-Atc", query]));
+        if seen.trim() == "0" { Ok(()) } else { Err(seen) }
+    });
+
+    kill(Pid::from_raw(demo.nodes[2].pid), Signal::SIGKILL).unwrap();
+    until("node 3 to be dead", || {
+        let seen = demo.ask(4, "SHOW NODES");
+        let dead = seen.lines().any(|row| row.starts_with("3|") && row.contains("|f|f|"));
+        if dead { Ok(()) } else { Err(seen) }
+    });
+    let live = demo.ask(4, "SHOW NODES").lines().filter(|row| row.contains("|t|t|")).count();
+    assert_eq!(live, 3);
+}
+
+#[test]
+fn a_stopped_node_tells_its_clients() {
+    let demo = Demo::start(&["--nodes", "2", "--servers", "1", "--no-example-database"]);
+    let mut wire = Wire::login(&demo.nodes[1].address, "postgres");
+    kill(Pid::from_raw(demo.nodes[1].pid), Signal::SIGTERM).unwrap();
+    let heard = wire.hear();
+    assert_eq!(heard, "E SFATAL C57P01 Mterminating connection due to administrator command\nend");
+}

@@ -1,1 +1,196 @@
-fn main() {}
+//! Runs `sql-fixtures/**/*.slt` against a fleet: SQL logic test files as a user would write them.
+//!
+//! A file says in its first lines which fleet it needs (`# demo: --nodes 2`; files with the same line share one fleet),
+//! and a statement says on which node it runs with a comment of its own, `-- on n2`; without one it runs on n1. Every
+//! statement of ours is also sent to the bare server beside n1, which must refuse it: what PostgreSQL understands is
+//! never taken from it. `cargo slt nodes/` runs the files whose path has that in it.
+
+use std::collections::{BTreeMap, HashMap};
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, OnceLock};
+
+use libtest_mimic::{Arguments, Failed, Trial};
+use sqllogictest::{AsyncDB, DBOutput, DefaultColumnType, Runner};
+use support::demo::Demo;
+use tokio_postgres::{Client, NoTls, SimpleQueryMessage};
+
+mod support;
+
+/// One fleet for all files that ask for the same; it starts with the first of them.
+type Fleet = Arc<OnceLock<Demo>>;
+
+fn main() {
+    let arguments = Arguments::from_args();
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("sql-fixtures");
+    let mut fleets: BTreeMap<String, Fleet> = BTreeMap::new();
+    let mut files = Vec::new();
+    collect(&root, &mut files);
+    files.sort();
+    let trials = files.into_iter().map(|file| {
+        let name = file.strip_prefix(&root).expect("a file of the folder").display().to_string();
+        let text = std::fs::read_to_string(&file).expect("the file can be read");
+        let header = text.lines().find_map(|line| line.strip_prefix("# demo:")).unwrap_or_default().trim().to_owned();
+        let fleet = Arc::clone(fleets.entry(header.clone()).or_default());
+        Trial::test(name, move || run(&file, &header, &fleet))
+    });
+    let trials = trials.collect();
+    let conclusion = libtest_mimic::run(&arguments, trials);
+    // Ends the fleets: `exit` would not.
+    drop(fleets);
+    conclusion.exit();
+}
+
+fn collect(dir: &Path, files: &mut Vec<PathBuf>) {
+    for entry in std::fs::read_dir(dir).expect("the folder can be read").flatten() {
+        let path = entry.path();
+        let hidden = entry.file_name().to_string_lossy().starts_with('_');
+        if path.is_dir() {
+            collect(&path, files);
+        } else if !hidden && path.extension().is_some_and(|extension| extension == "slt") {
+            files.push(path);
+        }
+    }
+}
+
+fn run(file: &Path, header: &str, fleet: &Fleet) -> Result<(), Failed> {
+    let arguments: Vec<&str> = header.split_ascii_whitespace().collect();
+    let demo = fleet.get_or_init(|| Demo::start(&arguments));
+    let urls: Vec<String> = demo.nodes.iter().map(|node| node.url.clone()).collect();
+    let bare = demo.direct_url(1);
+    let runtime = tokio::runtime::Runtime::new()?;
+    let outcome = runtime.block_on(async {
+        let mut runner = Runner::new(|| async { Ok(Session::new(urls.clone(), bare.clone())) });
+        runner.run_file_async(file).await
+    });
+    outcome.map_err(|error| Failed::from(error.display(false).to_string()))
+}
+
+/// A session that has a connection to each node it was sent to.
+struct Session {
+    urls: Vec<String>,
+    bare: String,
+    connections: HashMap<usize, Client>,
+}
+
+impl Session {
+    fn new(urls: Vec<String>, bare: String) -> Self {
+        Self { urls, bare, connections: HashMap::new() }
+    }
+
+    async fn on(&mut self, number: usize) -> Result<&Client, Told> {
+        if !self.connections.contains_key(&number) {
+            let url = self.urls.get(number - 1).ok_or_else(|| Told::own(format!("there is no node {number}")))?;
+            self.connections.insert(number, connect(url).await?);
+        }
+        Ok(&self.connections[&number])
+    }
+
+    /// A bare server must refuse a statement of ours, as one that it does not know.
+    async fn check_is_not_theirs(&self, statement: &str) -> Result<(), Told> {
+        if !sql::is_ours(statement.as_bytes()) {
+            return Ok(());
+        }
+        let code = match connect(&self.bare).await?.simple_query(statement).await {
+            Ok(_) => return Err(Told::own("a bare PostgreSQL accepts this statement".to_owned())),
+            Err(error) => error.code().map(|code| code.code().to_owned()),
+        };
+        match code.as_deref() {
+            Some("42601" | "42704") => Ok(()),
+            other => Err(Told::own(format!("a bare PostgreSQL refuses this statement with {other:?}"))),
+        }
+    }
+}
+
+async fn connect(url: &str) -> Result<Client, Told> {
+    let (client, connection) = tokio_postgres::connect(url, NoTls).await.map_err(Told::from)?;
+    tokio::spawn(async move { drop(connection.await) });
+    Ok(client)
+}
+
+/// `-- on n2`, anywhere in the statement.
+fn node_of(statement: &str) -> usize {
+    let number = |line: &str| line.trim().strip_prefix("-- on n")?.trim().parse().ok();
+    statement.lines().find_map(number).unwrap_or(1)
+}
+
+#[async_trait::async_trait]
+impl AsyncDB for Session {
+    type Error = Told;
+    type ColumnType = DefaultColumnType;
+
+    async fn run(&mut self, statement: &str) -> Result<DBOutput<DefaultColumnType>, Told> {
+        self.check_is_not_theirs(statement).await?;
+        let client = self.on(node_of(statement)).await?;
+        let mut rows = Vec::new();
+        let mut width = None;
+        let mut affected = 0;
+        for message in client.simple_query(statement).await.map_err(Told::from)? {
+            match message {
+                SimpleQueryMessage::RowDescription(columns) => width = Some(columns.len()),
+                SimpleQueryMessage::Row(row) => {
+                    let value = |index| match row.get(index) {
+                        None => "NULL".to_owned(),
+                        Some("") => "(empty)".to_owned(),
+                        Some(text) => text.to_owned(),
+                    };
+                    rows.push((0..row.len()).map(value).collect());
+                }
+                SimpleQueryMessage::CommandComplete(count) => affected = count,
+                _ => {}
+            }
+        }
+        Ok(match width {
+            Some(width) => DBOutput::Rows { types: vec![DefaultColumnType::Any; width], rows },
+            None => DBOutput::StatementComplete(affected),
+        })
+    }
+
+    async fn shutdown(&mut self) {
+        self.connections.clear();
+    }
+
+    fn engine_name(&self) -> &str {
+        "backhaul"
+    }
+
+    async fn sleep(duration: std::time::Duration) {
+        tokio::time::sleep(duration).await;
+    }
+
+    fn error_sql_state(error: &Told) -> Option<String> {
+        error.code.clone()
+    }
+}
+
+/// An error as a client hears it, all of it, so that a fixture can pin code, text, detail and hint at once.
+#[derive(Debug)]
+struct Told {
+    code: Option<String>,
+    text: String,
+}
+
+impl Told {
+    fn own(text: String) -> Self {
+        Self { code: None, text }
+    }
+}
+
+impl From<tokio_postgres::Error> for Told {
+    fn from(error: tokio_postgres::Error) -> Self {
+        let Some(said) = error.as_db_error() else { return Self::own(error.to_string()) };
+        let code = said.code().code();
+        let mut text = format!("{}: {code}: {}", said.severity(), said.message());
+        for (name, part) in [("DETAIL", said.detail()), ("HINT", said.hint())] {
+            text.extend(part.map(|part| format!("\n{name}: {part}")));
+        }
+        Self { code: Some(code.to_owned()), text }
+    }
+}
+
+impl std::fmt::Display for Told {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(&self.text)
+    }
+}
+
+impl std::error::Error for Told {}

@@ -1,1 +1,131 @@
-fn main() {}
+//! What a reader may rely on, checked: the size of files, the edges between crates, the words of the documents.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+/// A file that is longer has become two.
+const LINES_MAX: usize = 700;
+
+fn root() -> &'static Path {
+    Path::new(env!("CARGO_MANIFEST_DIR"))
+}
+
+/// The files that git tracks, or would.
+fn files() -> Vec<PathBuf> {
+    let mut git = Command::new("git");
+    git.args(["ls-files", "--cached", "--others", "--exclude-standard"]).current_dir(root());
+    let output = git.output().expect("git is there");
+    assert!(output.status.success());
+    let text = String::from_utf8(output.stdout).expect("paths are UTF-8");
+    text.lines().map(|line| root().join(line)).filter(|path| path.is_file()).collect()
+}
+
+fn sources_of(folder: &str) -> impl Iterator<Item = (PathBuf, String)> {
+    let folder = root().join(folder);
+    let sources = files()
+        .into_iter()
+        .filter(move |path| path.starts_with(&folder) && path.extension().is_some_and(|extension| extension == "rs"));
+    sources.map(|path| (path.clone(), read(&path)))
+}
+
+fn read(path: &Path) -> String {
+    std::fs::read_to_string(path).expect("the file is text")
+}
+
+#[test]
+fn no_file_outgrows_its_room() {
+    for path in files() {
+        let lines = std::fs::read(&path).expect("the file can be read").iter().filter(|byte| **byte == b'\n').count();
+        let exempt = path.ends_with("Cargo.lock");
+        assert!(exempt || lines <= LINES_MAX, "{} has {lines} lines", path.display());
+    }
+}
+
+/// ARCHITECTURE.md: a crate depends on those before it in this list only, and on those only that are named.
+#[test]
+fn crates_depend_upwards_only() {
+    let edges: BTreeMap<&str, &[&str]> = BTreeMap::from([
+        ("pgerror", [].as_slice()),
+        ("sql", &["pgerror"]),
+        ("cluster", &["pgerror", "sql"]),
+        ("fleet", &["cluster", "pgerror"]),
+        ("gateway", &["cluster", "fleet", "pgerror", "sql"]),
+    ]);
+    for (name, allowed) in &edges {
+        let manifest = read(&root().join("crates").join(name).join("Cargo.toml"));
+        let dependencies = manifest.split("[dependencies]").nth(1).expect("a section of dependencies");
+        let section = dependencies.split("\n[").next().unwrap_or_default();
+        let named = section.lines().filter_map(|line| line.split(['.', ' ', '=']).next());
+        let ours: Vec<&str> = named.filter(|dependency| edges.contains_key(dependency)).collect();
+        assert_eq!(ours, *allowed, "{name}");
+    }
+}
+
+/// ARCHITECTURE.md, invariants 1 and 2.
+#[test]
+fn libraries_stay_in_their_rooms() {
+    for (folder, words) in [
+        ("crates/pgerror", ["tokio", "pgwire", "async fn", "std::fs", "std::net"].as_slice()),
+        ("crates/sql", &["tokio", "pgwire", "async fn", "std::fs", "std::net"]),
+        ("crates/cluster", &["pgwire"]),
+        ("crates/fleet", &["pgwire"]),
+        ("crates/node", &["pgwire"]),
+    ] {
+        for (path, text) in sources_of(folder) {
+            let found = words.iter().find(|word| text.contains(**word));
+            assert_eq!(found, None, "{}", path.display());
+        }
+    }
+    let with_pgwire = sources_of("crates/gateway").filter(|(_, text)| text.contains("pgwire::"));
+    let names: Vec<String> =
+        with_pgwire.map(|(path, _)| path.file_name().unwrap_or_default().to_string_lossy().into_owned()).collect();
+    assert_eq!(names, ["answer.rs", "peer.rs"], "messages are built in one place, peers are proven in another");
+}
+
+#[test]
+fn documents_have_one_title_and_no_dead_links() {
+    for path in files().into_iter().filter(|path| path.extension().is_some_and(|extension| extension == "md")) {
+        let text = read(&path);
+        let mut fenced = false;
+        let titles = text.lines().filter(|line| {
+            fenced ^= line.starts_with("```");
+            !fenced && line.starts_with("# ")
+        });
+        assert_eq!(titles.count(), 1, "{}", path.display());
+        for target in text.split("](").skip(1).filter_map(|rest| rest.split(')').next()) {
+            let file = target.split('#').next().unwrap_or_default();
+            let elsewhere = file.is_empty() || file.contains("://");
+            let folder = path.parent().expect("a file has a folder");
+            assert!(elsewhere || folder.join(file).exists(), "{}: {target}", path.display());
+        }
+    }
+}
+
+/// The crates' own essays are the first thing a reader opens.
+#[test]
+fn every_source_file_says_what_it_is_for() {
+    for (path, text) in sources_of("crates").chain(sources_of("tests")) {
+        assert!(text.starts_with("//!"), "{} begins without a word", path.display());
+    }
+}
+
+/// What an operator reads about flags is what the program understands.
+#[test]
+fn every_flag_in_the_documents_exists() {
+    let help = |arguments: &[&str]| {
+        let output = Command::new(env!("CARGO_BIN_EXE_backhaul")).args(arguments).arg("--help").output();
+        String::from_utf8(output.expect("the program runs").stdout).expect("help is UTF-8")
+    };
+    let known: String = [&["start"][..], &["init"], &["node", "status"], &["demo"]].into_iter().map(help).collect();
+    for document in ["README.md", "docs/operators.md"] {
+        let text = read(&root().join(document));
+        let commands = text.lines().filter(|line| line.contains("backhaul ") || line.trim_start().starts_with("--"));
+        for line in commands {
+            for flag in line.split_ascii_whitespace().filter(|word| word.starts_with("--") && word.len() > 2) {
+                let flag = flag.split(['=', '`', ',', ')']).next().unwrap_or_default();
+                assert!(known.contains(flag), "{document}: {flag} in: {line}");
+            }
+        }
+    }
+}

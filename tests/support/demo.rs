@@ -96,8 +96,8 @@ impl Demo {
 
     /// The URL of the server beside node `number`.
     pub fn direct_url(&self, number: usize) -> String {
-        let socket = self.node_dir(number).join("socket");
-        format!("postgresql:///movr?user=root&host={}", socket.display())
+        let database = self.nodes[0].url.rsplit('/').next().unwrap();
+        format!("postgresql:///{database}?user=root&host={}", self.node_dir(number).join("socket").display())
     }
 
     /// The store of node `number`.

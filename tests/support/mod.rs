@@ -1,6 +1,7 @@
 //! What whole-system tests stand on: fleets of real servers and nodes that live as long as a value does.
 
-#![allow(dead_code, reason = "each test binary uses a part")]
+#![allow(dead_code, unreachable_pub, reason = "each test binary uses a part")]
+#![allow(clippy::unwrap_used, reason = "a test that cannot go on panics")]
 
 pub mod demo;
 pub mod fleet;

@@ -146,7 +146,7 @@ fn line(tag: u8, body: &[u8]) -> Option<String> {
 }
 
 fn text(bytes: &[u8]) -> String {
-    bytes.escape_ascii().to_string()
+    bytes.escape_ascii().to_string().replace("\\\"", "\"").replace("\\'", "'")
 }
 
 fn values(mut body: &[u8]) -> Vec<String> {

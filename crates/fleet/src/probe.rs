@@ -66,31 +66,27 @@ impl Probe {
 
     /// One session with the server, from login to loss.
     async fn attend(&self, report: &impl Fn(ServerInfo)) -> anyhow::Result<door::OpenDoor> {
-        let opened = self.server.session().await;
-        if let (Err(error), false) = (&opened, self.insecure)
-            && error.as_db_error().is_some()
-            && let Some(open) = door::check(&self.server, None).await?
-        {
-            // The service role cannot log in (yet), and still the door has to be shut before clients pass.
-            return Ok(open);
-        }
-        if opened.as_ref().is_err_and(|error| error.as_db_error().is_some()) {
+        if !self.insecure {
+            // Before the login, which may not be possible yet: clients do not wait for the service role.
+            if let Some(open) = door::check(&self.server).await? {
+                return Ok(open);
+            }
             self.door.send_replace(Door::Guarded);
         }
+        let opened = self.server.session().await;
         let (client, _connection) = opened.map_err(spoken).context("log into the server as the service role")?;
-        let mut since_door_check = DOOR_PERIOD;
+        let mut since_rules = DOOR_PERIOD;
         loop {
-            if since_door_check >= DOOR_PERIOD && !self.insecure {
-                since_door_check = Duration::ZERO;
-                if let Some(open) = door::check(&self.server, Some(&client)).await? {
+            if since_rules >= DOOR_PERIOD && !self.insecure {
+                since_rules = Duration::ZERO;
+                if let Some(open) = door::open_rule(&self.server, &client).await? {
                     return Ok(open);
                 }
-                self.door.send_replace(Door::Guarded);
             }
             let state = timeout(ANSWER_DEADLINE, ask(&client)).await.context("ask the server what it is")??;
             report(ServerInfo::Up(state));
             sleep(PERIOD).await;
-            since_door_check += PERIOD;
+            since_rules += PERIOD;
         }
     }
 }

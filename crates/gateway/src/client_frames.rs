@@ -93,7 +93,7 @@ impl Session {
                 Judged::Pass
             }
             b'X' => Judged::Pass,
-            _ if self.skipping => Judged::Drop,
+            _ if self.skipping || self.pipeline.server_skips() => Judged::Drop,
             b'Q' | b'P' | b'B' | b'D' | b'E' | b'C' => {
                 let looked_at = found.len.min(LOOK_MAX);
                 let Some(bytes) = self.from_client.get(at..at + looked_at) else { return Judged::Later };

@@ -102,6 +102,11 @@ impl Pipeline {
         self.slots.is_empty()
     }
 
+    /// Whether the server passes over everything up to the next Sync, as this gateway then has to.
+    pub(crate) fn server_skips(&self) -> bool {
+        self.server_skips
+    }
+
     /// Whether a Flush has to be sent before the server will answer all; asked once, it counts as sent.
     pub(crate) fn take_flush(&mut self) -> bool {
         std::mem::take(&mut self.unflushed)

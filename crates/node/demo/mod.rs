@@ -20,6 +20,7 @@ use anyhow::{Context as _, bail};
 use fleet::private::{Installation, Instance, RunAs};
 use tokio::process::{Child, Command};
 use tokio::signal::unix::{SignalKind, signal};
+use tokio::task::JoinSet;
 
 use crate::flags::{Demo, Init, Trust};
 use crate::init;
@@ -134,11 +135,12 @@ async fn live(
         return execute(installation, &first, &flags.execute).await;
     }
     suggest(&running, &first).iter().for_each(|line| say(line));
+    let ends = watch(running, planned, servers);
     if std::io::stdin().is_terminal() && std::io::stdout().is_terminal() {
         let status = psql(installation, &first).status().await.context("run psql")?;
         return Ok(exit_code(status));
     }
-    watch_nodes(running).await
+    tell(ends).await
 }
 
 /// What two starts in one directory must have in common.
@@ -234,18 +236,33 @@ fn suggest(running: &[RunningNode], first: &str) -> Vec<String> {
     lines
 }
 
-/// Says when a node ends, and stays.
-async fn watch_nodes(running: Vec<RunningNode>) -> anyhow::Result<ExitCode> {
-    let mut watches = tokio::task::JoinSet::new();
+/// Waits for every process of the fleet, so that each may be started again by hand once it has ended.
+fn watch(running: Vec<RunningNode>, planned: &[PlannedNode], servers: Vec<Instance>) -> JoinSet<String> {
+    let mut ends = JoinSet::new();
     for mut node in running {
-        watches.spawn(async move {
+        ends.spawn(async move {
             let status = node.child.wait().await;
-            (node.planned.name(), status)
+            how(&node.planned.name(), status.ok())
         });
     }
-    while let Some(ended) = watches.join_next().await {
-        let (name, status) = ended?;
-        print_line(&format!("{name} has ended ({})", status?));
+    for (node, server) in planned.iter().zip(servers) {
+        let name = format!("the server of {}", node.name());
+        ends.spawn(async move { how(&name, server.ended().await.ok()) });
     }
-    bail!("all nodes have ended")
+    ends
+}
+
+fn how(name: &str, status: Option<ExitStatus>) -> String {
+    match status {
+        Some(status) => format!("{name} has ended ({status})"),
+        None => format!("{name} has ended"),
+    }
+}
+
+/// Says what ends, and stays.
+async fn tell(mut ends: JoinSet<String>) -> anyhow::Result<ExitCode> {
+    while let Some(ended) = ends.join_next().await {
+        print_line(&ended?);
+    }
+    bail!("all nodes and servers have ended")
 }

@@ -165,6 +165,15 @@ impl Instance {
         self.child.as_mut()
     }
 
+    /// Waits until the process ends; it has to be waited for, or its place stays taken for a restart.
+    ///
+    /// # Errors
+    ///
+    /// It was never started.
+    pub async fn ended(mut self) -> anyhow::Result<std::process::ExitStatus> {
+        Ok(self.child.as_mut().context("wait for a server that was not started")?.wait().await?)
+    }
+
     /// Where the data is.
     pub fn data(&self) -> &Path {
         &self.data

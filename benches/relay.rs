@@ -22,7 +22,8 @@ const COPY_OVERHEAD_MAX: f64 = 0.10;
 
 fn main() {
     let demo = Demo::start(&["--nodes", "2", "--servers", "1", "--no-example-database"]);
-    let ways = [("direct", demo.direct_url(1)), ("node", demo.nodes[0].url.clone()), ("hop", demo.nodes[1].url.clone())];
+    let ways =
+        [("direct", demo.direct_url(1)), ("node", demo.nodes[0].url.clone()), ("hop", demo.nodes[1].url.clone())];
     let make = format!(
         "CREATE UNLOGGED TABLE t AS SELECT i, md5(i::text) a, repeat(md5((i + 1)::text), 5) b FROM generate_series(1, {ROWS}) i;
          CREATE UNLOGGED TABLE sink (LIKE t)"
@@ -45,7 +46,10 @@ fn main() {
         let ratios = in_turn(&ways, &|url| {
             timed(postgres_program("pgbench").args(["-n", "-S", "-M", mode, "-c", "4", "-j", "2", "-t", "2000", url]))
         });
-        println!("pgbench -S -M {mode}: through a node {:.2}, through a hop {:.2} of the direct time", ratios[1], ratios[2]);
+        println!(
+            "pgbench -S -M {mode}: through a node {:.2}, through a hop {:.2} of the direct time",
+            ratios[1], ratios[2]
+        );
     }
     drop(demo);
     if worst > 1.0 + COPY_OVERHEAD_MAX {

@@ -41,6 +41,9 @@ pub(crate) async fn run(flags: Start) -> anyhow::Result<()> {
     let me = describe(&flags, &listener, &store, server.is_some())?;
     tracing::info!(address = %me.address, locality = %me.locality, shard = %me.shard, "node is starting");
     let address = me.address.clone();
+    if flags.trust.insecure && !listener.local_addr()?.ip().is_loopback() {
+        tracing::warn!("whoever reaches {address} is trusted as a node of this fleet (--insecure)");
+    }
 
     let cluster = Cluster::new(me, &flags.join, store)?;
     let registry = Registry::default();

@@ -24,9 +24,9 @@ impl Server {
         Self::make(dir, name, |server| server.init("root", settings))
     }
 
-    /// Makes and starts a standby of `primary` in `dir/<name>`.
-    pub fn standby(dir: &Path, name: &str, primary: &Self, settings: &Settings) -> Self {
-        Self::make(dir, name, |server| server.clone_from(&primary.instance, "root", name, settings))
+    /// Makes and starts, in `dir/<name>`, a standby of the server that a connection string leads to.
+    pub fn standby(dir: &Path, name: &str, source: &str) -> Self {
+        Self::make(dir, name, |server| server.clone_from(source, name, &Vec::new()))
     }
 
     fn make(dir: &Path, name: &str, make: impl FnOnce(&Instance) -> anyhow::Result<()>) -> Self {
@@ -95,14 +95,30 @@ impl Node {
 
     /// The same, giving the log of a node that ends instead.
     pub fn try_start(dir: &Path, name: &str, arguments: &[&str]) -> Result<Self, String> {
+        Self::try_start_with(dir, name, arguments, &[])
+    }
+
+    /// The same, with variables in its environment.
+    pub fn try_start_with(
+        dir: &Path,
+        name: &str,
+        arguments: &[&str],
+        environment: &[(&str, &str)],
+    ) -> Result<Self, String> {
         let home = dir.join(name);
         std::fs::create_dir_all(&home).unwrap();
         let (url, log) = (home.join("url"), home.join("node.log"));
         let _ = std::fs::remove_file(&url);
         let output = std::fs::File::create(&log).unwrap();
         let mut command = backhaul();
-        command.args(["start", "--listen-addr", "127.0.0.1:0", "--store"]).arg(home.join("store"));
-        command.arg("--listening-url-file").arg(&url).args(arguments);
+        command.arg("start").arg("--listening-url-file").arg(&url).args(arguments);
+        if !arguments.contains(&"--listen-addr") {
+            command.args(["--listen-addr", "127.0.0.1:0"]);
+        }
+        if !arguments.contains(&"--store") {
+            command.arg("--store").arg(home.join("store"));
+        }
+        command.envs(environment.iter().copied());
         command.stdin(Stdio::null()).stdout(output.try_clone().unwrap()).stderr(output);
         let mut child = command.spawn().unwrap();
         let address = until("a node to listen", || {

@@ -3,9 +3,10 @@
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
-use crate::support::demo::Demo;
+use crate::support::demo::{Demo, directory};
+use crate::support::fleet::{Node, Server};
 use crate::support::wire::Wire;
-use crate::support::{both, postgres_program, until};
+use crate::support::{backhaul, both, postgres_program, run, until};
 
 /// Waits until node `number` leads its clients to a server on this timeline.
 #[track_caller]
@@ -128,4 +129,33 @@ fn a_stopped_node_tells_its_clients() {
     kill(Pid::from_raw(demo.nodes[1].pid), Signal::SIGTERM).unwrap();
     let heard = wire.hear();
     assert_eq!(heard, "E SFATAL C57P01 Mterminating connection due to administrator command\nend");
+}
+
+#[test]
+fn standbys_may_stream_through_the_port_even_that_of_their_own_node() {
+    let dir = directory();
+    let primary = Server::primary(dir.path(), "primary", &Vec::new());
+    let first = Node::start(dir.path(), "n1", &["--insecure", "--postgres", &primary.instance.conninfo("backhaul")]);
+    run(backhaul().args(["init", "--insecure", "--user", "root", "--host", &first.address]));
+    // Its source is the port of the node that will stand beside it, which has no server yet.
+    let gateway = Node::start(dir.path(), "gateway", &["--insecure", "--join", &first.address]);
+    let address = gateway.address.clone();
+    let (host, port) = address.rsplit_once(':').unwrap();
+    let standby = Server::standby(dir.path(), "standby", &format!("host={host} port={port} user=root"));
+    drop(gateway);
+    let conninfo = standby.instance.conninfo("backhaul");
+    let flags = ["--insecure", "--listen-addr", &address, "--join", &first.address, "--postgres", &conninfo];
+    let _own = Node::start(dir.path(), "own", &flags);
+    let streams = || {
+        primary.ask("CREATE TABLE IF NOT EXISTS seen AS SELECT 1 AS i");
+        let upstream = "SELECT status || ' ' || sender_port FROM pg_stat_wal_receiver";
+        let count = "SELECT count(*) FROM pg_class WHERE relname = 'seen'";
+        let seen = format!("{} {}", standby.ask(upstream), standby.ask(count));
+        if seen == format!("streaming {port} 1") { Ok(()) } else { Err(seen) }
+    };
+    until("the standby to stream through its own node", streams);
+    until("its role to be known", || {
+        let seen = both(&first.psql("root", "postgres").args(["-Atc", "SHOW NODES"]).output().unwrap());
+        if seen.contains("|non-voting replica|t|t|") { Ok(()) } else { Err(seen) }
+    });
 }

@@ -1,12 +1,13 @@
 //! Asking the server beside this node what it is, without end.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, anyhow, bail};
 use cluster::{Downstream, Lsn, ServerInfo, ServerState, Upstream};
 use tokio::sync::watch;
 use tokio::time::{sleep, timeout};
 use tokio_postgres::Client;
+use tokio_postgres::error::SqlState;
 use uuid::Uuid;
 
 use crate::{Server, door};
@@ -17,7 +18,10 @@ const PERIOD: Duration = Duration::from_millis(200);
 /// A server that takes longer to answer counts as down.
 const ANSWER_DEADLINE: Duration = Duration::from_secs(3);
 
-/// How often the rules by which the server lets clients in are looked at again while it stays up.
+/// Wait after a login that the server refused; what is amiss takes an operator to mend.
+const REFUSED_WAIT: Duration = Duration::from_secs(1);
+
+/// How often the ways in are looked at again. Each look leaves lines in the server's log.
 const DOOR_PERIOD: Duration = Duration::from_secs(60);
 
 /// Whether clients may be relayed to the server.
@@ -49,8 +53,9 @@ impl Probe {
         if self.insecure {
             self.door.send_replace(Door::Guarded);
         }
+        let mut checked = None;
         loop {
-            match self.attend(&report).await {
+            let error = match self.attend(&mut checked, &report).await {
                 Ok(open) => {
                     return anyhow!(
                         "{}; a node in front of it would let in everybody, so it does not run (use scram-sha-256, or \
@@ -58,37 +63,59 @@ impl Probe {
                         open.found
                     );
                 }
-                Err(error) => report(ServerInfo::Down { reason: format!("{error:#}") }),
-            }
-            sleep(PERIOD).await;
+                Err(error) => error,
+            };
+            let refused = error.downcast_ref::<Refused>().is_some();
+            report(ServerInfo::Down { reason: format!("{error:#}") });
+            sleep(if refused { REFUSED_WAIT } else { PERIOD }).await;
         }
     }
 
-    /// One session with the server, from login to loss.
-    async fn attend(&self, report: &impl Fn(ServerInfo)) -> anyhow::Result<door::OpenDoor> {
-        if !self.insecure {
+    /// One session with the server, from login to loss. `checked` is when the door was last found shut.
+    async fn attend(
+        &self,
+        checked: &mut Option<Instant>,
+        report: &impl Fn(ServerInfo),
+    ) -> anyhow::Result<door::OpenDoor> {
+        if self.is_due(*checked) {
             // Before the login, which may not be possible yet: clients do not wait for the service role.
             if let Some(open) = door::check(&self.server).await? {
                 return Ok(open);
             }
+            *checked = Some(Instant::now());
             self.door.send_replace(Door::Guarded);
         }
-        let opened = self.server.session().await;
-        let (client, _connection) = opened.map_err(spoken).context("log into the server as the service role")?;
-        let mut since_rules = DOOR_PERIOD;
+        let (client, _connection) = self.server.session().await.map_err(refused)?;
+        let mut rules_read = None;
         loop {
-            if since_rules >= DOOR_PERIOD && !self.insecure {
-                since_rules = Duration::ZERO;
+            if self.is_due(rules_read) {
+                rules_read = Some(Instant::now());
                 if let Some(open) = door::open_rule(&self.server, &client).await? {
                     return Ok(open);
                 }
             }
             let state = timeout(ANSWER_DEADLINE, ask(&client)).await.context("ask the server what it is")??;
             report(ServerInfo::Up(state));
+            // Once it was up and is lost, it may come back with other rules.
+            *checked = None;
             sleep(PERIOD).await;
-            since_rules += PERIOD;
         }
     }
+
+    fn is_due(&self, last: Option<Instant>) -> bool {
+        !self.insecure && last.is_none_or(|at| at.elapsed() >= DOOR_PERIOD)
+    }
+}
+
+/// The server is there and does not let the service role in.
+#[derive(Debug, thiserror::Error)]
+#[error("log into the server as the service role: {0}")]
+struct Refused(String);
+
+fn refused(error: tokio_postgres::Error) -> anyhow::Error {
+    let is_refusal = error.as_db_error().is_some_and(|said| *said.code() != SqlState::CANNOT_CONNECT_NOW);
+    let words = spoken(error);
+    if is_refusal { Refused(format!("{words:#}")).into() } else { words.context("log into the server") }
 }
 
 const STATE: &str = "

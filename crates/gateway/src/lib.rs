@@ -42,7 +42,7 @@ use fleet::probe::Door;
 use fleet::{Server, Socket};
 use pgerror::{PgError, SqlState};
 use sql::Statement;
-use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _, copy_bidirectional};
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _, copy_bidirectional_with_sizes};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::watch;
 use tokio::time::timeout;
@@ -58,6 +58,9 @@ use startup::{Hop, Packet, Startup, read_packet};
 
 /// A client that has not sent its startup packet by then is sent away; PostgreSQL's `authentication_timeout`.
 const STARTUP_DEADLINE: Duration = Duration::from_secs(60);
+
+/// What a hop holds in each direction at most, in bytes.
+const HOP_BUFFER: usize = 64 * 1024;
 
 /// How long open sessions may take to hear that the node stops.
 const SHUTDOWN_DEADLINE: Duration = Duration::from_secs(5);
@@ -250,7 +253,7 @@ impl Gateway {
             Ok(Some(mut server)) => {
                 tokio::select! {
                     // Either side's end is the end; the sending gateway finds the words for its client.
-                    _ = copy_bidirectional(&mut socket, &mut server) => {}
+                    _ = copy_bidirectional_with_sizes(&mut socket, &mut server, HOP_BUFFER, HOP_BUFFER) => {}
                     () = self.shutdown.cancelled() => {}
                 }
             }

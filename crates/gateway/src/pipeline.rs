@@ -233,7 +233,11 @@ mod tests {
             let tag = frame.as_bytes()[0];
             match direction {
                 ">" => pipeline.forwarded(tag),
-                _ => assert_eq!(pipeline.received(tag, frame.bytes().nth(1)), Verdict::Pass, "{script}: {step}"),
+                _ => assert_eq!(
+                    pipeline.received(tag, frame.as_bytes().get(1).copied()),
+                    Verdict::Pass,
+                    "{script}: {step}"
+                ),
             }
         }
         pipeline

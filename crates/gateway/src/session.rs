@@ -34,7 +34,7 @@ pub(crate) const BUFFER_MAX: usize = 256 * 1024;
 const READ_SIZE: usize = 64 * 1024;
 
 /// A client that does not take its last words within this time goes without them.
-const LAST_WORDS_DEADLINE: Duration = Duration::from_secs(5);
+const LAST_WORDS_DEADLINE: Duration = Duration::from_secs(30);
 
 /// What came of the statements of one text: in order, up to the first that failed.
 pub(crate) type Outcome = Vec<(Statement, Result<Answer, PgError>)>;
@@ -127,7 +127,8 @@ impl Session {
             if let Err(error) = self.digest_server().and_then(|()| self.digest_client()) {
                 break Err(error);
             }
-            if !server_open && self.from_server.len() < BUFFER_MAX {
+            // With room towards the client, all that can be digested of the server's last words has been.
+            if !server_open && self.to_client.len() < BUFFER_MAX {
                 break if self.server_ended || self.client_ended { Ok(()) } else { Err(self.server_lost()) };
             }
             if !client_open && self.to_server.is_empty() && server_writable {

@@ -33,7 +33,7 @@ pub(super) async fn start(
             let primary = started.iter().find(|(other, _)| other.shard == node.shard).map(|(_, server)| server);
             match primary {
                 None => server.init(SUPERUSER, &settings),
-                Some(primary) => server.clone_from(primary, SUPERUSER, &node.name(), &settings),
+                Some(primary) => server.clone_from(&primary.conninfo(SUPERUSER), &node.name(), &settings),
             }
             .with_context(|| format!("make the server of {}", node.name()))?;
         }

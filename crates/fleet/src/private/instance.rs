@@ -64,15 +64,16 @@ impl Instance {
         self.configure(settings)
     }
 
-    /// Makes a standby of `primary`, which must be running. It will stream under `name`, holding a slot of that name.
+    /// Makes a standby of the server that `source`, a connection string, leads to. It will stream from there under
+    /// `name`, holding a slot of that name.
     ///
     /// # Errors
     ///
     /// `pg_basebackup` fails; its last words are in the message.
-    pub fn clone_from(&self, primary: &Self, superuser: &str, name: &str, settings: &Settings) -> anyhow::Result<()> {
+    pub fn clone_from(&self, source: &str, name: &str, settings: &Settings) -> anyhow::Result<()> {
         self.make_dirs()?;
         let mut basebackup = self.program("pg_basebackup");
-        let source = format!("host={} user={superuser} application_name={name}", primary.socket_dir.display());
+        let source = format!("{source} application_name={name}");
         basebackup.args(["--no-sync", "--checkpoint=fast", "--wal-method=stream", "--write-recovery-conf"]);
         basebackup.args(["--create-slot", "--slot", name, "--dbname", &source, "--pgdata"]).arg(&self.data);
         run(&mut basebackup)?;

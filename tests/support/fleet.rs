@@ -21,18 +21,26 @@ pub struct Server {
 impl Server {
     /// Makes and starts a primary in `dir/<name>`.
     pub fn primary(dir: &Path, name: &str, settings: &Settings) -> Self {
-        Self::make(dir, name, |server| server.init("root", settings))
+        Self::make(dir, name, None, |server| server.init("root", settings))
+    }
+
+    /// The same, listening on 127.0.0.1 as well.
+    pub fn primary_on(dir: &Path, name: &str, port: u16) -> Self {
+        Self::make(dir, name, Some(port), |server| server.init("root", &Vec::new()))
     }
 
     /// Makes and starts, in `dir/<name>`, a standby of the server that a connection string leads to.
     pub fn standby(dir: &Path, name: &str, source: &str) -> Self {
-        Self::make(dir, name, |server| server.clone_from(source, name, &Vec::new()))
+        Self::make(dir, name, None, |server| server.clone_from(source, name, &Vec::new()))
     }
 
-    fn make(dir: &Path, name: &str, make: impl FnOnce(&Instance) -> anyhow::Result<()>) -> Self {
+    fn make(dir: &Path, name: &str, port: Option<u16>, make: impl FnOnce(&Instance) -> anyhow::Result<()>) -> Self {
         let dir = dir.join(name);
         std::fs::create_dir_all(&dir).unwrap();
-        let instance = Instance::new(Installation::find().unwrap(), RunAs::choose().unwrap(), &dir).unwrap();
+        let mut instance = Instance::new(Installation::find().unwrap(), RunAs::choose().unwrap(), &dir).unwrap();
+        if let Some(port) = port {
+            instance = instance.listening(port);
+        }
         make(&instance).unwrap();
         let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
         let mut server = Self { instance, dir, runtime };
@@ -64,8 +72,10 @@ impl Server {
 
     /// The rows of a statement on the server itself.
     pub fn ask(&self, statement: &str) -> String {
-        let url = format!("postgresql:///postgres?user=root&host={}", self.dir.join("socket").display());
-        super::run(super::demo::psql(&url).env("PGPASSWORD", "of root").args(["-Atc", statement])).trim_end().to_owned()
+        let conninfo = format!("{} dbname=postgres", self.instance.conninfo("root"));
+        super::run(super::demo::psql(&conninfo).env("PGPASSWORD", "of root").args(["-Atc", statement]))
+            .trim_end()
+            .to_owned()
     }
 }
 

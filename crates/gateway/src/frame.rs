@@ -30,6 +30,20 @@ pub(crate) fn header(bytes: &[u8]) -> Result<Option<Header>, PgError> {
     Ok(Some(Header { tag, len: length + 1 }))
 }
 
+/// The length of the whole frames of rows or COPY data at the front of `bytes`. They are most of what ever passes, and
+/// nothing about them has to be noted.
+pub(crate) fn data_run(bytes: &[u8]) -> usize {
+    let mut run = 0;
+    while let Some([tag, a, b, c, d]) = bytes.get(run..).and_then(|rest| rest.first_chunk::<5>()) {
+        let len = u32::from_be_bytes([*a, *b, *c, *d]) as usize;
+        if !matches!(tag, b'd' | b'D') || len < 4 || bytes.len() - run <= len {
+            break;
+        }
+        run += len + 1;
+    }
+    run
+}
+
 /// Cuts a NUL-terminated string off the front of `bytes`; `None` when no NUL is there.
 pub(crate) fn cut_string<'b>(bytes: &mut &'b [u8]) -> Option<&'b [u8]> {
     let end = bytes.iter().position(|b| *b == 0)?;
@@ -55,6 +69,24 @@ pub(crate) fn cut_i32(bytes: &mut &[u8]) -> Option<i32> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_run_of_data_ends_before_anything_else() {
+        let row = |body: &[u8]| [b"D\0\0\0".as_slice(), &[4 + body.len() as u8], body].concat();
+        let (one, two) = (row(b"one"), row(b""));
+        for (bytes, run) in [
+            (vec![], 0),
+            ([one.clone(), two.clone()].concat(), one.len() + two.len()),
+            ([one.clone(), two[..4].to_vec()].concat(), one.len()),
+            ([one.clone(), one[..7].to_vec()].concat(), one.len()),
+            ([two.clone(), b"Z\0\0\0\x05I".to_vec()].concat(), two.len()),
+            (b"d\0\0\0\x03abc".to_vec(), 0),
+            (b"d\xff\xff\xff\xffabc".to_vec(), 0),
+            (b"C\0\0\0\x04".to_vec(), 0),
+        ] {
+            assert_eq!(data_run(&bytes), run, "{bytes:?}");
+        }
+    }
 
     #[test]
     fn a_length_that_lies_ends_the_connection() {

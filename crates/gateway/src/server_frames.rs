@@ -4,7 +4,7 @@ use bytes::{Buf as _, Bytes};
 use pgerror::PgError;
 
 use crate::client_frames::pass_on;
-use crate::frame::{cut_string, header};
+use crate::frame::{cut_string, data_run, header};
 use crate::pipeline::{Transaction, Verdict};
 use crate::session::{BUFFER_MAX, Session};
 
@@ -34,6 +34,7 @@ impl Session {
                     break;
                 }
             }
+            passed += data_run(&self.from_server[passed..]);
             let Some(found) = header(&self.from_server[passed..])? else { break };
             let looked_at = match found.tag {
                 b'Z' | b'E' | b'K' | b'S' | b'C' => found.len.min(LOOK_MAX),

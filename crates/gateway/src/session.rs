@@ -7,7 +7,7 @@
 //! so a slow client slows its server exactly as it would without a gateway.
 
 use std::future::Future;
-use std::pin::Pin;
+use std::pin::{Pin, pin};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -30,8 +30,9 @@ use crate::pipeline::Pipeline;
 /// Reading from one side stops while this much waits to be written to the other.
 pub(crate) const BUFFER_MAX: usize = 256 * 1024;
 
-/// Room that is made before each read.
-const READ_SIZE: usize = 64 * 1024;
+/// Room for a read is made when there is less than the first, and then this much more.
+const READ_MIN: usize = 16 * 1024;
+const READ_SIZE: usize = 128 * 1024;
 
 /// A client that does not take its last words within this time goes without them.
 const LAST_WORDS_DEADLINE: Duration = Duration::from_secs(30);
@@ -121,6 +122,9 @@ impl Session {
         // The leader may have changed since the route was chosen.
         views.mark_changed();
         let shutdown = self.gateway.shutdown.clone();
+        // Made once: this loop turns for every few bytes that pass.
+        let mut stopped = pin!(shutdown.cancelled());
+        let mut moved = pin!(moved(&mut views, follows.as_ref()));
         let (mut client_open, mut server_open, mut server_writable) = (true, true, true);
         let (mut client_flushed, mut server_flushed) = (true, true);
         let end: Result<(), PgError> = loop {
@@ -139,9 +143,11 @@ impl Session {
                     break Ok(());
                 }
             }
-            self.from_client.reserve(READ_SIZE);
-            self.from_server.reserve(READ_SIZE);
+            make_room(&mut self.from_client);
+            make_room(&mut self.from_server);
             tokio::select! {
+                // In this order: what is there is taken first, so that it goes on in larger pieces.
+                biased;
                 read = client_in.read_buf(&mut self.from_client), if client_open && self.from_client.len() < BUFFER_MAX => {
                     client_open = matches!(read, Ok(read) if read > 0);
                 }
@@ -162,8 +168,8 @@ impl Session {
                     }
                 }
                 outcome = finished(&mut self.running) => self.finish(outcome),
-                () = moved(&mut views, follows.as_ref()) => break Err(leader_moved(follows.as_ref())),
-                () = shutdown.cancelled() => break Err(shutting_down()),
+                () = &mut moved => break Err(leader_moved(follows.as_ref())),
+                () = &mut stopped => break Err(shutting_down()),
             }
         };
         if let Err(error) = end
@@ -190,6 +196,12 @@ impl Session {
     }
 }
 
+fn make_room(buffer: &mut BytesMut) {
+    if buffer.capacity() - buffer.len() < READ_MIN {
+        buffer.reserve(READ_SIZE);
+    }
+}
+
 /// Writes some of `bytes`, or flushes when there are none left; true once nothing waits on the way out (TLS keeps a
 /// buffer of its own).
 async fn push(out: &mut (impl AsyncWrite + Unpin), bytes: &mut BytesMut) -> std::io::Result<bool> {
@@ -211,7 +223,6 @@ async fn finished(running: &mut Option<Running>) -> Outcome {
 /// Returns when another node leads the shard.
 async fn moved(views: &mut watch::Receiver<Arc<View>>, follows: Option<&Follows>) {
     let Some(follows) = follows else { return std::future::pending().await };
-    // Only news is looked at: this is asked anew for every few bytes that pass.
     while views.changed().await.is_ok() {
         let view = Arc::clone(&views.borrow_and_update());
         if view.leader(&follows.shard).is_some_and(|leader| leader.instance != follows.instance) {

@@ -19,8 +19,11 @@ use crate::login::{FirstAnswer, knock};
 /// A server that has not begun to take connections by then is given up; a standby waits for its first WAL meanwhile.
 const START_DEADLINE: Duration = Duration::from_secs(60);
 
+/// The number in a socket file's name, where the server listens on nothing else.
+const SOCKET_PORT: u16 = 5432;
+
 /// The longest path that fits into a socket address, less the name of PostgreSQL's socket file.
-const SOCKET_DIR_MAX: usize = 107 - "/.s.PGSQL.5432".len();
+const SOCKET_DIR_MAX: usize = 107 - "/.s.PGSQL.65535".len();
 
 /// What tells one private server from another: names and values for `postgresql.conf`.
 pub type Settings = Vec<(String, String)>;
@@ -34,6 +37,8 @@ pub struct Instance {
     run_as: Option<RunAs>,
     data: PathBuf,
     socket_dir: PathBuf,
+    /// With a port the server listens on 127.0.0.1, too.
+    port: Option<u16>,
     child: Option<Child>,
 }
 
@@ -48,7 +53,14 @@ impl Instance {
         if socket_dir.as_os_str().len() > SOCKET_DIR_MAX {
             bail!("the directory {} has too long a path to hold a socket; choose a shorter one", dir.display());
         }
-        Ok(Self { installation, run_as, data: dir.join("pg"), socket_dir, child: None })
+        Ok(Self { installation, run_as, data: dir.join("pg"), socket_dir, port: None, child: None })
+    }
+
+    /// Lets the server that is about to be made listen on 127.0.0.1 as well; it trusts whoever comes from there.
+    #[must_use]
+    pub fn listening(mut self, port: u16) -> Self {
+        self.port = Some(port);
+        self
     }
 
     /// Makes an empty cluster whose superuser is `superuser`.
@@ -106,10 +118,14 @@ impl Instance {
     fn configure(&self, settings: &Settings) -> anyhow::Result<()> {
         let mut conf = String::new();
         let socket_dir = self.socket_dir.display().to_string();
+        let (address, port) = match self.port {
+            Some(port) => ("127.0.0.1", port.to_string()),
+            None => ("", SOCKET_PORT.to_string()),
+        };
         let fixed = [
-            ("listen_addresses", ""),
+            ("listen_addresses", address),
             ("unix_socket_directories", &socket_dir),
-            ("port", "5432"),
+            ("port", &port),
             ("fsync", "off"),
             ("shared_buffers", "32MB"),
             ("max_wal_size", "256MB"),
@@ -125,7 +141,7 @@ impl Instance {
         }
         // Written over in place, as above.
         fs::write(self.data.join("postgresql.conf"), conf).context("write postgresql.conf")?;
-        self.set_hba("local all all trust\nlocal replication all trust\n")
+        self.set_hba("local all all trust\nlocal replication all trust\nhost all all 127.0.0.1/32 trust\n")
     }
 
     /// Starts the server and waits until it takes connections. Its log is `log`.
@@ -182,7 +198,7 @@ impl Instance {
 
     /// The connection string for `user`.
     pub fn conninfo(&self, user: &str) -> String {
-        format!("host={} user={user}", self.socket_dir.display())
+        format!("host={} port={} user={user}", self.socket_dir.display(), self.port.unwrap_or(SOCKET_PORT))
     }
 
     /// The server, logged into as `user`.

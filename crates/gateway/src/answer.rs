@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use bytes::BytesMut;
+use bytes::{BufMut as _, BytesMut};
 use chrono::{DateTime, Utc};
 use pgerror::PgError;
 use pgwire::api::Type;
@@ -10,7 +10,7 @@ use pgwire::api::results::{DataRowEncoder, FieldFormat, FieldInfo};
 use pgwire::error::ErrorInfo;
 use pgwire::messages::Message;
 use pgwire::messages::data::{FieldDescription, ParameterDescription, RowDescription};
-use pgwire::messages::extendedquery::{BindComplete, CloseComplete, Flush, Parse, ParseComplete, PortalSuspended};
+use pgwire::messages::extendedquery::{BindComplete, CloseComplete, Flush, Parse, PortalSuspended};
 use pgwire::messages::response::{CommandComplete, ErrorResponse, NoticeResponse, ReadyForQuery, TransactionStatus};
 use pgwire::messages::simplequery::Query;
 use pgwire::messages::startup::Authentication;
@@ -99,10 +99,6 @@ impl Writer<'_> {
         message.encode(self.0).expect("a message of ours is short");
     }
 
-    pub(crate) fn parse_complete(&mut self) {
-        self.put(&ParseComplete::new());
-    }
-
     pub(crate) fn bind_complete(&mut self) {
         self.put(&BindComplete::new());
     }
@@ -125,6 +121,15 @@ impl Writer<'_> {
         } else {
             self.put(&Query::new(POISON.to_owned()));
         }
+    }
+
+    /// To the server: an empty statement under this name, which may be in any encoding.
+    pub(crate) fn empty_parse(&mut self, name: &[u8]) {
+        self.0.put_u8(b'P');
+        self.0.put_u32(u32::try_from(4 + name.len() + 4).expect("a name is short"));
+        self.0.put_slice(name);
+        // The end of the name, an empty text, no parameter types.
+        self.0.put_slice(&[0, 0, 0, 0]);
     }
 
     /// To the server: answer now what you have.

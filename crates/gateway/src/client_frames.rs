@@ -1,6 +1,6 @@
 //! What a client sends, frame by frame: passed on, or ours.
 
-use bytes::{Buf as _, Bytes, BytesMut};
+use bytes::{Bytes, BytesMut};
 use pgerror::{PgError, SqlState};
 use sql::Statement;
 
@@ -27,59 +27,50 @@ enum Judged {
 impl Session {
     /// Takes what the client has sent as far as possible.
     pub(crate) fn digest_client(&mut self) -> Result<(), PgError> {
-        let mut passed = 0;
-        while self.running.is_none() && self.to_server.len() + passed < BUFFER_MAX {
-            let here = self.from_client.len() - passed;
-            if self.client_rest.pass > 0 {
-                let pass = here.min(self.client_rest.pass);
-                self.client_rest.pass -= pass;
-                passed += pass;
-                if self.client_rest.pass > 0 {
-                    break;
-                }
+        self.held = false;
+        while self.running.is_none() && self.to_server.len() + self.from_client.waiting() < BUFFER_MAX {
+            if !self.from_client.settle(&mut self.to_server) {
+                break;
             }
-            if self.client_rest.drop > 0 {
-                pass_on(&mut self.from_client, &mut passed, &mut self.to_server);
-                let drop = self.from_client.len().min(self.client_rest.drop);
-                self.client_rest.drop -= drop;
-                self.from_client.advance(drop);
-                if self.client_rest.drop > 0 {
-                    break;
-                }
-            }
-            let Some(found) = header(&self.from_client[passed..])? else { break };
-            match self.judge(found, passed) {
+            let Some(found) = header(self.from_client.unjudged())? else { break };
+            match self.judge(found) {
                 Judged::Later => break,
                 Judged::Pass => {
                     self.client_ended |= found.tag == b'X';
                     self.pipeline.forwarded(found.tag);
-                    self.client_rest.pass = found.len;
+                    self.from_client.pass(found.len);
                 }
-                Judged::Drop => self.client_rest.drop = found.len,
-                judged @ (Judged::Ours | Judged::TooLong) => {
-                    pass_on(&mut self.from_client, &mut passed, &mut self.to_server);
-                    if !self.pipeline.is_quiet() {
-                        // Ours is answered behind everything that was asked before.
-                        if self.pipeline.take_flush() {
-                            Writer(&mut self.to_server).flush();
-                        }
-                        break;
-                    }
-                    if matches!(judged, Judged::TooLong) {
-                        self.client_rest.drop = found.len;
-                        self.fail(found.tag, &too_long());
-                    } else {
-                        let frame = self.from_client.split_to(found.len).freeze();
-                        self.ours(found.tag, &frame.slice(5..));
-                    }
+                Judged::Drop => self.from_client.discard(found.len),
+                Judged::Ours | Judged::TooLong if !self.is_our_turn() => {
+                    self.held = true;
+                    break;
+                }
+                Judged::Ours => {
+                    let frame = self.from_client.take(found.len, &mut self.to_server);
+                    self.ours(found.tag, &frame.slice(5..));
+                }
+                Judged::TooLong => {
+                    self.from_client.pass_on(&mut self.to_server);
+                    self.from_client.discard(found.len);
+                    self.fail(found.tag, &too_long());
                 }
             }
         }
-        pass_on(&mut self.from_client, &mut passed, &mut self.to_server);
+        self.from_client.pass_on(&mut self.to_server);
         Ok(())
     }
 
-    fn judge(&mut self, found: Header, at: usize) -> Judged {
+    /// Ours is answered behind everything that was asked before, not in the middle of a frame of the server, and not
+    /// while the client does not take its answers.
+    fn is_our_turn(&mut self) -> bool {
+        if !self.pipeline.is_quiet() && self.pipeline.take_flush() {
+            self.from_client.pass_on(&mut self.to_server);
+            Writer(&mut self.to_server).flush();
+        }
+        self.pipeline.is_quiet() && self.from_server.is_between_frames() && self.to_client.len() < BUFFER_MAX
+    }
+
+    fn judge(&mut self, found: Header) -> Judged {
         if !self.greeted {
             // Until the server has let the client in, only its proof passes.
             return if matches!(found.tag, b'p' | b'X') { Judged::Pass } else { Judged::Later };
@@ -96,8 +87,7 @@ impl Session {
             _ if self.skipping || self.pipeline.server_skips() => Judged::Drop,
             b'Q' | b'P' | b'B' | b'D' | b'E' | b'C' => {
                 let looked_at = found.len.min(LOOK_MAX);
-                let Some(bytes) = self.from_client.get(at..at + looked_at) else { return Judged::Later };
-                let body = &bytes[5..];
+                let Some(body) = self.from_client.unjudged().get(5..looked_at) else { return Judged::Later };
                 if !self.is_ours(found.tag, body) {
                     self.locals.superseded(found.tag, body);
                     Judged::Pass
@@ -126,7 +116,7 @@ impl Session {
         }
         let done = match tag {
             b'Q' => self.query(body),
-            b'P' => self.locals.parse(body, &mut self.to_client),
+            b'P' => self.prepare(body),
             b'B' => self.locals.bind(body, &mut self.to_client),
             b'D' => self.locals.describe(body, &mut self.to_client),
             b'C' => self.locals.close(body, &mut self.to_client),
@@ -141,6 +131,15 @@ impl Session {
         let text = cut_string(&mut &body[..])
             .ok_or_else(|| PgError::new(SqlState::PROTOCOL_VIOLATION, "invalid Query message"))?;
         self.start(sql::parse(utf8(text)?)?, None);
+        Ok(())
+    }
+
+    /// A statement of ours takes its name on the server, too, as an empty one: so the server knows the name as taken,
+    /// and as known when it is to be deallocated. Its ParseComplete is the client's.
+    fn prepare(&mut self, body: &Bytes) -> Result<(), PgError> {
+        let name = self.locals.parse(body)?;
+        Writer(&mut self.to_server).empty_parse(name);
+        self.pipeline.forwarded(b'P');
         Ok(())
     }
 
@@ -215,16 +214,6 @@ impl Session {
             self.to_client.unsplit(said);
             Writer(&mut self.to_client).ready(self.pipeline.transaction());
         }
-    }
-}
-
-/// Moves the first `passed` bytes on, without copying where nothing else waits.
-pub(crate) fn pass_on(from: &mut BytesMut, passed: &mut usize, to: &mut BytesMut) {
-    let chunk = from.split_to(std::mem::take(passed));
-    if to.is_empty() {
-        *to = chunk;
-    } else {
-        to.extend_from_slice(&chunk);
     }
 }
 

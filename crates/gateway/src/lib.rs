@@ -20,6 +20,7 @@ mod answer;
 mod cancel;
 mod client_frames;
 mod frame;
+mod inbound;
 mod local;
 mod peer;
 mod pipeline;

@@ -14,6 +14,8 @@ use crate::show::columns;
 #[derive(Debug, Default)]
 pub(crate) struct Locals {
     statements: HashMap<Vec<u8>, Statement>,
+    /// Parsed here, and not yet accepted under its name by the server.
+    parsed: Option<(Vec<u8>, Statement)>,
     portals: HashMap<Vec<u8>, Portal>,
 }
 
@@ -50,6 +52,8 @@ pub(crate) fn concerns(locals: &Locals, tag: u8, mut body: &[u8]) -> bool {
     match tag {
         b'B' => cut_string(&mut body).and_then(|_portal| cut_string(&mut body)).is_some_and(|name| locals.holds(name)),
         b'D' | b'C' => match body.split_first() {
+            // A statement is closed on the server, too.
+            Some((b'S', _)) if tag == b'C' => false,
             Some((b'S', mut name)) => cut_string(&mut name).is_some_and(|name| locals.holds(name)),
             Some((b'P', mut name)) => cut_string(&mut name).is_some_and(|name| locals.portals.contains_key(name)),
             _ => false,
@@ -70,12 +74,27 @@ impl Locals {
 
     /// Forgets what a frame that goes to the server replaces there.
     pub(crate) fn superseded(&mut self, tag: u8, mut body: &[u8]) {
-        let name = cut_string(&mut body);
-        match (tag, name) {
-            (b'P', Some(name)) => drop(self.statements.remove(name)),
+        let is_statement = body.first() == Some(&b'S');
+        if tag == b'C' {
+            body = body.get(1..).unwrap_or_default();
+        }
+        match (tag, cut_string(&mut body)) {
+            // Of a named one the server will say that the name is taken.
+            (b'P', Some(b"")) => drop(self.statements.remove(b"".as_slice())),
+            (b'C', Some(name)) if is_statement => drop(self.statements.remove(name)),
             (b'B', Some(name)) => drop(self.portals.remove(name)),
             _ => {}
         }
+    }
+
+    /// The server has accepted the name of the statement that was parsed last.
+    pub(crate) fn confirm(&mut self) {
+        self.statements.extend(self.parsed.take());
+    }
+
+    /// The server has refused something, and with it the name.
+    pub(crate) fn reject(&mut self) {
+        self.parsed = None;
     }
 
     /// A transaction has ended, and its portals with it.
@@ -89,8 +108,8 @@ impl Locals {
         self.portals.clear();
     }
 
-    /// Parse, of a text that is ours.
-    pub(crate) fn parse(&mut self, mut body: &[u8], out: &mut BytesMut) -> Result<(), PgError> {
+    /// Parse, of a text that is ours. Gives the name, which the server has to accept, too.
+    pub(crate) fn parse<'b>(&mut self, mut body: &'b [u8]) -> Result<&'b [u8], PgError> {
         let (Some(name), Some(text)) = (cut_string(&mut body), cut_string(&mut body)) else {
             return Err(malformed("Parse"));
         };
@@ -98,14 +117,8 @@ impl Locals {
             let message = "cannot insert multiple commands into a prepared statement";
             return Err(PgError::new(SqlState::SYNTAX_ERROR, message));
         };
-        if !name.is_empty() && self.holds(name) {
-            let name = String::from_utf8_lossy(name);
-            let message = format!("prepared statement \"{name}\" already exists");
-            return Err(PgError::new(SqlState::DUPLICATE_PREPARED_STATEMENT, message));
-        }
-        self.statements.insert(name.to_vec(), statement);
-        Writer(out).parse_complete();
-        Ok(())
+        self.parsed = Some((name.to_vec(), statement));
+        Ok(name)
     }
 
     /// Bind, of a statement of ours; none has parameters so far.
@@ -162,15 +175,10 @@ impl Locals {
         Ok(())
     }
 
-    /// Close, of something of ours.
+    /// Close, of a portal of ours.
     pub(crate) fn close(&mut self, body: &[u8], out: &mut BytesMut) -> Result<(), PgError> {
-        let (kind, mut rest) = body.split_first().ok_or_else(|| malformed("Close"))?;
-        let name = cut_string(&mut rest).ok_or_else(|| malformed("Close"))?;
-        if *kind == b'S' {
-            self.statements.remove(name);
-        } else {
-            self.portals.remove(name);
-        }
+        let mut rest = body.get(1..).unwrap_or_default();
+        self.portals.remove(cut_string(&mut rest).ok_or_else(|| malformed("Close"))?);
         Writer(out).close_complete();
         Ok(())
     }

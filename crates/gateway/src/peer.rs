@@ -152,7 +152,7 @@ impl Gateway {
             Ok(logged_in) => {
                 let cancelable = Cancelable::new(Route::Own);
                 let mut session = Session::new(self, cancelable, false);
-                session.from_server = logged_in.received;
+                session.from_server.bytes = logged_in.received;
                 session.relay(socket, logged_in.socket, None).await;
             }
         }

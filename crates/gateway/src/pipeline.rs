@@ -99,7 +99,8 @@ impl Pipeline {
 
     /// Whether the server has answered everything.
     pub(crate) fn is_quiet(&self) -> bool {
-        self.slots.is_empty()
+        // The end of COPY data that the server had stopped reading is never answered.
+        self.slots.iter().all(|slot| *slot == Slot::CopyEnd)
     }
 
     /// Whether the server passes over everything up to the next Sync, as this gateway then has to.
@@ -147,7 +148,11 @@ impl Pipeline {
             return;
         }
         self.server_skips = false;
-        self.unflushed = matches!(slot, Slot::Step(_) | Slot::PoisonParse(_));
+        match slot {
+            Slot::Step(_) | Slot::PoisonParse(_) => self.unflushed = true,
+            Slot::Cycle(_) | Slot::PoisonQuery(_) => self.unflushed = false,
+            Slot::CopyEnd => {}
+        }
         self.slots.push_back(slot);
     }
 
@@ -160,6 +165,7 @@ impl Pipeline {
             (b'Z', _) => {
                 self.transaction = Transaction::of(status.unwrap_or(b'I'));
                 self.copy_in = false;
+                self.server_skips = false;
                 self.end_cycle();
             }
             (b'E', _) => return self.failed(),
@@ -271,6 +277,13 @@ mod tests {
             (">B >E >S >d >c >S <2 <G <C <ZI", true),
             (">B >E >S <2 <G >d <E >c >S <ZI", true),
             (">B >E >S <2 <H <d <c <C <ZI", true),
+            // The rest of a COPY that has failed is nobody's.
+            (">Q <G >d <E <ZI >d >c", true),
+            (">Q <G >d <E <ZI >d >c >Q", false),
+            (">Q <G >d <E <ZI >d >c >Q <C <ZI", true),
+            // A COPY that fails before it reads, with its Sync already sent.
+            (">B >E >S <2 <G <E <ZI >Q", false),
+            (">B >E >S <2 <G <E <ZI >Q <C <ZI", true),
         ] {
             assert_eq!(play(script).is_quiet(), quiet, "{script}");
         }

@@ -1,9 +1,8 @@
 //! What a server sends, frame by frame: passed on, and a little of it read on the way.
 
-use bytes::{Buf as _, Bytes};
+use bytes::Bytes;
 use pgerror::PgError;
 
-use crate::client_frames::pass_on;
 use crate::frame::{cut_string, data_run, header};
 use crate::pipeline::{Transaction, Verdict};
 use crate::session::{BUFFER_MAX, Session};
@@ -14,53 +13,38 @@ const LOOK_MAX: usize = 16 * 1024;
 impl Session {
     /// Takes what the server has sent as far as possible.
     pub(crate) fn digest_server(&mut self) -> Result<(), PgError> {
-        let mut passed = 0;
-        while self.to_client.len() + passed < BUFFER_MAX {
-            let here = self.from_server.len() - passed;
-            if self.server_rest.pass > 0 {
-                let pass = here.min(self.server_rest.pass);
-                self.server_rest.pass -= pass;
-                passed += pass;
-                if self.server_rest.pass > 0 {
-                    break;
-                }
+        while self.to_client.len() + self.from_server.waiting() < BUFFER_MAX {
+            if !self.from_server.settle(&mut self.to_client) {
+                break;
             }
-            if self.server_rest.drop > 0 {
-                pass_on(&mut self.from_server, &mut passed, &mut self.to_client);
-                let drop = self.from_server.len().min(self.server_rest.drop);
-                self.server_rest.drop -= drop;
-                self.from_server.advance(drop);
-                if self.server_rest.drop > 0 {
-                    break;
-                }
-            }
-            passed += data_run(&self.from_server[passed..]);
-            let Some(found) = header(&self.from_server[passed..])? else { break };
+            let run = data_run(self.from_server.unjudged());
+            self.from_server.pass(run);
+            self.from_server.settle(&mut self.to_client);
+            let unjudged = self.from_server.unjudged();
+            let Some(found) = header(unjudged)? else { break };
             let looked_at = match found.tag {
                 b'Z' | b'E' | b'K' | b'S' | b'C' => found.len.min(LOOK_MAX),
                 _ => 5,
             };
-            if self.from_server.len() - passed < looked_at {
-                break;
-            }
-            let body = passed + 5..passed + looked_at;
-            match self.pipeline.received(found.tag, self.from_server[body.clone()].first().copied()) {
-                Verdict::Pass => self.server_rest.pass = found.len,
+            let Some(body) = unjudged.get(5..looked_at) else { break };
+            match self.pipeline.received(found.tag, body.first().copied()) {
+                Verdict::Pass => {
+                    let body = Bytes::copy_from_slice(body);
+                    self.from_server.pass(found.len);
+                    self.read_along(found.tag, &body);
+                }
                 Verdict::Replace(ours) => {
-                    pass_on(&mut self.from_server, &mut passed, &mut self.to_client);
+                    self.from_server.pass_on(&mut self.to_client);
                     self.to_client.extend_from_slice(&ours);
-                    self.server_rest.drop = found.len;
-                    continue;
+                    self.from_server.discard(found.len);
                 }
             }
-            self.read_along(found.tag, body);
         }
-        pass_on(&mut self.from_server, &mut passed, &mut self.to_client);
+        self.from_server.pass_on(&mut self.to_client);
         Ok(())
     }
 
-    fn read_along(&mut self, tag: u8, body: std::ops::Range<usize>) {
-        let mut body = &self.from_server[body];
+    fn read_along(&mut self, tag: u8, mut body: &[u8]) {
         match tag {
             b'Z' => {
                 self.greeted = true;
@@ -68,6 +52,7 @@ impl Session {
                     self.locals.end_transaction();
                 }
             }
+            b'1' => self.locals.confirm(),
             b'K' => {
                 let key = Bytes::copy_from_slice(body);
                 let session = std::sync::Arc::clone(&self.cancelable);
@@ -80,7 +65,10 @@ impl Session {
                 self.locals.discard_all();
             }
             // The severity that is never translated comes among the first fields.
-            b'E' => self.server_ended |= body.windows(7).any(|field| field == b"\0VFATAL" || field == b"\0VPANIC"),
+            b'E' => {
+                self.locals.reject();
+                self.server_ended |= body.windows(7).any(|field| field == b"\0VFATAL" || field == b"\0VPANIC");
+            }
             _ => {}
         }
     }

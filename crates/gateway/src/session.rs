@@ -24,6 +24,7 @@ use uuid::Uuid;
 use crate::Gateway;
 use crate::answer::{Answer, Writer};
 use crate::cancel::{Cancelable, Registered};
+use crate::inbound::Inbound;
 use crate::local::Locals;
 use crate::pipeline::Pipeline;
 
@@ -47,15 +48,6 @@ pub(crate) struct Running {
     pub(crate) execute: Option<Bytes>,
 }
 
-/// Bytes of a frame that has been judged and is not all there yet.
-#[derive(Clone, Copy, Debug, Default)]
-pub(crate) struct Rest {
-    /// These pass.
-    pub(crate) pass: usize,
-    /// These are thrown away.
-    pub(crate) drop: usize,
-}
-
 /// Everything about one client but its sockets.
 pub(crate) struct Session {
     pub(crate) gateway: Gateway,
@@ -74,14 +66,16 @@ pub(crate) struct Session {
     pub(crate) pipeline: Pipeline,
     pub(crate) locals: Locals,
     pub(crate) running: Option<Running>,
+    /// What came of the running statement, until it can be told.
+    pub(crate) outcome: Option<Outcome>,
+    /// A statement of ours has come in and waits for its turn.
+    pub(crate) held: bool,
     pub(crate) cancelable: Arc<Cancelable>,
     pub(crate) registered: Option<Registered>,
-    pub(crate) from_client: BytesMut,
+    pub(crate) from_client: Inbound,
     pub(crate) to_server: BytesMut,
-    pub(crate) client_rest: Rest,
-    pub(crate) from_server: BytesMut,
+    pub(crate) from_server: Inbound,
     pub(crate) to_client: BytesMut,
-    pub(crate) server_rest: Rest,
 }
 
 /// The leader that a session depends on.
@@ -103,14 +97,14 @@ impl Session {
             pipeline: Pipeline::default(),
             locals: Locals::default(),
             running: None,
+            outcome: None,
+            held: false,
             cancelable,
             registered: None,
-            from_client: BytesMut::new(),
+            from_client: Inbound::default(),
             to_server: BytesMut::new(),
-            client_rest: Rest::default(),
-            from_server: BytesMut::new(),
+            from_server: Inbound::default(),
             to_client: BytesMut::new(),
-            server_rest: Rest::default(),
         }
     }
 
@@ -128,30 +122,31 @@ impl Session {
         let (mut client_open, mut server_open, mut server_writable) = (true, true, true);
         let (mut client_flushed, mut server_flushed) = (true, true);
         let end: Result<(), PgError> = loop {
-            if let Err(error) = self.digest_server().and_then(|()| self.digest_client()) {
+            if let Err(error) = self.digest() {
                 break Err(error);
             }
             // With room towards the client, all that can be digested of the server's last words has been.
             if !server_open && self.to_client.len() < BUFFER_MAX {
                 break if self.server_ended || self.client_ended { Ok(()) } else { Err(self.server_lost()) };
             }
-            if !client_open && self.to_server.is_empty() && server_writable {
+            if !client_open && server_writable && self.is_done_with_client() && server_flushed {
                 // As a client that closes its side directly: the server finishes what it has and then goes.
                 server_writable = false;
-                self.running = None;
-                if server_out.shutdown().await.is_err() {
+                if !matches!(timeout(LAST_WORDS_DEADLINE, server_out.shutdown()).await, Ok(Ok(()))) {
                     break Ok(());
                 }
             }
-            make_room(&mut self.from_client);
-            make_room(&mut self.from_server);
+            make_room(&mut self.from_client.bytes);
+            make_room(&mut self.from_server.bytes);
+            let may_read_client = client_open && self.from_client.bytes.len() < BUFFER_MAX;
+            let may_read_server = server_open && self.to_client.len() < BUFFER_MAX;
             tokio::select! {
                 // In this order: what is there is taken first, so that it goes on in larger pieces.
                 biased;
-                read = client_in.read_buf(&mut self.from_client), if client_open && self.from_client.len() < BUFFER_MAX => {
+                read = client_in.read_buf(&mut self.from_client.bytes), if may_read_client => {
                     client_open = matches!(read, Ok(read) if read > 0);
                 }
-                read = server_in.read_buf(&mut self.from_server), if server_open && self.to_client.len() < BUFFER_MAX => {
+                read = server_in.read_buf(&mut self.from_server.bytes), if may_read_server => {
                     server_open = matches!(read, Ok(read) if read > 0);
                 }
                 pushed = push(&mut server_out, &mut self.to_server), if !self.to_server.is_empty() || !server_flushed => {
@@ -167,13 +162,13 @@ impl Session {
                         Err(_) => break Ok(()),
                     }
                 }
-                outcome = finished(&mut self.running) => self.finish(outcome),
+                outcome = finished(&mut self.running), if self.outcome.is_none() => self.outcome = Some(outcome),
                 () = &mut moved => break Err(leader_moved(follows.as_ref())),
                 () = &mut stopped => break Err(shutting_down()),
             }
         };
         if let Err(error) = end
-            && self.server_rest.pass == 0
+            && self.from_server.is_between_frames()
         {
             // Not in the middle of a frame of the server: the client could not tell our words from its bytes.
             Writer(&mut self.to_client).fatal(&error);
@@ -184,6 +179,22 @@ impl Session {
         };
         // Who does not listen does not hear.
         let _ = timeout(LAST_WORDS_DEADLINE, last_words).await;
+    }
+
+    /// Takes all that has come in as far as possible.
+    fn digest(&mut self) -> Result<(), PgError> {
+        self.digest_server()?;
+        if self.from_server.is_between_frames()
+            && let Some(outcome) = self.outcome.take()
+        {
+            self.finish(outcome);
+        }
+        self.digest_client()
+    }
+
+    /// Whether everything that the client has sent has gone to the server or been answered.
+    fn is_done_with_client(&self) -> bool {
+        self.to_server.is_empty() && self.running.is_none() && !self.held
     }
 
     fn server_lost(&self) -> PgError {
@@ -221,7 +232,7 @@ async fn finished(running: &mut Option<Running>) -> Outcome {
 }
 
 /// Returns when another node leads the shard.
-async fn moved(views: &mut watch::Receiver<Arc<View>>, follows: Option<&Follows>) {
+pub(crate) async fn moved(views: &mut watch::Receiver<Arc<View>>, follows: Option<&Follows>) {
     let Some(follows) = follows else { return std::future::pending().await };
     while views.changed().await.is_ok() {
         let view = Arc::clone(&views.borrow_and_update());

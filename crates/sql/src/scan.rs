@@ -13,7 +13,8 @@ pub fn is_ours(text: &[u8]) -> bool {
     let (Some(first), Some(second)) = (next_word(&mut rest), next_word(&mut rest)) else {
         return false;
     };
-    starts_ours(first, second)
+    // SHOW nodes.x is a setting of that name.
+    starts_ours(first, second) && !skip_blank(rest).is_some_and(|rest| rest.starts_with(b"."))
 }
 
 /// The same rule for words that are already cut.
@@ -78,6 +79,8 @@ mod tests {
             ("-- a comment\nSHOW NODES", true),
             ("/* one /* nested */ */ show /* two */ nodes", true),
             ("SHOW LOCALITY; SELECT 1", true),
+            ("SHOW nodes.x", false),
+            ("SHOW nodes /* a setting */ . x", false),
             ("SHOW locality_of", false),
             ("SHOW localityé", false),
             ("SHOW backhaul.target", false),

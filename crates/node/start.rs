@@ -108,10 +108,12 @@ fn describe(flags: &Start, listener: &TcpListener, store: &Store, has_server: bo
         }
         None => bound.to_string(),
     };
+    let identity = store.identity()?;
     let unknown = ServerInfo::Down { reason: "not asked yet".to_owned() };
     Ok(NodeInfo {
         instance: Uuid::new_v4(),
-        node_id: store.identity()?.node_id,
+        node_id: identity.node_id,
+        cluster_id: identity.cluster_id,
         address,
         locality: flags.locality.clone(),
         shard: flags.shard.clone(),
@@ -119,6 +121,7 @@ fn describe(flags: &Start, listener: &TcpListener, store: &Store, has_server: bo
         started_at: chrono::Utc::now(),
         server: has_server.then_some(unknown),
         peers: Vec::new(),
+        shards: std::collections::BTreeMap::new(),
         revision: 1,
     })
 }

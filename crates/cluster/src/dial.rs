@@ -9,10 +9,11 @@ use sql::Verb;
 use tokio::time::timeout;
 use tokio_postgres::config::SslMode;
 use tokio_postgres::{Client, Config, NoTls, SimpleQueryMessage};
-use tokio_postgres_rustls::MakeRustlsConnect;
 use tokio_util::task::AbortOnDropHandle;
 
 use crate::secret::ClusterSecret;
+use crate::socket::connect;
+use crate::wary::Wary;
 
 /// The user name of every peer session; no PostgreSQL role of this name is ever asked for.
 pub const PEER_USER: &str = "backhaul_node";
@@ -71,37 +72,30 @@ impl Dialer {
     ///
     /// The address is malformed or does not answer in time, the secret cannot be read, or the node refuses it.
     pub async fn dial(&self, address: &str, purpose: &Purpose) -> anyhow::Result<PeerSession> {
-        let (host, port) = split_address(address)?;
         let mut config = Config::new();
-        config.host(host).port(port).user(PEER_USER).application_name(&self.name);
+        config.user(PEER_USER).application_name(&self.name).ssl_mode(SslMode::Disable);
         config.options(format!("-c {PEER_OPTION}={}", purpose.option()));
         if let Purpose::Server { database } = purpose {
             config.dbname(database);
         }
-        if let Some(secret) = self.secret.read()? {
-            config.password(secret);
-        }
-        let opened = timeout(DIAL_DEADLINE, self.open(config)).await;
+        let secret = self.secret.read()?;
+        let opened = timeout(DIAL_DEADLINE, self.open(address, config, secret)).await;
         opened
             .map_err(|_| anyhow!("no answer within {} seconds", DIAL_DEADLINE.as_secs()))
             .and_then(|opened| opened)
             .with_context(|| format!("connect to the node at {address}"))
     }
 
-    async fn open(&self, mut config: Config) -> anyhow::Result<PeerSession> {
+    async fn open(&self, address: &str, mut config: Config, secret: Option<String>) -> anyhow::Result<PeerSession> {
+        // TLS is agreed on before, so that what is heard first inside it can be looked at.
+        let mut socket = connect(address, self.tls.as_ref()).await?;
+        if let Some(secret) = secret {
+            config.password(secret);
+            socket = Box::new(Wary::new(socket));
+        }
+        let (client, connection) = config.connect_raw(socket, NoTls).await.map_err(spoken)?;
         // The connection's own errors reach every request made on the client; its end needs no second report.
-        let (client, connection) = match &self.tls {
-            Some(tls) => {
-                let connector = MakeRustlsConnect::new((**tls).clone());
-                let (client, connection) =
-                    config.ssl_mode(SslMode::Require).connect(connector).await.map_err(spoken)?;
-                (client, tokio::spawn(async move { drop(connection.await) }))
-            }
-            None => {
-                let (client, connection) = config.ssl_mode(SslMode::Disable).connect(NoTls).await.map_err(spoken)?;
-                (client, tokio::spawn(async move { drop(connection.await) }))
-            }
-        };
+        let connection = tokio::spawn(async move { drop(connection.await) });
         Ok(PeerSession { client, _connection: AbortOnDropHandle::new(connection) })
     }
 }
@@ -141,26 +135,5 @@ pub(crate) fn spoken(error: tokio_postgres::Error) -> anyhow::Error {
             anyhow::Error::new(error).context(text)
         }
         None => anyhow::Error::new(error),
-    }
-}
-
-/// Splits `host:port`; an IPv6 host stands in brackets.
-fn split_address(address: &str) -> anyhow::Result<(&str, u16)> {
-    let (host, port) = address.rsplit_once(':').with_context(|| format!("address \"{address}\" has no port"))?;
-    let port = port.parse().with_context(|| format!("address \"{address}\" has no valid port"))?;
-    Ok((host.trim_start_matches('[').trim_end_matches(']'), port))
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn an_address_is_a_host_and_a_port() {
-        for (address, expected) in
-            [("n1:26257", Some(("n1", 26257))), ("[::1]:5", Some(("::1", 5))), ("n1", None), ("n1:x", None)]
-        {
-            assert_eq!(split_address(address).ok(), expected, "{address}");
-        }
     }
 }

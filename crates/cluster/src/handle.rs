@@ -4,10 +4,11 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use anyhow::bail;
 use tokio::sync::watch;
 use uuid::Uuid;
 
-use crate::leader::{Leader, elect, raise_floors};
+use crate::leader::{Leader, confirm, elect, find_registry, merge_floors, raise_floors};
 use crate::store::{LastKnown, Store};
 use crate::{NodeId, NodeInfo, Role};
 
@@ -32,6 +33,8 @@ pub struct View {
     pub nodes: BTreeMap<String, Known>,
     /// Who leads each shard.
     leaders: BTreeMap<String, Leader>,
+    /// The node beside the registry's server, by its process, and the cluster's id.
+    registry: Option<(Uuid, Uuid)>,
     /// Addresses that do not answer, and why, for messages.
     pub troubles: BTreeMap<String, String>,
 }
@@ -53,12 +56,11 @@ impl View {
         Role::of(node, self.leader(&node.shard))
     }
 
-    /// The leader of the shard that holds the registry, with the cluster's id.
+    /// The node beside the registry's server, with the cluster's id.
     pub fn registry(&self) -> Option<(&NodeInfo, Uuid)> {
-        self.leaders
-            .keys()
-            .filter_map(|shard| self.leader(shard))
-            .find_map(|leader| Some((leader, leader.server_state()?.registry?)))
+        let (instance, cluster_id) = self.registry?;
+        let node = self.nodes.values().map(|known| &known.info).find(|info| info.instance == instance)?;
+        Some((node, cluster_id))
     }
 }
 
@@ -91,10 +93,12 @@ impl Cluster {
     /// # Errors
     ///
     /// The store cannot be read.
-    pub fn new(me: NodeInfo, join: &[String], store: Arc<Store>) -> anyhow::Result<Self> {
+    pub fn new(mut me: NodeInfo, join: &[String], store: Arc<Store>) -> anyhow::Result<Self> {
         let known = store.last_known()?;
         let addresses: BTreeSet<String> =
             join.iter().chain(&known.peers).filter(|address| **address != me.address).cloned().collect();
+        me.peers = addresses.iter().cloned().collect();
+        me.shards.clone_from(&known.shards);
         let state = State {
             me,
             others: BTreeMap::new(),
@@ -145,13 +149,15 @@ impl Cluster {
     /// Takes note that there may be nodes at these addresses.
     pub fn learn(&self, addresses: impl IntoIterator<Item = String>) {
         let mut state = self.lock();
-        let before = state.addresses.len();
-        for address in addresses {
-            if address != state.me.address && state.addresses.len() < PEERS_MAX {
-                state.addresses.insert(address);
-            }
+        if state.learn(addresses) {
+            self.publish(state);
         }
-        if state.addresses.len() != before {
+    }
+
+    /// Takes up the registry's list of shards: names and system identifiers.
+    pub fn confirm_shards(&self, listed: &[(String, String)]) {
+        let mut state = self.lock();
+        if confirm(&mut state.known.shards, listed) {
             self.publish(state);
         }
     }
@@ -162,20 +168,27 @@ impl Cluster {
     }
 
     /// Takes a node's answer.
-    pub(crate) fn answered(&self, info: NodeInfo, round_trip: Duration) {
+    ///
+    /// # Errors
+    ///
+    /// The node belongs to another cluster, and whatever it says is not for this one.
+    pub(crate) fn answered(&self, info: NodeInfo, round_trip: Duration) -> anyhow::Result<()> {
         let mut state = self.lock();
+        if let (Some(mine), Some(theirs)) = (state.me.cluster_id, info.cluster_id)
+            && mine != theirs
+        {
+            bail!("{} belongs to another cluster ({theirs})", info.name());
+        }
         // A restarted or moved node is the same node: its former process goes from the list.
         state.others.retain(|address, known| {
             *address == info.address || info.node_id.is_none() || known.info.node_id != info.node_id
         });
         state.troubles.remove(&info.address);
-        let news = info.peers.iter().any(|peer| *peer != state.me.address && !state.addresses.contains(peer));
-        if news {
-            let State { addresses, me, .. } = &mut *state;
-            addresses.extend(info.peers.iter().filter(|peer| **peer != me.address).take(PEERS_MAX).cloned());
-        }
+        state.learn(info.peers.iter().cloned());
+        merge_floors(&mut state.known.shards, &info.shards);
         state.others.insert(info.address.clone(), Known { info, reachable: true, round_trip });
         self.publish(state);
+        Ok(())
     }
 
     /// Takes note that the node at `address` does not answer.
@@ -200,7 +213,7 @@ impl Cluster {
         let mut answering: Vec<&NodeInfo> =
             state.others.values().filter(|known| known.reachable).map(|known| &known.info).collect();
         answering.push(&state.me);
-        let mut worth_keeping = raise_floors(&mut floors, answering.iter().copied());
+        raise_floors(&mut floors, answering.iter().copied());
         let shards: BTreeSet<&str> = answering.iter().map(|node| node.shard.as_str()).collect();
         let leaders = shards
             .into_iter()
@@ -216,29 +229,50 @@ impl Cluster {
                 tracing::info!(%shard, timeline = leader.timeline, node = name.as_deref(), "shard has a leaseholder");
             }
         }
+        let registry = find_registry(answering.iter().copied(), &floors, state.me.cluster_id);
+        let registry = registry.map(|(node, mark)| (node.instance, mark));
         state.leaders = leaders;
         state.known.shards = floors;
+        self.keep(state);
 
-        let peers: Vec<String> = state.addresses.iter().cloned().collect();
-        if state.known.peers != peers {
-            state.known.peers.clone_from(&peers);
-            state.me.peers = peers;
-            state.me.revision += 1;
-            worth_keeping = true;
-        }
-        if worth_keeping && let Err(error) = self.0.store.set_last_known(&state.known) {
-            // The node works without; the next change tries again.
-            tracing::warn!("could not keep what is known of the fleet: {error:#}");
-        }
         let mut nodes = state.others.clone();
         let me = Known { info: state.me.clone(), reachable: true, round_trip: Duration::ZERO };
         nodes.insert(state.me.address.clone(), me);
-        let view = View { nodes, leaders: state.leaders.clone(), troubles: state.troubles.clone() };
+        let view = View { nodes, leaders: state.leaders.clone(), registry, troubles: state.troubles.clone() };
         self.0.addresses.send_if_modified(|addresses| {
             let grown = *addresses != state.addresses;
             addresses.clone_from(&state.addresses);
             grown
         });
         self.0.view.send_replace(Arc::new(view));
+    }
+
+    /// Tells others, and the store, what has become known of addresses and shards.
+    fn keep(&self, state: &mut State) {
+        let peers: Vec<String> = state.addresses.iter().cloned().collect();
+        if state.me.peers == peers && state.me.shards == state.known.shards {
+            return;
+        }
+        state.known.peers.clone_from(&peers);
+        state.me.peers = peers;
+        state.me.shards.clone_from(&state.known.shards);
+        state.me.revision += 1;
+        if let Err(error) = self.0.store.set_last_known(&state.known) {
+            // The node works without; the next change tries again.
+            tracing::warn!("could not keep what is known of the fleet: {error:#}");
+        }
+    }
+}
+
+impl State {
+    /// True when there is a new address among them.
+    fn learn(&mut self, addresses: impl IntoIterator<Item = String>) -> bool {
+        let before = self.addresses.len();
+        for address in addresses {
+            if address != self.me.address && self.addresses.len() < PEERS_MAX {
+                self.addresses.insert(address);
+            }
+        }
+        self.addresses.len() != before
     }
 }

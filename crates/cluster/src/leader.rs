@@ -55,29 +55,71 @@ fn may_lead(server: &ServerState, floor: Option<&ShardFloor>) -> bool {
         })
 }
 
-/// Raises the floors by what the nodes answer; true when anything changed and is worth keeping.
+/// The server that holds the registry: the one with the highest timeline among those that carry its mark.
 ///
-/// The first primary that is seen gives a shard its identity. A standby's timeline does not count: it may follow one
-/// that no primary of the fleet writes yet.
+/// It is found by the mark and not through the leaders of shards, because a node whose server was given to the wrong
+/// shard has to find the registry in order to be told so. A node that has joined a cluster looks for that one only.
+pub fn find_registry<'n>(
+    nodes: impl Iterator<Item = &'n NodeInfo>,
+    floors: &BTreeMap<String, ShardFloor>,
+    joined: Option<Uuid>,
+) -> Option<(&'n NodeInfo, Uuid)> {
+    nodes
+        .filter_map(|node| Some((node, node.server_state()?)))
+        .filter(|(node, server)| may_lead(server, floors.get(&node.shard)))
+        .filter_map(|(node, server)| Some((node, server, server.registry?)))
+        .filter(|(_, _, mark)| joined.is_none_or(|joined| joined == *mark))
+        .max_by_key(|(node, server, _)| (server.timeline, std::cmp::Reverse(node.node_id.map_or(i32::MAX, |id| id.0))))
+        .map(|(node, _, mark)| (node, mark))
+}
+
+/// Takes up what others know of shards: new ones, and higher timelines of the same. True when anything changed.
+///
+/// Identities come from the registry alone ([`confirm`]) and are passed on by nodes that have them: a node that was
+/// started with the wrong server must not be able to give a shard its own.
+pub fn merge_floors(floors: &mut BTreeMap<String, ShardFloor>, known: &BTreeMap<String, ShardFloor>) -> bool {
+    let mut changed = false;
+    for (shard, theirs) in known {
+        match floors.get_mut(shard) {
+            Some(ours) if ours.system_identifier == theirs.system_identifier => {
+                changed |= ours.timeline < theirs.timeline;
+                ours.timeline = ours.timeline.max(theirs.timeline);
+            }
+            Some(_) => {}
+            None => {
+                floors.insert(shard.clone(), theirs.clone());
+                changed = true;
+            }
+        }
+    }
+    changed
+}
+
+/// Takes up what the registry says shards are. True when anything changed.
+pub fn confirm(floors: &mut BTreeMap<String, ShardFloor>, listed: &[(String, String)]) -> bool {
+    let mut changed = false;
+    for (shard, system_identifier) in listed {
+        if floors.get(shard).is_none_or(|floor| floor.system_identifier != *system_identifier) {
+            let floor = ShardFloor { system_identifier: system_identifier.clone(), timeline: 0 };
+            floors.insert(shard.clone(), floor);
+            changed = true;
+        }
+    }
+    changed
+}
+
+/// Raises the floors of known shards by the primaries that answer. True when anything changed.
+///
+/// A standby's timeline does not count: it may follow one that no primary of the fleet writes yet.
 pub fn raise_floors<'n>(floors: &mut BTreeMap<String, ShardFloor>, nodes: impl Iterator<Item = &'n NodeInfo>) -> bool {
     let mut changed = false;
     for (node, server) in nodes.filter_map(|node| Some((node, node.server_state()?))) {
-        if server.in_recovery {
-            continue;
-        }
-        match floors.get_mut(&node.shard) {
-            Some(floor) => {
-                if floor.system_identifier == server.system_identifier && floor.timeline < server.timeline {
-                    floor.timeline = server.timeline;
-                    changed = true;
-                }
-            }
-            None => {
-                let floor =
-                    ShardFloor { system_identifier: server.system_identifier.clone(), timeline: server.timeline };
-                floors.insert(node.shard.clone(), floor);
-                changed = true;
-            }
+        if let Some(floor) = floors.get_mut(&node.shard)
+            && may_lead(server, Some(floor))
+            && floor.timeline < server.timeline
+        {
+            floor.timeline = server.timeline;
+            changed = true;
         }
     }
     changed
@@ -118,16 +160,64 @@ mod tests {
     }
 
     #[test]
-    fn floors_only_rise() {
+    fn floors_only_rise_and_only_where_the_registry_has_confirmed_them() {
         let mut floors = BTreeMap::new();
+        let first = node(1, "s1", Some((false, 3)));
+        assert!(!raise_floors(&mut floors, std::iter::once(&first)) && floors.is_empty());
+        assert!(confirm(&mut floors, &[("s1".to_owned(), "id-of-s1".to_owned())]));
+        assert!(!confirm(&mut floors, &[("s1".to_owned(), "id-of-s1".to_owned())]));
         for (case, seen, changed, timeline) in [
-            ("first sight", node(1, "s1", Some((false, 3))), true, 3),
+            ("first sight", first, true, 3),
             ("a lower primary", node(2, "s1", Some((false, 2))), false, 3),
             ("a standby ahead", node(2, "s1", Some((true, 7))), false, 3),
             ("a promotion", node(2, "s1", Some((false, 4))), true, 4),
         ] {
             assert_eq!(raise_floors(&mut floors, std::iter::once(&seen)), changed, "{case}");
             assert_eq!(floors["s1"].timeline, timeline, "{case}");
+        }
+
+        let floor = |id: &str, timeline| ShardFloor { system_identifier: id.to_owned(), timeline };
+        let told = |id: &str, timeline| BTreeMap::from([("s1".to_owned(), floor(id, timeline))]);
+        assert!(!merge_floors(&mut floors, &told("id-of-s1", 2)) && floors["s1"].timeline == 4);
+        assert!(merge_floors(&mut floors, &told("id-of-s1", 6)) && floors["s1"].timeline == 6);
+        assert!(!merge_floors(&mut floors, &told("another", 9)) && floors["s1"].timeline == 6);
+        assert!(merge_floors(&mut floors, &BTreeMap::from([("s2".to_owned(), floor("x", 1))])));
+    }
+
+    #[test]
+    fn the_registry_is_found_by_its_mark() {
+        let (ours, other) = (Uuid::from_u128(1), Uuid::from_u128(2));
+        let marked = |number, server, mark| {
+            let mut node = node(number, "s1", Some(server));
+            if let Some(crate::ServerInfo::Up(state)) = &mut node.server {
+                state.registry = Some(mark);
+            }
+            node
+        };
+        let floors =
+            BTreeMap::from([("s1".to_owned(), ShardFloor { system_identifier: "id-of-s1".to_owned(), timeline: 2 })]);
+        let none = BTreeMap::new();
+        for (case, nodes, floors, joined, found) in [
+            (
+                "a standby has the mark, too",
+                vec![marked(1, (false, 1), ours), marked(2, (true, 1), ours)],
+                &none,
+                None,
+                Some(1),
+            ),
+            ("after a promotion", vec![marked(1, (false, 1), ours), marked(2, (false, 2), ours)], &none, None, Some(2)),
+            ("the old one alone", vec![marked(1, (false, 1), ours)], &floors, Some(ours), None),
+            (
+                "another cluster's",
+                vec![marked(1, (false, 3), other), marked(2, (false, 2), ours)],
+                &floors,
+                Some(ours),
+                Some(2),
+            ),
+            ("no mark", vec![node(1, "s1", Some((false, 1)))], &none, None, None),
+        ] {
+            let registry = find_registry(nodes.iter(), floors, joined);
+            assert_eq!(registry.and_then(|(node, _)| node.node_id), found.map(crate::NodeId), "{case}");
         }
     }
 }

@@ -26,7 +26,9 @@ mod node;
 mod peers;
 pub mod registry;
 pub mod secret;
+pub mod socket;
 pub mod store;
+mod wary;
 
 pub use dial::{Dialer, PEER_OPTION, PEER_USER, PeerSession, Purpose};
 pub use handle::{Cluster, Known, View};

@@ -1,5 +1,6 @@
 //! What a node says of itself.
 
+use std::collections::BTreeMap;
 use std::fmt;
 use std::str::FromStr;
 
@@ -8,6 +9,7 @@ use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
 use crate::Locality;
+use crate::leader::ShardFloor;
 
 /// A node's number in its fleet, given once by the registry and kept in the node's store.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
@@ -47,6 +49,8 @@ pub struct NodeInfo {
     pub instance: Uuid,
     /// The node's number, once the registry has given one.
     pub node_id: Option<NodeId>,
+    /// The cluster that it has joined, once it has.
+    pub cluster_id: Option<Uuid>,
     /// Where other nodes and clients reach its port.
     pub address: String,
     /// Its tiers.
@@ -61,6 +65,8 @@ pub struct NodeInfo {
     pub server: Option<ServerInfo>,
     /// Addresses of the nodes that it knows.
     pub peers: Vec<String>,
+    /// What it knows for good about shards, by name.
+    pub shards: BTreeMap<String, ShardFloor>,
     /// Grows with every change that matters to others; a later answer of the same instance has a higher one.
     pub revision: u64,
 }
@@ -215,6 +221,7 @@ pub(crate) mod tests {
         NodeInfo {
             instance: Uuid::from_u128(u128::from(number.unsigned_abs())),
             node_id: Some(NodeId(number)),
+            cluster_id: None,
             address: format!("n{number}:26257"),
             locality: Locality::default(),
             shard: shard.to_owned(),
@@ -233,6 +240,7 @@ pub(crate) mod tests {
                 })
             }),
             peers: Vec::new(),
+            shards: BTreeMap::new(),
             revision: 1,
         }
     }

@@ -91,7 +91,7 @@ async fn attend(cluster: &Cluster, dialer: &Dialer, address: &str) -> anyhow::Re
             return Ok(Halt::Alias(info.address));
         }
         let since = Some(info.revision);
-        cluster.answered(info, round_trip);
+        cluster.answered(info, round_trip)?;
         info = ask(&session, since).await?;
     }
 }

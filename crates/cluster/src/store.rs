@@ -140,6 +140,8 @@ impl Store {
             file.write_all(&serde_json::to_vec_pretty(value)?)?;
             file.sync_all()?;
             fs::rename(&beside, &path)?;
+            // The rename itself has to be on disk, or a power loss takes it back.
+            fs::File::open(&self.dir)?.sync_all()?;
             Ok(())
         };
         write().with_context(|| format!("write {}", path.display()))

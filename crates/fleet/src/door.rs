@@ -23,7 +23,7 @@ pub struct OpenDoor {
 ///
 /// # Errors
 ///
-/// The server cannot be reached.
+/// The server cannot be reached, or refuses for a reason that says nothing about proofs.
 pub async fn check(server: &Server) -> anyhow::Result<Option<OpenDoor>> {
     let stranger = format!("backhaul_{}", Uuid::new_v4().simple());
     for (user, database, replication) in [
@@ -34,7 +34,11 @@ pub async fn check(server: &Server) -> anyhow::Result<Option<OpenDoor>> {
         (stranger.as_str(), "postgres", "true"),
     ] {
         let parameters = [("user", user), ("database", database), ("replication", replication)];
-        if let FirstAnswer::LetIn = knock(server, &parameters).await? {
+        let answer = knock(server, &parameters).await?;
+        if let FirstAnswer::NotNow(reason) = answer {
+            return Err(anyhow::Error::new(reason).context("find out how the server lets clients in"));
+        }
+        if let FirstAnswer::LetIn = answer {
             let who = if user == stranger { "anybody".to_owned() } else { format!("role \"{user}\"") };
             let what = if replication == "true" { " for replication" } else { "" };
             return Ok(Some(OpenDoor { found: format!("the server lets in {who}{what} without a password") }));

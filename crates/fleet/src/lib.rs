@@ -18,4 +18,4 @@ pub mod private;
 pub mod probe;
 mod server;
 
-pub use server::{Duplex, Server, Socket};
+pub use server::Server;

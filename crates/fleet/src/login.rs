@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use anyhow::{Context as _, anyhow, bail};
 use bytes::BytesMut;
+use cluster::socket::Socket;
 use pgerror::{PgError, SqlState};
 use postgres_protocol::authentication::md5_hash;
 use postgres_protocol::authentication::sasl::{ChannelBinding, SCRAM_SHA_256, ScramSha256};
@@ -16,7 +17,7 @@ use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::time::timeout;
 use tokio_postgres::fallible_iterator::FallibleIterator as _;
 
-use crate::{Server, Socket};
+use crate::Server;
 
 /// A login that takes longer is given up.
 const LOGIN_DEADLINE: Duration = Duration::from_secs(10);
@@ -33,10 +34,10 @@ pub struct LoggedIn {
 pub(crate) enum FirstAnswer {
     /// It lets the client in as it is.
     LetIn,
-    /// It asks for a proof, or refuses.
+    /// It asks for a proof, or has no rule that would let this client in.
     Guarded,
-    /// It is starting or stopping.
-    NotNow,
+    /// It refuses for a reason that says nothing about proofs: it is starting, say, or full.
+    NotNow(PgError),
 }
 
 /// Logs into `database` as the service role, presenting itself as `application_name`.
@@ -66,7 +67,10 @@ pub(crate) async fn knock(server: &Server, parameters: &[(&str, &str)]) -> anyho
         let mut login = Login::open(server, parameters).await?;
         Ok(match login.next().await? {
             Message::AuthenticationOk => FirstAnswer::LetIn,
-            Message::ErrorResponse(body) if said(&body).code == SqlState::CANNOT_CONNECT_NOW => FirstAnswer::NotNow,
+            Message::ErrorResponse(body) => match said(&body) {
+                refused if refused.code.as_str().starts_with("28") => FirstAnswer::Guarded,
+                other => FirstAnswer::NotNow(other),
+            },
             _ => FirstAnswer::Guarded,
         })
     };

@@ -27,7 +27,7 @@ const DOOR_PERIOD: Duration = Duration::from_secs(60);
 /// Whether clients may be relayed to the server.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Door {
-    /// Not looked at yet, because the server has not been reached.
+    /// Not looked at since the server was last away.
     Unchecked,
     /// Everybody who comes in has to prove who they are, or the operator said not to look.
     Guarded,
@@ -78,6 +78,7 @@ impl Probe {
         report: &impl Fn(ServerInfo),
     ) -> anyhow::Result<door::OpenDoor> {
         if self.is_due(*checked) {
+            self.door.send_replace(Door::Unchecked);
             // Before the login, which may not be possible yet: clients do not wait for the service role.
             if let Some(open) = door::check(&self.server).await? {
                 return Ok(open);
@@ -129,8 +130,8 @@ const STATE: &str = "
            END,
            CASE WHEN pg_catalog.pg_is_in_recovery() THEN pg_catalog.pg_last_wal_replay_lsn()
                 ELSE pg_catalog.pg_current_wal_lsn() END::text,
-           (SELECT pg_catalog.shobj_description(oid, 'pg_database')
-            FROM pg_catalog.pg_database WHERE datname = 'backhaul'),
+           (SELECT pg_catalog.shobj_description(oid, 'pg_database') FROM pg_catalog.pg_database
+            WHERE datname = 'backhaul' AND datdba = (SELECT oid FROM pg_catalog.pg_roles WHERE rolname = current_user)),
            (SELECT status FROM pg_catalog.pg_stat_wal_receiver),
            (SELECT slot_name FROM pg_catalog.pg_stat_wal_receiver),
            (SELECT conninfo FROM pg_catalog.pg_stat_wal_receiver),
@@ -174,7 +175,8 @@ async fn ask(client: &Client) -> anyhow::Result<ServerState> {
 }
 
 /// What the comment on the registry's database begins with; the cluster's id follows. `init` writes it last, so it
-/// says that the registry is whole.
+/// says that the registry is whole. Only a database that the service role owns counts: anybody who may create a
+/// database could write such a comment.
 pub const REGISTRY_MARK: &str = "backhaul cluster ";
 
 fn registry_of(comment: &str) -> Option<Uuid> {

@@ -5,20 +5,12 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use anyhow::{Context as _, bail};
-use tokio::io::{AsyncRead, AsyncWrite};
+use cluster::socket::Socket;
 use tokio::net::{TcpStream, UnixStream};
 use tokio::time::timeout;
 use tokio_postgres::config::Host;
 use tokio_postgres::{Client, Config, NoTls};
 use tokio_util::task::AbortOnDropHandle;
-
-/// A stream in both directions, whatever carries it.
-pub trait Duplex: AsyncRead + AsyncWrite + Send + Unpin {}
-
-impl<T: AsyncRead + AsyncWrite + Send + Unpin> Duplex for T {}
-
-/// A connection of any kind.
-pub type Socket = Box<dyn Duplex>;
 
 /// A server that does not take a connection within this time is down.
 const CONNECT_DEADLINE: Duration = Duration::from_secs(5);

@@ -38,9 +38,10 @@ use std::time::Duration;
 use bytes::{Bytes, BytesMut};
 use cluster::registry::Registry;
 use cluster::secret::ClusterSecret;
+use cluster::socket::{self, Socket};
 use cluster::{Cluster, PEER_OPTION};
+use fleet::Server;
 use fleet::probe::Door;
-use fleet::{Server, Socket};
 use pgerror::{PgError, SqlState};
 use sql::Statement;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _, copy_bidirectional_with_sizes};
@@ -148,8 +149,8 @@ impl Gateway {
     }
 
     async fn attend(self, stream: TcpStream) {
-        if let Err(error) = stream.set_nodelay(true) {
-            tracing::debug!("set TCP_NODELAY: {error}");
+        if socket::prepare(&stream).is_err() {
+            return;
         }
         match timeout(STARTUP_DEADLINE, self.greet(stream)).await {
             Err(_) | Ok(Ok(None)) => {}
@@ -243,7 +244,7 @@ impl Gateway {
                 }
                 _ => return Ok(None),
             };
-            route::check_hop(&self.cluster.me(), hop)?;
+            route::check_hop(&self.cluster, hop)?;
             let mut server = self.open(&Route::Own).await?;
             server.write_all(&raw).await?;
             anyhow::Ok(Some(server))
@@ -252,9 +253,13 @@ impl Gateway {
             Err(error) => refuse(socket, &error).await,
             Ok(None) => {}
             Ok(Some(mut server)) => {
+                let follows = Follows { shard: hop.shard.clone(), instance: self.cluster.me().instance };
+                let mut views = self.cluster.subscribe();
+                views.mark_changed();
                 tokio::select! {
                     // Either side's end is the end; the sending gateway finds the words for its client.
                     _ = copy_bidirectional_with_sizes(&mut socket, &mut server, HOP_BUFFER, HOP_BUFFER) => {}
+                    () = session::moved(&mut views, Some(&follows)) => {}
                     () = self.shutdown.cancelled() => {}
                 }
             }

@@ -4,10 +4,10 @@ use std::time::Duration;
 
 use anyhow::{Context as _, bail};
 use bytes::{Buf as _, Bytes, BytesMut};
-use fleet::Socket;
+use cluster::socket::Socket;
 use pgerror::{PgError, SqlState};
 use pgwire::api::auth::sasl::scram::{SCRAM_ITERATIONS, ScramSecret, ScramServerAuth, gen_salted_password};
-use pgwire::messages::startup::{Authentication, PasswordMessageFamily};
+use pgwire::messages::startup::Authentication;
 use sql::Verb;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::time::timeout;
@@ -15,7 +15,7 @@ use uuid::Uuid;
 
 use crate::answer::{Column, Format, Kind, Value, Writer, spoken};
 use crate::cancel::Cancelable;
-use crate::frame::{cut_string, header};
+use crate::frame::{cut_i32, cut_string, header};
 use crate::pipeline::Transaction;
 use crate::route::Route;
 use crate::session::Session;
@@ -65,16 +65,16 @@ impl Gateway {
             Writer(&mut out).authentication(&Authentication::SASL(vec!["SCRAM-SHA-256".to_owned()]));
             socket.write_all_buf(&mut out).await?;
 
-            let first = proof(socket, received).await?.into_sasl_initial_response()?;
-            let data = first.data.context("read the first SCRAM message")?;
+            let first = proof(socket, received).await?;
+            let data = first_scram_message(&first).context("read the first SCRAM message")?;
             let scram = ScramServerAuth::new();
             let (server_first, scram) =
-                scram.on_client_first_message_with_secret(&data, verifier).map_err(|_| wrong_secret())?;
+                scram.on_client_first_message_with_secret(data, verifier).map_err(|_| wrong_secret())?;
             Writer(&mut out).authentication(&Authentication::SASLContinue(server_first.into()));
             socket.write_all_buf(&mut out).await?;
 
-            let last = proof(socket, received).await?.into_sasl_response()?;
-            let server_final = scram.on_client_final_message(&last.data).map_err(|_| wrong_secret())?;
+            let last = proof(socket, received).await?;
+            let server_final = scram.on_client_final_message(&last).map_err(|_| wrong_secret())?;
             Writer(&mut out).authentication(&Authentication::SASLFinal(server_final.into()));
         }
         Writer(&mut out).authentication(&Authentication::Ok);
@@ -164,9 +164,17 @@ fn wrong_secret() -> PgError {
         .hint("All nodes of a fleet need the same secret file.")
 }
 
-async fn proof(socket: &mut Socket, received: &mut BytesMut) -> anyhow::Result<PasswordMessageFamily> {
+/// SASLInitialResponse: the mechanism, a length, and the message. Read here and not by pgwire, which panics when it is
+/// cut short.
+fn first_scram_message(mut body: &[u8]) -> Option<&[u8]> {
+    let mechanism = cut_string(&mut body)?;
+    let length = usize::try_from(cut_i32(&mut body)?).ok()?;
+    (mechanism == b"SCRAM-SHA-256" && length == body.len()).then_some(body)
+}
+
+async fn proof(socket: &mut Socket, received: &mut BytesMut) -> anyhow::Result<Bytes> {
     match frame(socket, received).await? {
-        Some((b'p', body)) => Ok(PasswordMessageFamily::Raw(BytesMut::from(&body[..]))),
+        Some((b'p', body)) => Ok(body),
         Some(_) => bail!("a peer sent something other than its proof"),
         // The peer tried a password that it does not have, most likely: it is told when it comes back.
         None => Err(std::io::Error::from(std::io::ErrorKind::UnexpectedEof).into()),

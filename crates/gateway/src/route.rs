@@ -3,15 +3,12 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use cluster::{Cluster, NodeInfo, View};
-use fleet::Socket;
+use cluster::socket::{Socket, connect};
+use cluster::{Cluster, NodeInfo, ServerInfo, View};
 use fleet::probe::Door;
 use pgerror::{PgError, SqlState};
-use rustls::pki_types::ServerName;
-use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
-use tokio::net::TcpStream;
+use tokio::io::AsyncWriteExt as _;
 use tokio::time::timeout;
-use tokio_rustls::TlsConnector;
 use uuid::Uuid;
 
 use crate::Gateway;
@@ -25,9 +22,6 @@ const LEADER_PATIENCE: Duration = Duration::from_secs(3);
 
 /// A node that does not take a connection within this time is unreachable.
 const CONNECT_DEADLINE: Duration = Duration::from_secs(5);
-
-/// Asks a TLS-speaking port for TLS; PostgreSQL's SSLRequest.
-const TLS_REQUEST: [u8; 8] = [0, 0, 0, 8, 4, 0xd2, 0x16, 0x2f];
 
 /// Where a session's server is.
 #[derive(Clone, Debug)]
@@ -102,17 +96,21 @@ async fn leaseholder(cluster: &Cluster) -> Result<Chosen, PgError> {
 }
 
 fn no_leader(me: &NodeInfo, view: &View) -> PgError {
-    let troubles: Vec<String> =
-        view.troubles.iter().map(|(address, reason)| format!("{address}: {}", first_line(reason))).collect();
-    let own = match &me.server {
-        Some(cluster::ServerInfo::Down { reason }) => {
-            format!("The server beside {}: {}. ", me.name(), first_line(reason))
+    let of_shard = view.nodes.values().filter(|known| known.reachable && known.info.shard == me.shard);
+    let down = of_shard.filter_map(|known| match &known.info.server {
+        Some(ServerInfo::Down { reason }) => {
+            Some(format!("the server beside {}: {}", known.info.name(), first_line(reason)))
         }
-        _ => String::new(),
-    };
-    let detail = match troubles.as_slice() {
-        [] => format!("{own}No node stands beside a primary of this shard."),
-        troubles => format!("{own}Nodes that do not answer: {}.", troubles.join("; ")),
+        Some(ServerInfo::Up(_)) | None => None,
+    });
+    let silent = view.troubles.iter().map(|(address, reason)| match view.nodes.get(address) {
+        Some(known) => format!("{} does not answer: {}", known.info.name(), first_line(reason)),
+        None => format!("nobody answers at {address}: {}", first_line(reason)),
+    });
+    let known: Vec<String> = down.chain(silent).collect();
+    let detail = match known.as_slice() {
+        [] => "No node stands beside a primary of this shard.".to_owned(),
+        known => format!("Known: {}.", known.join("; ")),
     };
     PgError::new(SqlState::CANNOT_CONNECT_NOW, format!("shard \"{}\" has no leaseholder now", me.shard))
         .detail(detail)
@@ -123,15 +121,16 @@ fn first_line(text: &str) -> &str {
     text.lines().next().unwrap_or_default()
 }
 
-/// Sees to it that a client that another node passed on is at the right place.
+/// Sees to it that a client that another node passed on is at the right place: by this node's own view, and on no older
+/// timeline than the sender knows.
 ///
 /// # Errors
 ///
 /// 57P03 when the server beside this node is not, or no longer, what the sender takes it for.
-pub(crate) fn check_hop(me: &NodeInfo, hop: &Hop) -> Result<(), PgError> {
-    let leads = me.shard == hop.shard
-        && me.server_state().is_some_and(|server| !server.in_recovery && server.timeline >= hop.timeline);
-    if leads {
+pub(crate) fn check_hop(cluster: &Cluster, hop: &Hop) -> Result<(), PgError> {
+    let me = cluster.me();
+    let leads = cluster.view().leader(&hop.shard).is_some_and(|leader| leader.instance == me.instance);
+    if leads && me.server_state().is_some_and(|server| server.timeline >= hop.timeline) {
         return Ok(());
     }
     let message = format!("the server beside {} is not the leaseholder of shard \"{}\" now", me.name(), hop.shard);
@@ -187,20 +186,7 @@ impl Gateway {
     }
 
     async fn open_through(&self, address: &str, hop: &Hop) -> anyhow::Result<Socket> {
-        let mut stream = TcpStream::connect(address).await?;
-        stream.set_nodelay(true)?;
-        let mut socket: Socket = match &self.tls.to_nodes {
-            None => Box::new(stream),
-            Some(config) => {
-                stream.write_all(&TLS_REQUEST).await?;
-                if stream.read_u8().await? != b'S' {
-                    anyhow::bail!("the node does not offer TLS");
-                }
-                let host = address.rsplit_once(':').map_or(address, |(host, _)| host);
-                let name = ServerName::try_from(host.trim_matches(['[', ']']).to_owned())?;
-                Box::new(TlsConnector::from(Arc::clone(config)).connect(name, stream).await?)
-            }
-        };
+        let mut socket = connect(address, self.tls.to_nodes.as_ref()).await?;
         socket.write_all(&hop.encode()).await?;
         Ok(socket)
     }

@@ -13,7 +13,7 @@ use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
 use cluster::View;
-use fleet::Socket;
+use cluster::socket::Socket;
 use pgerror::{PgError, SqlState};
 use sql::Statement;
 use tokio::io::{AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _};

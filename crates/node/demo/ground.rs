@@ -1,14 +1,15 @@
 //! A demo's directory, and the end of everything that runs in it.
 //!
 //! ```text
-//! DIR/DEMO            says that a demo made this; locked while one runs here
+//! DIR/DEMO            says that a demo made this, and whether it is temporary; locked while one runs here
 //! DIR/READY           the fleet was whole at least once; its text is the layout
 //! DIR/n<i>/           node i's store (its LOCK holds the process id), with extern/ and node.log
 //! DIR/n<i>/pg/        its server (postmaster.pid holds the process id), with server.log beside it
 //! ```
 //!
-//! Processes are found by these files and by nothing else, and only believed when their command line names the
-//! directory: so the reaper, a regular end and the start after a crash all clean up by the same few lines.
+//! Processes are found by their command lines: a node or a program of PostgreSQL that was told to work in this very
+//! directory. No list of them has to be kept, so the reaper, a regular end and the start after a crash all clean up by
+//! the same few lines, and a process that was started a moment ago is found, too.
 
 use std::fs;
 use std::os::unix::fs::PermissionsExt as _;
@@ -23,6 +24,9 @@ use nix::unistd::Pid;
 
 /// What a temporary directory's name begins with.
 const PREFIX: &str = "backhaul-demo-";
+
+/// What the file DEMO of a temporary directory says.
+const TEMPORARY: &str = "temporary\n";
 
 /// Processes that have not ended this long after they were asked are ended harder.
 const PATIENCE: Duration = Duration::from_secs(10);
@@ -46,6 +50,7 @@ impl Ground {
         let Some(given) = given else {
             clean_temporary();
             let dir = tempfile::Builder::new().prefix(PREFIX).tempdir().context("create a temporary directory")?.keep();
+            fs::write(dir.join("DEMO"), TEMPORARY)?;
             return Self::lock(dir, true, run_as);
         };
         fs::create_dir_all(given).with_context(|| format!("create {}", given.display()))?;
@@ -108,6 +113,10 @@ fn clean_temporary() {
         if !entry.file_name().to_string_lossy().starts_with(PREFIX) {
             continue;
         }
+        // Somebody may have given such a name to a directory that is to be kept.
+        if !fs::read_to_string(dir.join("DEMO")).is_ok_and(|text| text == TEMPORARY) {
+            continue;
+        }
         let Ok(file) = fs::OpenOptions::new().append(true).open(dir.join("DEMO")) else { continue };
         if let Ok(_lock) = Flock::lock(file, FlockArg::LockExclusiveNonblock) {
             end_processes(&dir);
@@ -133,36 +142,56 @@ fn node_dirs(dir: &Path) -> Vec<PathBuf> {
 
 /// Ends the nodes, then the servers, of the demo in `dir`, and waits until they are gone.
 pub(super) fn end_processes(dir: &Path) {
-    let dirs = node_dirs(dir);
-    let nodes = dirs.iter().filter_map(|node| recorded(dir, &node.join("LOCK"))).collect();
-    end(dir, nodes, [Signal::SIGTERM, Signal::SIGKILL]);
-    let servers = dirs.iter().filter_map(|node| recorded(dir, &node.join("pg/postmaster.pid"))).collect();
-    end(dir, servers, [Signal::SIGINT, Signal::SIGQUIT]);
+    end(dir, is_node, [Signal::SIGTERM, Signal::SIGKILL]);
+    // What was making a server stops at once; a server shuts down.
+    end(dir, is_maker, [Signal::SIGTERM, Signal::SIGKILL]);
+    end(dir, is_server, [Signal::SIGINT, Signal::SIGQUIT]);
 }
 
-/// The process whose id is the first line of `file`, if it runs and is one of this demo's.
-fn recorded(dir: &Path, file: &Path) -> Option<Pid> {
-    let pid = Pid::from_raw(fs::read_to_string(file).ok()?.lines().next()?.trim().parse().ok()?);
-    is_ours(dir, pid).then_some(pid)
+fn is_node(program: &str, arguments: &[&str]) -> bool {
+    program == "backhaul" && arguments.first() == Some(&"start")
 }
 
-/// A number may have been given to another process by now: its command line tells.
-fn is_ours(dir: &Path, pid: Pid) -> bool {
-    let command_line = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
-    String::from_utf8_lossy(&command_line).contains(&*dir.to_string_lossy())
+fn is_maker(program: &str, _: &[&str]) -> bool {
+    matches!(program, "initdb" | "pg_basebackup")
 }
 
-fn end(dir: &Path, mut processes: Vec<Pid>, signals: [Signal; 2]) {
+fn is_server(program: &str, _: &[&str]) -> bool {
+    program == "postgres"
+}
+
+/// The running processes of this kind that were told to work in `dir`.
+fn find(dir: &Path, kind: fn(&str, &[&str]) -> bool) -> Vec<Pid> {
+    let inside = format!("{}/n", dir.display());
+    let is_ours = |pid: &Pid| {
+        // A process that nobody has waited for has no command line any more.
+        let bytes = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+        let text = String::from_utf8_lossy(&bytes);
+        let mut words = text.split('\0');
+        let program = words.next().and_then(|path| path.rsplit('/').next()).unwrap_or_default();
+        let arguments: Vec<&str> = words.collect();
+        kind(program, &arguments) && arguments.iter().any(|argument| argument.starts_with(&inside))
+    };
+    let numbers = fs::read_dir("/proc").into_iter().flatten().flatten();
+    let pids = numbers.filter_map(|entry| entry.file_name().to_str()?.parse().ok()).map(Pid::from_raw);
+    pids.filter(|pid| *pid != Pid::this()).filter(is_ours).collect()
+}
+
+fn end(dir: &Path, kind: fn(&str, &[&str]) -> bool, signals: [Signal; 2]) {
     for signal in signals {
-        for pid in &processes {
-            // It may have ended by itself meanwhile.
-            let _ = kill(*pid, signal);
-        }
         let deadline = Instant::now() + PATIENCE;
-        while !processes.is_empty() && Instant::now() < deadline {
+        let mut told = Vec::new();
+        while Instant::now() < deadline {
+            let running = find(dir, kind);
+            if running.is_empty() {
+                return;
+            }
+            for pid in running.iter().filter(|pid| !told.contains(*pid)) {
+                // It may have ended by itself meanwhile.
+                let _ = kill(*pid, signal);
+            }
+            told = running;
             std::thread::sleep(Duration::from_millis(20));
-            // A process that nobody has waited for keeps its number but not its command line.
-            processes.retain(|pid| is_ours(dir, *pid));
         }
     }
 }

@@ -10,6 +10,7 @@ mod nodes;
 mod plan;
 mod servers;
 
+use std::cell::Cell;
 use std::io::{IsTerminal as _, Read as _};
 use std::os::unix::process::ExitStatusExt as _;
 use std::path::Path;
@@ -44,9 +45,14 @@ pub(crate) async fn run(flags: &Demo) -> anyhow::Result<ExitCode> {
     let ground = Ground::take(flags.data_dir.as_deref(), run_as.as_ref())?;
     let mut reaper = Reaper::start(&ground)?;
     let (mut interrupted, mut terminated) = (signal(SignalKind::interrupt())?, signal(SignalKind::terminate())?);
+    let in_psql = Cell::new(false);
+    let interrupt = async {
+        // Ctrl-C in psql is for psql's statement.
+        while interrupted.recv().await.is_some() && in_psql.get() {}
+    };
     let outcome = tokio::select! {
-        outcome = live(flags, &planned, &installation, run_as.as_ref(), &ground) => outcome,
-        _ = interrupted.recv() => Ok(ExitCode::SUCCESS),
+        outcome = live(flags, &planned, &installation, run_as.as_ref(), &ground, &in_psql) => outcome,
+        () = interrupt => Ok(ExitCode::SUCCESS),
         _ = terminated.recv() => Ok(ExitCode::SUCCESS),
     };
     // Said before the clean-up, which takes a moment.
@@ -96,6 +102,7 @@ async fn live(
     installation: &Installation,
     run_as: Option<&RunAs>,
     ground: &Ground,
+    in_psql: &Cell<bool>,
 ) -> anyhow::Result<ExitCode> {
     let begun = Instant::now();
     // With -e, standard output belongs to the results.
@@ -137,6 +144,7 @@ async fn live(
     suggest(&running, &first).iter().for_each(|line| say(line));
     let ends = watch(running, planned, servers);
     if std::io::stdin().is_terminal() && std::io::stdout().is_terminal() {
+        in_psql.set(true);
         let status = psql(installation, &first).status().await.context("run psql")?;
         return Ok(exit_code(status));
     }
@@ -202,7 +210,7 @@ async fn load_movr(flags: &Demo, running: &[RunningNode]) -> anyhow::Result<()> 
 fn psql(installation: &Installation, url: &str) -> Command {
     let own = installation.program("psql");
     let mut command = Command::new(if own.exists() { own.as_os_str() } else { "psql".as_ref() });
-    command.arg(url);
+    command.arg(url).kill_on_drop(true);
     command
 }
 

@@ -1,15 +1,15 @@
 //! The statements by which a node joins the registry and keeps its session.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
 use chrono::{DateTime, Utc};
-use tokio::time::sleep;
+use tokio::time::{sleep, timeout};
 use tokio_postgres::{Client, Row};
 use uuid::Uuid;
 
 use crate::dial::spoken;
-use crate::registry::Listed;
+use crate::registry::{JOIN_DEADLINE, Listed, Session};
 use crate::{Cluster, NodeId, NodeInfo};
 
 /// Why a node must not run in this fleet; whoever starts it again has to change something first.
@@ -48,6 +48,9 @@ pub enum Refused {
     },
 }
 
+/// Held while a node joins. Like the schema's lock, the number only has to be the same everywhere.
+const JOIN_LOCK: i64 = 0x6261_636b_6861_756d;
+
 pub(super) const LIST_NODES: &str = "
     SELECT n.id, n.address, n.locality, n.shard, n.build, n.started_at, n.updated_at,
            coalesce(s.expires_at > clock_timestamp(), false)
@@ -76,13 +79,18 @@ pub(super) async fn check_cluster(client: &Client, cluster: &Cluster, announced:
         Some(_) => Ok(()),
         None => {
             identity.cluster_id = Some(theirs);
-            cluster.store().set_identity(&identity)
+            cluster.store().set_identity(&identity)?;
+            cluster.update_me(|me| {
+                me.cluster_id = Some(theirs);
+                true
+            });
+            Ok(())
         }
     }
 }
 
 /// How long a session lives without renewal.
-pub(super) async fn session_life(client: &Client) -> anyhow::Result<Duration> {
+async fn session_life(client: &Client) -> anyhow::Result<Duration> {
     let query = "SELECT value::bigint FROM registry.settings WHERE name = 'session_life_ms'";
     let row = client.query_one(query, &[]).await.map_err(spoken).context("read the session life")?;
     Ok(life_of(row.get(0)))
@@ -93,21 +101,35 @@ fn life_of(milliseconds: i64) -> Duration {
     Duration::from_millis(u64::try_from(milliseconds).unwrap_or(0).max(300))
 }
 
-/// Writes this node's row, giving it its number the first time.
-pub(super) async fn join(client: &Client, cluster: &Cluster, requested: Option<NodeId>) -> anyhow::Result<NodeId> {
+/// Writes this node's row, giving it its number the first time, and begins its session or takes up `kept`. Gives the
+/// session and how long it lives without renewal.
+pub(super) async fn join(
+    client: &Client,
+    cluster: &Cluster,
+    requested: Option<NodeId>,
+    kept: Option<&Session>,
+) -> anyhow::Result<(Session, Duration)> {
     let mut identity = cluster.store().identity()?;
     loop {
-        client.batch_execute("BEGIN; LOCK TABLE registry.nodes IN SHARE ROW EXCLUSIVE MODE").await.map_err(spoken)?;
-        let attempt = join_locked(client, &cluster.me(), identity.store_id, requested).await;
-        let end = if attempt.is_ok() { "COMMIT" } else { "ROLLBACK" };
-        client.batch_execute(end).await.map_err(spoken)?;
-        match attempt? {
-            Attempt::Joined(id) => {
-                if identity.node_id != Some(id) {
-                    identity.node_id = Some(id);
+        let attempt = timeout(JOIN_DEADLINE, async {
+            client.batch_execute(&format!("BEGIN; SELECT pg_advisory_xact_lock({JOIN_LOCK})")).await.map_err(spoken)?;
+            let attempt = join_locked(client, &cluster.me(), identity.store_id, requested, kept).await;
+            let end = if attempt.is_ok() { "COMMIT" } else { "ROLLBACK" };
+            client.batch_execute(end).await.map_err(spoken)?;
+            attempt
+        });
+        match attempt.await.context("join the registry")?? {
+            Attempt::Joined(session, life) => {
+                if identity.node_id != Some(session.node_id) {
+                    identity.node_id = Some(session.node_id);
                     cluster.store().set_identity(&identity)?;
                 }
-                return Ok(id);
+                cluster.update_me(|me| {
+                    let news = me.node_id != Some(session.node_id);
+                    me.node_id = Some(session.node_id);
+                    news
+                });
+                return Ok((session, life));
             }
             Attempt::Elsewhere { id, address, session, remaining } => {
                 // Either a process that is gone, whose session will run out, or a copy that renews it.
@@ -123,7 +145,7 @@ pub(super) async fn join(client: &Client, cluster: &Cluster, requested: Option<N
 }
 
 enum Attempt {
-    Joined(NodeId),
+    Joined(Session, Duration),
     Elsewhere { id: NodeId, address: String, session: Uuid, remaining: Duration },
 }
 
@@ -132,6 +154,7 @@ async fn join_locked(
     me: &NodeInfo,
     store_id: Uuid,
     requested: Option<NodeId>,
+    kept: Option<&Session>,
 ) -> anyhow::Result<Attempt> {
     let known = client.query_opt("SELECT id FROM registry.nodes WHERE store_id = $1", &[&store_id]).await;
     let id = match known.map_err(spoken)? {
@@ -158,7 +181,38 @@ async fn join_locked(
         .await
         .map_err(spoken)
         .context("write the node's row")?;
-    Ok(Attempt::Joined(id))
+    let life = session_life(client).await?;
+    Ok(Attempt::Joined(begin_session(client, me, id, kept, life).await?, life))
+}
+
+/// Begins the node's session, or goes on with `kept` when that has not run out.
+async fn begin_session(
+    client: &Client,
+    me: &NodeInfo,
+    node_id: NodeId,
+    kept: Option<&Session>,
+    life: Duration,
+) -> anyhow::Result<Session> {
+    let begin = "
+        INSERT INTO registry.sessions AS s (node_id, id, epoch, instance, address, expires_at)
+        VALUES ($1, $2, 1, $3, $4, clock_timestamp() + $5::float8 * interval '1 ms')
+        ON CONFLICT (node_id) DO UPDATE SET
+            id = CASE WHEN s.id = $6 AND s.expires_at > clock_timestamp() THEN s.id ELSE excluded.id END,
+            epoch = CASE WHEN s.id = $6 AND s.expires_at > clock_timestamp() THEN s.epoch ELSE s.epoch + 1 END,
+            instance = excluded.instance, address = excluded.address, expires_at = excluded.expires_at
+        RETURNING id, epoch";
+    let kept = kept.map_or_else(Uuid::nil, |session| session.id);
+    let sent = Instant::now();
+    let row = client
+        .query_one(begin, &[&node_id.0, &Uuid::new_v4(), &me.instance, &me.address, &milliseconds(life), &kept])
+        .await
+        .map_err(spoken)
+        .context("begin the node's session")?;
+    Ok(Session { node_id, id: row.get(0), epoch: row.get(1), valid_until: sent + life })
+}
+
+fn milliseconds(duration: Duration) -> f64 {
+    duration.as_secs_f64() * 1000.0
 }
 
 /// Compares the server beside a node with the durable list of shards, as soon as the server is known and whenever it
@@ -190,51 +244,39 @@ async fn new_number(client: &Client, requested: Option<NodeId>) -> anyhow::Resul
     }
 }
 
+/// What a heartbeat brings back.
 pub(super) struct Renewed {
-    pub(super) id: Uuid,
-    pub(super) epoch: i64,
     pub(super) life: Duration,
     pub(super) registry_time: DateTime<Utc>,
     pub(super) addresses: Vec<String>,
+    pub(super) shards: Vec<(String, String)>,
 }
 
-/// Renews the session, or begins a new one when there is none or it has run out.
+/// Renews the session: one statement, sent once, that is either there or not.
 ///
-/// One statement: a heartbeat is sent once and is either there or not.
-pub(super) async fn renew(
-    client: &Client,
-    cluster: &Cluster,
-    node_id: NodeId,
-    kept: Option<&super::Session>,
-    life: Duration,
-) -> anyhow::Result<Renewed> {
+/// # Errors
+///
+/// The session has run out or was taken over; the node has to join again.
+pub(super) async fn renew(client: &Client, session: &Session, life: Duration) -> anyhow::Result<Renewed> {
     let beat = "
         WITH beat AS (
-            INSERT INTO registry.sessions AS s (node_id, id, epoch, instance, address, expires_at)
-            VALUES ($1, $2, 1, $3, $4, clock_timestamp() + $5::float8 * interval '1 ms')
-            ON CONFLICT (node_id) DO UPDATE SET
-                id = CASE WHEN s.id = $6 AND s.expires_at > clock_timestamp() THEN s.id ELSE excluded.id END,
-                epoch = CASE WHEN s.id = $6 AND s.expires_at > clock_timestamp() THEN s.epoch ELSE s.epoch + 1 END,
-                instance = excluded.instance, address = excluded.address, expires_at = excluded.expires_at
-            RETURNING s.id, s.epoch),
-        seen AS (UPDATE registry.nodes SET updated_at = clock_timestamp() WHERE id = $1)
-        SELECT beat.id, beat.epoch, clock_timestamp(),
+            UPDATE registry.sessions SET expires_at = clock_timestamp() + $3::float8 * interval '1 ms'
+            WHERE node_id = $1 AND id = $2 AND expires_at > clock_timestamp() RETURNING node_id),
+        seen AS (UPDATE registry.nodes SET updated_at = clock_timestamp() WHERE id = (SELECT node_id FROM beat))
+        SELECT clock_timestamp(),
                (SELECT value::bigint FROM registry.settings WHERE name = 'session_life_ms'),
-               (SELECT array_agg(address) FROM registry.nodes WHERE id <> $1)
+               (SELECT array_agg(address) FROM registry.nodes WHERE id <> $1),
+               (SELECT array_agg(name ORDER BY name) FROM registry.shards),
+               (SELECT array_agg(system_identifier ORDER BY name) FROM registry.shards)
         FROM beat";
-    let me = cluster.me();
-    let kept = kept.map_or_else(Uuid::nil, |session| session.id);
-    let milliseconds = life.as_secs_f64() * 1000.0;
-    let row = client
-        .query_one(beat, &[&node_id.0, &Uuid::new_v4(), &me.instance, &me.address, &milliseconds, &kept])
-        .await
-        .map_err(spoken)
-        .context("renew the node's session")?;
+    let renewed = client.query_opt(beat, &[&session.node_id.0, &session.id, &milliseconds(life)]).await;
+    let row = renewed.map_err(spoken).context("renew the node's session")?;
+    let row = row.context("the node's session has run out")?;
+    let texts = |column| row.get::<_, Option<Vec<String>>>(column).unwrap_or_default();
     Ok(Renewed {
-        id: row.get(0),
-        epoch: row.get(1),
-        registry_time: row.get(2),
-        life: life_of(row.get(3)),
-        addresses: row.get::<_, Option<Vec<String>>>(4).unwrap_or_default(),
+        registry_time: row.get(0),
+        life: life_of(row.get(1)),
+        addresses: texts(2),
+        shards: texts(3).into_iter().zip(texts(4)).collect(),
     })
 }

@@ -36,6 +36,15 @@ const RETRY: Duration = Duration::from_millis(250);
 /// How long a question to the registry may take before the asker is told that it is not reachable.
 const QUESTION_DEADLINE: Duration = Duration::from_secs(2);
 
+/// How long joining may take, waits for another process's session aside.
+const JOIN_DEADLINE: Duration = Duration::from_secs(10);
+
+/// A heartbeat must not wait for a synchronous standby: the node is alive whatever that standby does. The timeouts end
+/// on the server what a node that froze has begun, so that it never holds up the others.
+const SESSION_SETTINGS: &str = "
+    SET synchronous_commit = local; SET lock_timeout = '5s'; SET statement_timeout = '10s';
+    SET idle_in_transaction_session_timeout = '10s'";
+
 /// A wall clock that is this far from the registry's is reported.
 const CLOCK_OFFSET_TOLERATED: chrono::TimeDelta = chrono::TimeDelta::milliseconds(500);
 
@@ -166,51 +175,62 @@ impl Registry {
         requested: Option<NodeId>,
         kept: &mut Option<Session>,
     ) -> anyhow::Result<std::convert::Infallible> {
-        let (address, cluster_id) = match cluster.view().registry() {
-            Some((leader, cluster_id)) => (leader.address.clone(), cluster_id),
-            None if cluster.store().identity()?.cluster_id.is_some() => {
-                bail!("the registry's server has no leader now")
+        let (beside, address, cluster_id) = match cluster.view().registry() {
+            Some((node, cluster_id)) => (node.instance, node.address.clone(), cluster_id),
+            None if cluster.me().cluster_id.is_some() => {
+                bail!("no server that holds the registry can be written to now")
             }
             None => bail!("no node knows a registry; has \"backhaul init\" been run?"),
         };
         let purpose = Purpose::Server { database: schema::DATABASE.to_owned() };
         let session = Arc::new(dialer.dial(&address, &purpose).await?);
-        // A heartbeat must not wait for a synchronous standby: the node is alive whatever that standby does.
-        session.batch_execute("SET synchronous_commit = local").await.map_err(spoken)?;
-        migrate(&session).await?;
-        membership::check_cluster(&session, cluster, cluster_id).await?;
-        let node_id = membership::join(&session, cluster, requested).await?;
-        cluster.update_me(|me| {
-            let news = me.node_id != Some(node_id);
-            me.node_id = Some(node_id);
-            news
+        let prepared = timeout(JOIN_DEADLINE, async {
+            session.batch_execute(SESSION_SETTINGS).await.map_err(spoken)?;
+            migrate(&session).await?;
+            membership::check_cluster(&session, cluster, cluster_id).await
         });
+        prepared.await.context("prepare the session with the registry")??;
+        let (joined, mut life) = membership::join(&session, cluster, requested, kept.as_ref()).await?;
         self.0.session.send_replace(Some(Arc::clone(&session)));
-        let mut life = membership::session_life(&session).await?;
+        self.become_member(kept, joined);
+        let mut views = cluster.subscribe();
         let mut reported = false;
         let mut checked = None;
-        loop {
-            membership::check_shard(&session, &cluster.me(), &mut checked).await?;
+        while let Some(standing) = kept.as_mut() {
             let sent = Instant::now();
-            let beat = timeout(life / 3, membership::renew(&session, cluster, node_id, kept.as_ref(), life));
+            let beat = timeout(life / 3, async {
+                membership::check_shard(&session, &cluster.me(), &mut checked).await?;
+                membership::renew(&session, standing, life).await
+            });
             let renewed = beat.await.map_err(|_| anyhow!("the registry did not answer in time"))??;
-            let standing = Session { node_id, id: renewed.id, epoch: renewed.epoch, valid_until: sent + life };
-            if kept.as_ref().map(|session| session.id) != Some(standing.id) {
-                tracing::info!(node = %node_id, epoch = standing.epoch, "node has a session in the registry");
-            }
-            *kept = Some(standing.clone());
-            self.0.standing.send_replace(Standing::Member(standing));
-            let offset = renewed.registry_time - Utc::now();
-            if offset.abs() > CLOCK_OFFSET_TOLERATED && !reported {
-                reported = true;
-                tracing::warn!(
-                    "this host's clock differs from the registry's by {} ms; nothing depends on it, but times will look wrong",
-                    offset.num_milliseconds()
-                );
-            }
+            standing.valid_until = sent + life;
+            self.0.standing.send_replace(Standing::Member(standing.clone()));
+            report_offset(renewed.registry_time - Utc::now(), &mut reported);
             cluster.learn(renewed.addresses);
+            cluster.confirm_shards(&renewed.shards);
             life = renewed.life;
-            sleep(life / 4).await;
+            let elsewhere = views.wait_for(|view| view.registry().is_some_and(|(node, _)| node.instance != beside));
+            if timeout(life / 4, elsewhere).await.is_ok() {
+                bail!("the registry has moved to another server");
+            }
         }
+        bail!("the node has no session")
+    }
+
+    fn become_member(&self, kept: &mut Option<Session>, joined: Session) {
+        if kept.as_ref().map(|session| session.id) != Some(joined.id) {
+            tracing::info!(node = %joined.node_id, epoch = joined.epoch, "node has a session in the registry");
+        }
+        self.0.standing.send_replace(Standing::Member(joined.clone()));
+        *kept = Some(joined);
+    }
+}
+
+/// Nothing depends on wall clocks, but people compare times.
+fn report_offset(offset: chrono::TimeDelta, reported: &mut bool) {
+    if offset.abs() > CLOCK_OFFSET_TOLERATED && !*reported {
+        *reported = true;
+        let milliseconds = offset.num_milliseconds();
+        tracing::warn!("this host's clock differs from the registry's by {milliseconds} ms; times will look wrong");
     }
 }

@@ -151,7 +151,10 @@ impl Drop for Demo {
 /// `backhaul demo` on any ports, in `dir`.
 pub fn command(dir: &tempfile::TempDir, arguments: &[&str]) -> Command {
     let mut command = backhaul();
-    command.args(["demo", "--sql-port", "0", "--http-port", "0", "--data-dir"]).arg(dir.path()).args(arguments);
+    command.args(["demo", "--http-port", "0", "--data-dir"]).arg(dir.path()).args(arguments);
+    if !arguments.contains(&"--sql-port") {
+        command.args(["--sql-port", "0"]);
+    }
     command.stdin(Stdio::null());
     command
 }

@@ -102,10 +102,20 @@ impl Wire {
         self.hear_until(|tag| tag == b'Z')
     }
 
+    /// Sends what was built and closes this side of the connection; answers still come.
+    pub fn send_and_close(&mut self) {
+        let out = self.out.split();
+        self.stream.write_all(&out).unwrap();
+        self.stream.shutdown(std::net::Shutdown::Write).unwrap();
+    }
+
     /// The same, up to a message of this kind.
     pub fn hear_until(&mut self, mut last: impl FnMut(u8) -> bool) -> String {
         let out = self.out.split();
-        self.stream.write_all(&out).unwrap();
+        // A side that was closed has nothing to send any more.
+        if !out.is_empty() {
+            self.stream.write_all(&out).unwrap();
+        }
         let mut lines = Vec::new();
         loop {
             let mut header = [0; 5];

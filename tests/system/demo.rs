@@ -107,8 +107,10 @@ fn two_shards_share_the_rows() {
 #[test]
 fn whatever_way_a_demo_ends_nothing_is_left_and_it_can_start_again() {
     let mut dir = directory();
+    // The same ports each time, as for a user who names none.
+    let port = two_free_ports().to_string();
     for (start, signal) in [Signal::SIGKILL, Signal::SIGINT, Signal::SIGTERM].into_iter().enumerate() {
-        let demo = Demo::start_in(dir, &["--nodes", "2"]);
+        let demo = Demo::start_in(dir, &["--nodes", "2", "--sql-port", &port]);
         if start == 0 {
             assert_eq!(demo.ask(1, "CREATE TABLE kept (i int)"), "CREATE TABLE");
         }
@@ -118,14 +120,31 @@ fn whatever_way_a_demo_ends_nothing_is_left_and_it_can_start_again() {
     }
 }
 
+/// The first of two ports in a row that nobody has.
+fn two_free_ports() -> u16 {
+    until("two free ports", || {
+        let first = TcpListener::bind("127.0.0.1:0").unwrap();
+        let port = first.local_addr().unwrap().port();
+        match TcpListener::bind(("127.0.0.1", port.saturating_add(1))) {
+            Ok(_) => Ok(port),
+            Err(error) => Err(error.to_string()),
+        }
+    })
+}
+
 #[test]
 fn a_temporary_fleet_takes_its_files_with_it() {
     let place = directory();
     let mut command = crate::support::backhaul();
     command.args(["demo", "--nodes", "1", "--no-example-database", "--sql-port", "0", "--http-port", "0"]);
+    // A directory that is to be kept is kept, whatever its name.
+    let kept = place.path().join("backhaul-demo-mine");
+    std::fs::create_dir(&kept).unwrap();
+    std::fs::write(kept.join("DEMO"), "").unwrap();
     let output = command.args(["-e", "SHOW LOCALITY"]).env("TMPDIR", place.path()).output().unwrap();
     assert!(output.status.success(), "{}", both(&output));
-    assert_eq!(std::fs::read_dir(place.path()).unwrap().count(), 0);
+    let left: Vec<_> = std::fs::read_dir(place.path()).unwrap().flatten().map(|entry| entry.path()).collect();
+    assert_eq!(left, [kept]);
     assert_nothing_runs_in(place.path());
 }
 

@@ -82,6 +82,15 @@ fn sessions_on_a_leaseholder_that_was_overtaken_are_ended() {
     for number in 1..=4 {
         until_leads_to_timeline(&demo, number, 2);
     }
+    // The overtaken server still runs and still holds a registry: the nodes have left it for the new one.
+    until("the sessions to live in the new registry", || {
+        let query = "SELECT count(*) FROM registry.sessions WHERE expires_at > clock_timestamp()";
+        let registry = demo.direct_url(2).replace("/movr", "/backhaul");
+        let seen = run(crate::support::demo::psql(&registry).args(["-Atc", query]));
+        let moved = demo.node_dir(3).join("node.log");
+        let moved = std::fs::read_to_string(moved).unwrap().contains("the registry has moved to another server");
+        if seen.trim() == "4" && moved { Ok(()) } else { Err(seen) }
+    });
 }
 
 #[test]

@@ -78,6 +78,13 @@ fn a_fleet_with_passwords_is_set_up_as_the_documentation_says() {
     status.args(["node", "status", "--host", &first.address, "--insecure"]);
     let refused = both(&status.output().unwrap());
     assert!(refused.starts_with("ERROR: connect to the node"), "{refused}");
+    // The secret goes to nobody who does not ask for it as a node should.
+    let trusting = Node::start(dir.path(), "trusting", &["--insecure"]);
+    let mut status = backhaul();
+    let refused = both(
+        &status.args(["node", "status", "--host", &trusting.address, "--secret-file", secret_file]).output().unwrap(),
+    );
+    assert!(refused.contains("does not ask for the cluster secret as it should"), "{refused}");
     for log in [first.log(), second.log(), stranger.log()] {
         let secrets = [std::fs::read_to_string(&secret).unwrap(), std::fs::read_to_string(&other).unwrap()];
         assert!(secrets.iter().all(|secret| !log.contains(secret.trim())) && !log.contains("of backhaul"), "{log}");

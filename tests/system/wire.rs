@@ -186,6 +186,16 @@ fn names_of_statements_and_portals_follow_the_rules() {
     // The unnamed statement belongs to whoever was parsed last.
     wire.parse("", "SHOW LOCALITY").parse("", "SELECT 7 AS seven").bind("", "", 0).execute("", 0).sync();
     assert_eq!(wire.hear(), "1\n1\n2\nD 7\nC SELECT 1\nZ I");
+    // The server knows the names of ours, and says so when they are taken or go.
+    assert_eq!(wire.parse("gone", "SHOW LOCALITY").sync().hear(), "1\nZ I");
+    assert!(wire.parse("gone", "SELECT 1").sync().hear().contains("C42P05"));
+    assert!(wire.query("PREPARE gone AS SELECT 1").hear().contains("C42P05"));
+    assert_eq!(wire.query("DEALLOCATE gone").hear(), "C DEALLOCATE\nZ I");
+    assert_eq!(
+        wire.close(b'S', "s").parse("s", "SELECT 8 AS eight").bind("", "s", 0).execute("", 0).sync().hear(),
+        "3\n1\n2\nD 8\nC SELECT 1\nZ I"
+    );
+    assert_eq!(wire.close(b'S', "s").parse("s", "SHOW LOCALITY").sync().hear(), "3\n1\nZ I");
     assert_eq!(wire.query("DISCARD ALL").hear(), "C DISCARD ALL\nZ I");
     assert!(wire.bind("", "s", 0).sync().hear().contains("C26000"), "the statement is gone");
 }
@@ -204,6 +214,52 @@ fn copy_in_by_drivers_that_send_sync_early_keeps_the_order() {
         assert_eq!(wire.hear(), "1\n2\nG\nC COPY 1\nZ I");
         assert!(wire.query("SHOW LOCALITY").hear().ends_with("C SHOW\nZ I"));
     }
+}
+
+#[test]
+fn the_end_of_a_copy_that_has_failed_holds_nothing_up() {
+    let demo = demo();
+    let mut wire = Wire::login(&demo.nodes[0].address, "postgres");
+    assert_eq!(wire.query("CREATE TEMPORARY TABLE t (i int)").hear(), "C CREATE TABLE\nZ I");
+    assert_eq!(wire.query("COPY t FROM STDIN").hear_until(|tag| tag == b'G'), "G");
+    let failed = wire.send(b"d\0\0\0\x06x\n").hear();
+    assert!(failed.starts_with("E SERROR C22P02") && failed.ends_with("Z I"), "{failed}");
+    assert!(wire.copy("1\n").query("SHOW LOCALITY").hear().ends_with("C SHOW\nZ I"));
+    assert!(wire.query("SELECT 1").hear().ends_with("C SELECT 1\nZ I"));
+}
+
+#[test]
+fn a_client_that_closes_its_side_still_gets_all_its_answers() {
+    let demo = demo();
+    for node in &demo.nodes {
+        let mut wire = Wire::login(&node.address, "postgres");
+        wire.query("SELECT pg_sleep(0.1)")
+            .query("SHOW LOCALITY")
+            .query("CREATE TABLE kept (i int)")
+            .query("DROP TABLE kept");
+        wire.send_and_close();
+        assert!(wire.hear().ends_with("C SELECT 1\nZ I"));
+        assert!(wire.hear().ends_with("C SHOW\nZ I"));
+        assert_eq!(wire.hear(), "C CREATE TABLE\nZ I");
+        assert_eq!(wire.hear(), "C DROP TABLE\nZ I");
+        assert_eq!(wire.hear(), "end");
+    }
+}
+
+#[test]
+fn a_peer_that_talks_nonsense_is_refused() {
+    let demo = demo();
+    let mut startup = vec![0, 0, 0, 0, 0, 3, 0, 0];
+    startup.extend_from_slice(b"user\0x\0options\0-c backhaul.peer=verbs\0\0");
+    startup[3] = startup.len() as u8;
+    for nonsense in [b"Q\0\0\0\x05\0".as_slice(), b"p\0\0\0\x04", b"Q\0\0\0\x1bBACKHAUL GIVE ME IT ALL\0"] {
+        let mut wire = Wire::connect(&demo.nodes[0].address);
+        let heard = wire.send(&startup).hear();
+        assert_eq!(heard, "Z I");
+        let heard = wire.send(nonsense).hear();
+        assert!(heard.contains("C0A000") || heard.contains("CXX000"), "{heard}");
+    }
+    assert!(Wire::login(&demo.nodes[0].address, "postgres").query("SELECT 1").hear().ends_with("Z I"));
 }
 
 #[test]

@@ -69,7 +69,8 @@ fn malformed(message: &str) -> PgError {
 
 impl Locals {
     fn holds(&self, name: &[u8]) -> bool {
-        self.statements.contains_key(name)
+        let parsed = self.parsed.as_ref().is_some_and(|(parsed, _)| parsed == name);
+        parsed || self.statements.contains_key(name)
     }
 
     /// Forgets what a frame that goes to the server replaces there.
@@ -80,11 +81,16 @@ impl Locals {
         }
         match (tag, cut_string(&mut body)) {
             // Of a named one the server will say that the name is taken.
-            (b'P', Some(b"")) => drop(self.statements.remove(b"".as_slice())),
-            (b'C', Some(name)) if is_statement => drop(self.statements.remove(name)),
+            (b'P', Some(b"")) => self.forget(b""),
+            (b'C', Some(name)) if is_statement => self.forget(name),
             (b'B', Some(name)) => drop(self.portals.remove(name)),
             _ => {}
         }
+    }
+
+    fn forget(&mut self, name: &[u8]) {
+        self.statements.remove(name);
+        self.parsed.take_if(|(parsed, _)| parsed == name);
     }
 
     /// The server has accepted the name of the statement that was parsed last.

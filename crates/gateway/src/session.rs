@@ -127,7 +127,8 @@ impl Session {
             }
             // With room towards the client, all that can be digested of the server's last words has been.
             if !server_open && self.to_client.len() < BUFFER_MAX {
-                break if self.server_ended || self.client_ended { Ok(()) } else { Err(self.server_lost()) };
+                let expected = self.server_ended || self.client_ended || !client_open;
+                break if expected { Ok(()) } else { Err(self.server_lost()) };
             }
             if !client_open && server_writable && self.is_done_with_client() && server_flushed {
                 // As a client that closes its side directly: the server finishes what it has and then goes.

@@ -29,11 +29,11 @@ use crate::local::Locals;
 use crate::pipeline::Pipeline;
 
 /// Reading from one side stops while this much waits to be written to the other.
-pub(crate) const BUFFER_MAX: usize = 256 * 1024;
+pub(crate) const BUFFER_MAX: usize = 128 * 1024;
 
 /// Room for a read is made when there is less than the first, and then this much more.
-const READ_MIN: usize = 16 * 1024;
-const READ_SIZE: usize = 128 * 1024;
+const READ_MIN: usize = 8 * 1024;
+const READ_SIZE: usize = 32 * 1024;
 
 /// A client that does not take its last words within this time goes without them.
 const LAST_WORDS_DEADLINE: Duration = Duration::from_secs(30);

@@ -2,6 +2,7 @@
 
 use std::io::{Read as _, Write as _};
 use std::net::TcpStream;
+use std::sync::mpsc::RecvTimeoutError;
 
 use bytes::{BufMut as _, BytesMut};
 use postgres_protocol::IsNull;
@@ -11,8 +12,10 @@ use super::DEADLINE;
 
 /// A connection, and what was built to be sent on it.
 pub struct Wire {
+    address: String,
     stream: TcpStream,
     out: BytesMut,
+    key: Vec<u8>,
 }
 
 impl Wire {
@@ -20,7 +23,7 @@ impl Wire {
     pub fn connect(address: &str) -> Self {
         let stream = TcpStream::connect(address).unwrap();
         stream.set_read_timeout(Some(DEADLINE)).unwrap();
-        Self { stream, out: BytesMut::new() }
+        Self { address: address.to_owned(), stream, out: BytesMut::new(), key: Vec::new() }
     }
 
     /// Connects and logs in as `root` without a password, up to the first ReadyForQuery.
@@ -36,6 +39,21 @@ impl Wire {
     pub fn send(&mut self, bytes: &[u8]) -> &mut Self {
         self.stream.write_all(bytes).unwrap();
         self
+    }
+
+    /// What asks for the cancellation of whatever this connection does, again and again, until it is dropped.
+    pub fn canceller(&self) -> Canceller {
+        let (address, key) = (self.address.clone(), self.key.clone());
+        let (stop, stopped) = std::sync::mpsc::channel::<()>();
+        let thread = std::thread::spawn(move || {
+            // The request may come before the statement; then it is for nothing.
+            while stopped.recv_timeout(std::time::Duration::from_millis(20)) == Err(RecvTimeoutError::Timeout) {
+                let mut packet = vec![0, 0, 0, 8 + key.len() as u8, 4, 0xd2, 0x16, 0x2e];
+                packet.extend_from_slice(&key);
+                TcpStream::connect(&address).unwrap().write_all(&packet).unwrap();
+            }
+        });
+        Canceller { stop: Some(stop), thread: Some(thread) }
     }
 
     /// Query.
@@ -127,11 +145,28 @@ impl Wire {
             let mut body = vec![0; length - 4];
             self.stream.read_exact(&mut body).unwrap();
             lines.extend(line(header[0], &body));
+            if header[0] == b'K' {
+                self.key.clone_from(&body);
+            }
             if last(header[0]) {
                 break;
             }
         }
         lines.join("\n")
+    }
+}
+
+/// See [`Wire::canceller`].
+pub struct Canceller {
+    stop: Option<std::sync::mpsc::Sender<()>>,
+    thread: Option<std::thread::JoinHandle<()>>,
+}
+
+impl Drop for Canceller {
+    fn drop(&mut self) {
+        drop(self.stop.take());
+        let ended = self.thread.take().map(std::thread::JoinHandle::join);
+        assert!(ended.is_none_or(|ended| ended.is_ok()) || std::thread::panicking());
     }
 }
 

@@ -86,6 +86,21 @@ fn an_address_that_never_answers_is_given_up_again_and_again() {
 }
 
 #[test]
+fn a_node_finds_its_fleet_again_without_an_address() {
+    let dir = directory();
+    let (_server, first) = fleet(dir.path());
+    let second = Node::start(dir.path(), "n2", &["--insecure", "--join", &first.address]);
+    second.until_logged("has a session in the registry node=2");
+    let address = second.address.clone();
+    drop(second);
+    let again = Node::start(dir.path(), "n2", &["--insecure", "--listen-addr", &address]);
+    again.until_logged("has a session in the registry node=2");
+    // And others find the fleet through it alone.
+    let third = Node::start(dir.path(), "n3", &["--insecure", "--join", &again.address]);
+    third.until_logged("has a session in the registry node=3");
+}
+
+#[test]
 fn a_node_alone_says_what_is_missing() {
     let dir = directory();
     let node = Node::start(dir.path(), "n1", &["--insecure", "--http-addr", "127.0.0.1:0"]);

@@ -3,6 +3,9 @@
 use std::io::{Read as _, Write as _};
 use std::net::TcpStream;
 
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+
 use crate::support::demo::Demo;
 use crate::support::wire::Wire;
 use crate::support::{DEADLINE, until};
@@ -274,4 +277,28 @@ fn a_client_that_vanishes_leaves_no_session() {
             if seen == "0" { Ok(()) } else { Err(seen) }
         });
     }
+}
+
+#[test]
+fn a_statement_of_ours_that_waits_can_be_cancelled_and_tells_what_it_lacks() {
+    let demo = Demo::start(&["--nodes", "2", "--servers", "2", "--shards", "2", "--no-example-database"]);
+    // The registry is n1's; the second node's session there freezes, so that SHOW NODES on n2 has to wait for it.
+    let name = format!("backhaul {}", demo.nodes[1].address);
+    let frozen = demo.ask(1, &format!("SELECT pid FROM pg_stat_activity WHERE application_name = '{name}'"));
+    let frozen = Pid::from_raw(frozen.parse().unwrap());
+    let mut wire = Wire::login(&demo.nodes[1].address, "postgres");
+    kill(frozen, Signal::SIGSTOP).unwrap();
+    let canceller = wire.canceller();
+    let heard = wire.query("SHOW NODES").hear();
+    drop(canceller);
+    kill(frozen, Signal::SIGCONT).unwrap();
+    assert_eq!(heard, "E SERROR C57014 Mcanceling statement due to user request\nZ I");
+
+    // With the registry's server gone the answer is this node's own, and says so.
+    kill(demo.server_pid(1), Signal::SIGINT).unwrap();
+    until("the registry to be gone", || {
+        let heard = wire.query("SHOW NODES").hear();
+        let told = heard.starts_with("N SNOTICE C08006 Mthe registry cannot be reached\nT node_id:20:0");
+        if told && heard.contains("|NULL|t|") { Ok(()) } else { Err(heard) }
+    });
 }

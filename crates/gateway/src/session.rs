@@ -142,8 +142,12 @@ impl Session {
             let may_read_client = client_open && self.from_client.bytes.len() < BUFFER_MAX;
             let may_read_server = server_open && self.to_client.len() < BUFFER_MAX;
             tokio::select! {
-                // In this order: what is there is taken first, so that it goes on in larger pieces.
+                // In this order: a change of the world is heard however much flows, and what is there to be read is
+                // taken before anything is written, so that it goes on in larger pieces.
                 biased;
+                () = &mut stopped => break Err(shutting_down()),
+                () = &mut moved => break Err(leader_moved(follows.as_ref())),
+                outcome = finished(&mut self.running), if self.outcome.is_none() => self.outcome = Some(outcome),
                 read = client_in.read_buf(&mut self.from_client.bytes), if may_read_client => {
                     client_open = matches!(read, Ok(read) if read > 0);
                 }
@@ -163,9 +167,6 @@ impl Session {
                         Err(_) => break Ok(()),
                     }
                 }
-                outcome = finished(&mut self.running), if self.outcome.is_none() => self.outcome = Some(outcome),
-                () = &mut moved => break Err(leader_moved(follows.as_ref())),
-                () = &mut stopped => break Err(shutting_down()),
             }
         };
         if let Err(error) = end

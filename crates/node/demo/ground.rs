@@ -2,6 +2,7 @@
 //!
 //! ```text
 //! DIR/DEMO            says that a demo made this, and whether it is temporary; locked while one runs here
+//! DIR/REAPER          locked by the process that cleans up after the demo
 //! DIR/READY           the fleet was whole at least once; its text is the layout
 //! DIR/n<i>/           node i's store (its LOCK holds the process id), with extern/ and node.log
 //! DIR/n<i>/pg/        its server (postmaster.pid holds the process id), with server.log beside it
@@ -50,6 +51,8 @@ impl Ground {
         let Some(given) = given else {
             clean_temporary();
             let dir = tempfile::Builder::new().prefix(PREFIX).tempdir().context("create a temporary directory")?.keep();
+            // Servers of another user have to get inside.
+            fs::set_permissions(&dir, fs::Permissions::from_mode(0o755))?;
             fs::write(dir.join("DEMO"), TEMPORARY)?;
             return Self::lock(dir, true, run_as);
         };
@@ -69,7 +72,6 @@ impl Ground {
     }
 
     fn lock(dir: PathBuf, temporary: bool, run_as: Option<&RunAs>) -> anyhow::Result<Self> {
-        fs::set_permissions(&dir, fs::Permissions::from_mode(0o755))?;
         if let Some(run_as) = run_as {
             check_enterable(&dir, run_as)?;
         }
@@ -196,8 +198,21 @@ fn end(dir: &Path, kind: fn(&str, &[&str]) -> bool, signals: [Signal; 2]) {
     }
 }
 
-/// The reaper's work: everything of the demo in `dir` ends, and the directory goes if it was temporary.
-pub(super) fn reap(dir: &Path, remove: bool) -> anyhow::Result<()> {
+/// The reaper's work: once `wait` returns, everything of the demo in `dir` ends, and the directory goes if it was
+/// temporary.
+///
+/// There is one reaper at a time. A demo that starts where another was killed a moment ago waits in `ready` until that
+/// one's reaper is done, which could not tell the new processes from the old.
+pub(super) fn reap(
+    dir: &Path,
+    remove: bool,
+    ready: impl FnOnce(),
+    wait: impl FnOnce() -> anyhow::Result<()>,
+) -> anyhow::Result<()> {
+    let file = fs::OpenOptions::new().create(true).append(true).open(dir.join("REAPER"))?;
+    let _lock = Flock::lock(file, FlockArg::LockExclusive).map_err(|(_, errno)| errno).context("lock REAPER")?;
+    ready();
+    wait()?;
     end_processes(dir);
     if remove {
         fs::remove_dir_all(dir).with_context(|| format!("remove {}", dir.display()))?;

@@ -15,13 +15,15 @@ use std::io::{IsTerminal as _, Read as _};
 use std::os::unix::process::ExitStatusExt as _;
 use std::path::Path;
 use std::process::{ExitCode, ExitStatus, Stdio};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, bail};
 use fleet::private::{Installation, Instance, RunAs};
+use tokio::io::AsyncReadExt as _;
 use tokio::process::{Child, Command};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::task::JoinSet;
+use tokio::time::timeout;
 
 use crate::flags::{Demo, Init, Trust};
 use crate::init;
@@ -30,6 +32,9 @@ use ground::Ground;
 use nodes::RunningNode;
 use plan::{Part, PlannedNode};
 use servers::SUPERUSER;
+
+/// The clean-up of an earlier demo in the same directory takes no longer than this.
+const REAPER_DEADLINE: Duration = Duration::from_secs(60);
 
 /// Starts the fleet and stays until it is told to end, or has run what it was given.
 ///
@@ -40,10 +45,8 @@ pub(crate) async fn run(flags: &Demo) -> anyhow::Result<ExitCode> {
     let planned = plan::plan(flags)?;
     let installation = Installation::find()?;
     let run_as = RunAs::choose()?;
-    nodes::check_ports(flags.sql_port, &planned, "SQL")?;
-    nodes::check_ports(flags.http_port, &planned, "HTTP")?;
     let ground = Ground::take(flags.data_dir.as_deref(), run_as.as_ref())?;
-    let mut reaper = Reaper::start(&ground)?;
+    let mut reaper = Reaper::start(&ground).await?;
     let (mut interrupted, mut terminated) = (signal(SignalKind::interrupt())?, signal(SignalKind::terminate())?);
     let in_psql = Cell::new(false);
     let interrupt = async {
@@ -67,23 +70,32 @@ pub(crate) async fn run(flags: &Demo) -> anyhow::Result<ExitCode> {
 ///
 /// The directory cannot be removed.
 pub(crate) fn reap(dir: &Path, remove: bool) -> anyhow::Result<()> {
-    // Blocking is all that this process does.
-    std::io::stdin().read_to_end(&mut Vec::new())?;
-    ground::reap(dir, remove)
+    let wait = || {
+        // Blocking is all that this process does.
+        std::io::stdin().read_to_end(&mut Vec::new())?;
+        Ok(())
+    };
+    ground::reap(dir, remove, || print_line("ready"), wait)
 }
 
 /// The process that outlives this one.
 struct Reaper(Child);
 
 impl Reaper {
-    fn start(ground: &Ground) -> anyhow::Result<Self> {
+    async fn start(ground: &Ground) -> anyhow::Result<Self> {
         let mut command = Command::new(std::env::current_exe()?);
         // A group of its own, so that Ctrl-C does not end it before its work.
-        command.arg("demo-reaper").arg(&ground.dir).process_group(0).stdin(Stdio::piped());
+        command.arg("demo-reaper").arg(&ground.dir).process_group(0).stdin(Stdio::piped()).stdout(Stdio::piped());
         if ground.temporary {
             command.arg("--remove");
         }
-        Ok(Self(command.spawn().context("start the reaper")?))
+        let mut child = command.spawn().context("start the reaper")?;
+        let mut said = [0; 1];
+        let mut out = child.stdout.take().context("hear the reaper")?;
+        timeout(REAPER_DEADLINE, out.read_exact(&mut said))
+            .await
+            .context("wait for an earlier demo to be cleaned up")??;
+        Ok(Self(child))
     }
 
     async fn finish(&mut self) -> anyhow::Result<()> {
@@ -105,6 +117,8 @@ async fn live(
     in_psql: &Cell<bool>,
 ) -> anyhow::Result<ExitCode> {
     let begun = Instant::now();
+    nodes::check_ports(flags.sql_port, planned, "SQL")?;
+    nodes::check_ports(flags.http_port, planned, "HTTP")?;
     // With -e, standard output belongs to the results.
     let quiet = !flags.execute.is_empty();
     let say = |line: &str| {

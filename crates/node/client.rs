@@ -1,14 +1,22 @@
 //! How the tools around a node reach one.
 
-use anyhow::Context as _;
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::{Context as _, anyhow};
 use cluster::secret::ClusterSecret;
-use gateway::tls::Tls;
+use cluster::socket::connect;
+use gateway::tls::{Tls, authority};
+use rustls::ClientConfig;
+use tokio::time::timeout;
 use tokio_postgres::config::SslMode;
 use tokio_postgres::{Client, Config, NoTls};
-use tokio_postgres_rustls::MakeRustlsConnect;
 use tokio_util::task::AbortOnDropHandle;
 
 use crate::flags::Trust;
+
+/// A login through a node that takes longer is given up.
+const CONNECT_DEADLINE: Duration = Duration::from_secs(20);
 
 impl Trust {
     /// The secret that these flags name.
@@ -19,13 +27,22 @@ impl Trust {
         }
     }
 
-    /// The certificates that these flags name.
+    /// What a node does with the certificates that these flags name.
     ///
     /// # Errors
     ///
     /// They cannot be read.
     pub(crate) fn tls(&self) -> anyhow::Result<Tls> {
         self.certs_dir.as_deref().map_or_else(|| Ok(Tls::default()), Tls::load)
+    }
+
+    /// Whom a tool trusts to be a node; without certificates it speaks plain text.
+    ///
+    /// # Errors
+    ///
+    /// The directory has no certificate authority, or it cannot be read.
+    pub(crate) fn authority(&self) -> anyhow::Result<Option<Arc<ClientConfig>>> {
+        self.certs_dir.as_deref().map(authority).transpose()
     }
 }
 
@@ -46,28 +63,22 @@ pub(crate) async fn local_session(
     database: &str,
     trust: &Trust,
 ) -> anyhow::Result<LocalSession> {
-    let mut config: Config = format!("postgresql://{host}/").parse().context("read the address of the node")?;
-    config.user(user).dbname(database).options("-c backhaul.target=local").application_name("backhaul init");
-    config.connect_timeout(std::time::Duration::from_secs(10));
+    let mut config = Config::new();
+    config.user(user).dbname(database).ssl_mode(SslMode::Disable);
+    config.options("-c backhaul.target=local").application_name("backhaul init");
     if let Some(password) = std::env::var_os("PGPASSWORD") {
         config.password(password.as_encoded_bytes());
     }
-    let connect = async {
-        Ok::<_, tokio_postgres::Error>(match trust.tls().ok().and_then(|tls| tls.to_nodes()) {
-            Some(tls) => {
-                config.ssl_mode(SslMode::Require);
-                let (client, connection) = config.connect(MakeRustlsConnect::new((*tls).clone())).await?;
-                (client, tokio::spawn(async move { drop(connection.await) }))
-            }
-            None => {
-                config.ssl_mode(SslMode::Disable);
-                let (client, connection) = config.connect(NoTls).await?;
-                (client, tokio::spawn(async move { drop(connection.await) }))
-            }
-        })
+    let authority = trust.authority()?;
+    let connecting = async {
+        // TLS is agreed on here, so to the PostgreSQL client the connection is a plain one.
+        let socket = connect(host, authority.as_ref()).await?;
+        config.connect_raw(socket, NoTls).await.map_err(spoken)
     };
-    let (client, connection) =
-        connect.await.map_err(spoken).with_context(|| format!("connect through the node at {host} as {user}"))?;
+    let connected = timeout(CONNECT_DEADLINE, connecting).await.unwrap_or_else(|_| Err(anyhow!("no answer in time")));
+    let (client, connection) = connected.with_context(|| format!("connect through the node at {host} as {user}"))?;
+    // The connection's errors reach every request on the client.
+    let connection = tokio::spawn(async move { drop(connection.await) });
     Ok(LocalSession { client, _connection: AbortOnDropHandle::new(connection) })
 }
 

@@ -25,7 +25,7 @@ struct Nodes {
 ///
 /// The node cannot be reached or refuses the secret.
 pub(crate) async fn run(flags: &Status) -> anyhow::Result<()> {
-    let dialer = Dialer::new(flags.trust.secret(), flags.trust.tls()?.to_nodes(), "backhaul node status".to_owned());
+    let dialer = Dialer::new(flags.trust.secret(), flags.trust.authority()?, "backhaul node status".to_owned());
     let session = dialer.dial(&flags.host, &Purpose::Verbs).await?;
     let answer = session.ask(Verb::Nodes, DEADLINE).await?;
     let nodes: Nodes = serde_json::from_str(&answer).context("read the list of nodes")?;

@@ -167,4 +167,10 @@ fn standbys_may_stream_through_the_port_even_that_of_their_own_node() {
         let seen = both(&first.psql("root", "postgres").args(["-Atc", "SHOW NODES"]).output().unwrap());
         if seen.contains("|non-voting replica|t|t|") { Ok(()) } else { Err(seen) }
     });
+    // Asked for the server beside the node, it would get itself.
+    let itself = format!(
+        "host={host} port={port} user=root replication=true application_name=standby options='-c backhaul.target=local'"
+    );
+    let refused = both(&crate::support::demo::psql(&itself).args(["-c", "IDENTIFY_SYSTEM"]).output().unwrap());
+    assert!(refused.contains("FATAL:  the standby beside node 3 cannot follow itself"), "{refused}");
 }

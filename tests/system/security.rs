@@ -110,6 +110,20 @@ fn clients_may_speak_tls_and_nodes_must_when_they_can() {
     let postgres = server.instance.conninfo("backhaul");
     let first = Node::start(dir.path(), "n1", &["--insecure", "--certs-dir", certs_dir, "--postgres", &postgres]);
     let second = Node::start(dir.path(), "n2", &["--insecure", "--certs-dir", certs_dir, "--join", &first.address]);
+    // The tools verify the node, too, and need nothing but the authority's certificate for that.
+    let authority = dir.path().join("authority");
+    std::fs::create_dir(&authority).unwrap();
+    let status = |certs: &Path| {
+        let mut status = backhaul();
+        status.args(["node", "status", "--insecure", "--host", &second.address, "--certs-dir"]).arg(certs);
+        both(&status.output().unwrap())
+    };
+    assert!(status(&authority).contains("ca.crt: No such file"), "never plain text by mistake");
+    std::fs::copy(certs.join("ca.crt"), authority.join("ca.crt")).unwrap();
+    assert!(status(&authority).contains("NOTICE: the registry cannot be reached"));
+    let other = rcgen::generate_simple_self_signed(["127.0.0.1".to_owned()]).unwrap();
+    std::fs::write(authority.join("ca.crt"), other.cert.pem()).unwrap();
+    assert!(status(&authority).contains("invalid peer certificate"));
     for node in [&first, &second] {
         let ask = |ssl: &str, binding: &str| {
             let url =

@@ -35,16 +35,7 @@ impl Tls {
             .with_no_client_auth()
             .with_single_cert(chain, key)
             .with_context(|| format!("use the certificate in {}", dir.display()))?;
-        let ca_path = dir.join("ca.crt");
-        let to_nodes = if ca_path.exists() {
-            let mut roots = RootCertStore::empty();
-            for certificate in certificates(&ca_path)? {
-                roots.add(certificate).with_context(|| format!("use the certificate in {}", ca_path.display()))?;
-            }
-            Some(Arc::new(ClientConfig::builder().with_root_certificates(roots).with_no_client_auth()))
-        } else {
-            None
-        };
+        let to_nodes = dir.join("ca.crt").exists().then(|| authority(dir)).transpose()?;
         Ok(Self { to_clients: Some(TlsAcceptor::from(Arc::new(server))), to_nodes })
     }
 
@@ -52,6 +43,20 @@ impl Tls {
     pub fn to_nodes(&self) -> Option<Arc<ClientConfig>> {
         self.to_nodes.clone()
     }
+}
+
+/// Whom to believe to be a node: whose certificate the directory's `ca.crt` vouches for.
+///
+/// # Errors
+///
+/// The file is missing, cannot be read, or holds no certificate.
+pub fn authority(dir: &Path) -> anyhow::Result<Arc<ClientConfig>> {
+    let path = dir.join("ca.crt");
+    let mut roots = RootCertStore::empty();
+    for certificate in certificates(&path)? {
+        roots.add(certificate).with_context(|| format!("use the certificate in {}", path.display()))?;
+    }
+    Ok(Arc::new(ClientConfig::builder().with_root_certificates(roots).with_no_client_auth()))
 }
 
 fn certificates(path: &Path) -> anyhow::Result<Vec<CertificateDer<'static>>> {

@@ -66,14 +66,20 @@ pub(crate) async fn local_session(
     let mut config = Config::new();
     config.user(user).dbname(database).ssl_mode(SslMode::Disable);
     config.options("-c backhaul.target=local").application_name("backhaul init");
-    if let Some(password) = std::env::var_os("PGPASSWORD") {
+    let password = std::env::var_os("PGPASSWORD");
+    if let Some(password) = &password {
         config.password(password.as_encoded_bytes());
     }
     let authority = trust.authority()?;
     let connecting = async {
         // TLS is agreed on here, so to the PostgreSQL client the connection is a plain one.
         let socket = connect(host, authority.as_ref()).await?;
-        config.connect_raw(socket, NoTls).await.map_err(spoken)
+        config.connect_raw(socket, NoTls).await.map_err(|error| match error.as_db_error() {
+            None if password.is_none() => {
+                spoken(error).context("the server asks for a password; give it by PGPASSWORD")
+            }
+            _ => spoken(error),
+        })
     };
     let connected = timeout(CONNECT_DEADLINE, connecting).await.unwrap_or_else(|_| Err(anyhow!("no answer in time")));
     let (client, connection) = connected.with_context(|| format!("connect through the node at {host} as {user}"))?;

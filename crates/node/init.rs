@@ -19,11 +19,8 @@ use crate::flags::Init;
 ///
 /// The fleet has been initialized, the node stands beside a standby, or PostgreSQL refuses.
 pub(crate) async fn run(flags: &Init, say: impl Fn(&str)) -> anyhow::Result<()> {
-    let made_secret = match &flags.trust.secret_file {
-        Some(file) if !flags.trust.insecure => Some((file, ClusterSecret::create(file)?)),
-        _ => None,
-    };
     let session = local_session(&flags.host, &flags.user, "postgres", &flags.trust).await?;
+    check_node(&session.client, &flags.host).await?;
     check_primary(&session.client, &flags.host).await?;
     service_role(&session.client, &flags.service_role).await?;
     if flags.service_role_only {
@@ -31,6 +28,10 @@ pub(crate) async fn run(flags: &Init, say: impl Fn(&str)) -> anyhow::Result<()> 
         return Ok(());
     }
     let id = make_registry(&session.client, flags).await?;
+    let made_secret = match &flags.trust.secret_file {
+        Some(file) if !flags.trust.insecure => Some((file, ClusterSecret::create(file)?)),
+        _ => None,
+    };
     say(&format!("cluster {id} is initialized; its registry is the database \"{DATABASE}\""));
     if let Some((file, made)) = made_secret {
         let verb = if made { "was written to" } else { "was found in" };
@@ -38,13 +39,23 @@ pub(crate) async fn run(flags: &Init, say: impl Fn(&str)) -> anyhow::Result<()> 
     }
     if !flags.trust.insecure {
         let role = &flags.service_role;
-        say(&format!("give the role a password (\\password {role} in psql) and each node its --postgres with it"));
+        say(&format!(
+            "give the role a password (\\password {role}, in psql on that server itself), and each node its --postgres with it"
+        ));
         say("lines for pg_hba.conf of every server, above all others for 127.0.0.1:");
         say(&format!("  host  all          {role}  127.0.0.1/32  scram-sha-256"));
         say("  host  all          all       127.0.0.1/32  scram-sha-256");
         say("  host  replication  all       127.0.0.1/32  scram-sha-256");
     }
     warn_of_no_standby(&session.client, say).await
+}
+
+/// A bare PostgreSQL does not know our statements.
+async fn check_node(client: &Client, host: &str) -> anyhow::Result<()> {
+    if client.simple_query("SHOW LOCALITY").await.is_err() {
+        bail!("there is no node at {host}; give the address that \"backhaul start\" listens on");
+    }
+    Ok(())
 }
 
 async fn check_primary(client: &Client, host: &str) -> anyhow::Result<()> {
@@ -73,7 +84,9 @@ async fn make_registry(client: &Client, flags: &Init) -> anyhow::Result<Uuid> {
     let found = client.query_opt(query, &[&DATABASE]).await.map_err(spoken)?;
     let role = quote(&flags.service_role);
     match found.map(|row| row.get::<_, String>(0)) {
-        Some(comment) if comment.starts_with(REGISTRY_MARK) => bail!("cluster has already been initialized"),
+        Some(comment) if comment.starts_with(REGISTRY_MARK) => {
+            bail!("cluster has already been initialized; \"backhaul node status\" shows it")
+        }
         Some(_) => {}
         None => {
             let create = format!("CREATE DATABASE {DATABASE} OWNER {role}");

@@ -33,6 +33,10 @@ pub(crate) async fn run(flags: Start) -> anyhow::Result<()> {
 
     let server = flags.postgres.as_deref().map(Server::from_conninfo).transpose()?;
     let tls = flags.trust.tls()?;
+    // A secret that is not there yet may come; one that is there has to be in order.
+    if flags.trust.secret_file.as_ref().is_some_and(|file| file.exists()) {
+        flags.trust.secret().read()?;
+    }
     let store = Arc::new(Store::open(&flags.store)?);
     let extern_dir = flags.external_io_dir.clone().unwrap_or_else(|| flags.store.join("extern"));
     std::fs::create_dir_all(&extern_dir).with_context(|| format!("create {}", extern_dir.display()))?;
@@ -91,6 +95,11 @@ async fn probe(server: Option<Server>, insecure: bool, door: watch::Sender<Door>
                     (Some(ServerInfo::Up(before)), ServerInfo::Up(now)) => now.differs(before),
                     (before, now) => before.as_ref() != Some(now),
                 };
+                match &seen {
+                    ServerInfo::Down { reason } if news => tracing::warn!("the server is not there: {reason}"),
+                    ServerInfo::Up(_) if me.server_state().is_none() => tracing::info!("the server answers"),
+                    ServerInfo::Down { .. } | ServerInfo::Up(_) => {}
+                }
                 me.server = Some(seen);
                 news
             });

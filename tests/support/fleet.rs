@@ -48,6 +48,13 @@ impl Server {
         server
     }
 
+    /// Where it listens, if on more than its socket.
+    pub fn address(&self) -> String {
+        let conninfo = self.instance.conninfo("root");
+        let port = conninfo.split("port=").nth(1).and_then(|rest| rest.split(' ').next());
+        format!("127.0.0.1:{}", port.unwrap())
+    }
+
     /// Starts it (again).
     pub fn start(&mut self) {
         let log = self.dir.join("server.log");

@@ -49,9 +49,9 @@ fn drivers_get_our_answers_too() {
     let demo = Demo::start(&[]);
     let expected = "\
 locality 25 [('region=us-west-1,zone=b',)] SHOW
-['int', 'str', 'str', 'str', 'str', 'bool', 'bool', 'str', 'datetime', 'datetime'] 4
+['int', 'str', 'str', 'str', 'str', 'bool', 'bool', 'str', 'datetime', 'datetime', 'int', 'str'] 4
 locality 25 [('region=us-west-1,zone=b',)] SHOW
-['int', 'str', 'str', 'str', 'str', 'bool', 'bool', 'str', 'datetime', 'datetime'] 4
+['int', 'str', 'str', 'str', 'str', 'bool', 'bool', 'str', 'datetime', 'datetime', 'int', 'str'] 4
 ('region=us-west-1,zone=b',)
 ('region=us-west-1,zone=b',)
 ('region=us-west-1,zone=b',)

@@ -59,10 +59,15 @@ fn clients_of_every_node_follow_a_promotion_and_an_old_primary_is_refused() {
         let output = start.output().unwrap();
         if output.status.success() { Ok(()) } else { Err(both(&output)) }
     });
-    until("node 1 to see its server again", || {
+    until("node 1 to see its server again, and node 3 its own for what it follows", || {
         let seen = demo.ask(1, "SHOW NODES");
-        if seen.lines().any(|row| row.starts_with("1|")) { Ok(()) } else { Err(seen) }
+        let row = |start: &str, role: &str| seen.lines().any(|row| row.starts_with(start) && row.contains(role));
+        if row("1|", "|overtaken primary|") && row("3|", "|detached standby|") { Ok(()) } else { Err(seen) }
     });
+    let mut local = demo.psql(1);
+    local.env("PGOPTIONS", "-c backhaul.target=local").args(["-c", "CREATE TABLE lost (i int)"]);
+    let refused = both(&local.output().unwrap());
+    assert!(refused.contains("the server beside node 1 is a primary that has been overtaken"), "{refused}");
     for number in 1..=4 {
         assert_eq!(demo.ask(number, "SELECT pg_is_in_recovery(), (SELECT count(*) FROM rides)"), "f|1000");
         until_leads_to_timeline(&demo, number, 2);

@@ -137,6 +137,14 @@ fn a_standby_cannot_hold_a_new_registry() {
     let node = Node::start(dir.path(), "n1", &["--insecure", "--postgres", &standby.instance.conninfo("root")]);
     let output = backhaul().args(["init", "--insecure", "--user", "root", "--host", &node.address]).output().unwrap();
     assert!(both(&output).contains("is a standby; run init on the node beside the primary"), "{}", both(&output));
+
+    // Nor can a server without a node, and a failed init leaves no secret behind.
+    let bare = Server::primary_on(dir.path(), "bare", free_port());
+    let secret = dir.path().join("secret");
+    let mut init = backhaul();
+    init.args(["init", "--user", "root", "--host", &bare.address(), "--secret-file"]).arg(&secret);
+    let said = both(&init.output().unwrap());
+    assert!(said.contains("there is no node at") && !secret.exists(), "{said}");
 }
 
 #[test]
@@ -169,4 +177,8 @@ fn a_registry_of_a_newer_program_is_left_alone() {
     node.until_logged("the registry has schema version 99, and this program knows only up to 1");
     let said = both(&node.psql("root", "postgres").args(["-Atc", "SELECT 1"]).output().unwrap());
     assert_eq!(said.trim(), "1", "clients are relayed all the same");
+}
+
+fn free_port() -> u16 {
+    TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port()
 }

@@ -1,5 +1,6 @@
 //! Passwords, certificates, and doors that must not stand open.
 
+use std::os::unix::fs::PermissionsExt as _;
 use std::path::Path;
 use std::process::Command;
 
@@ -77,7 +78,13 @@ fn a_fleet_with_passwords_is_set_up_as_the_documentation_says() {
     let mut status = backhaul();
     status.args(["node", "status", "--host", &first.address, "--insecure"]);
     let refused = both(&status.output().unwrap());
-    assert!(refused.starts_with("ERROR: connect to the node"), "{refused}");
+    assert!(refused.contains("the node asks for the cluster secret; give --secret-file"), "{refused}");
+    let mut open = init(&first, &secret);
+    let refused = both(&open.env_remove("PGPASSWORD").output().unwrap());
+    assert!(refused.contains("give it by PGPASSWORD"), "{refused}");
+    std::fs::set_permissions(&other, std::fs::Permissions::from_mode(0o644)).unwrap();
+    let Err(log) = Node::try_start(dir.path(), "careless", &flags) else { panic!("a secret that all may read") };
+    assert!(log.contains("chmod 600"), "{log}");
     // The secret goes to nobody who does not ask for it as a node should.
     let trusting = Node::start(dir.path(), "trusting", &["--insecure"]);
     let mut status = backhaul();

@@ -93,7 +93,13 @@ impl Dialer {
             config.password(secret);
             socket = Box::new(Wary::new(socket));
         }
-        let (client, connection) = config.connect_raw(socket, NoTls).await.map_err(spoken)?;
+        let has_secret = config.get_password().is_some();
+        let (client, connection) = config.connect_raw(socket, NoTls).await.map_err(|error| {
+            // Of the errors that are not the node's words, without a secret, this is the one: it was asked for one.
+            let asked = !has_secret && error.as_db_error().is_none() && !error.is_closed();
+            let error = spoken(error);
+            if asked { error.context("the node asks for the cluster secret; give --secret-file") } else { error }
+        })?;
         // The connection's own errors reach every request made on the client; its end needs no second report.
         let connection = tokio::spawn(async move { drop(connection.await) });
         Ok(PeerSession { client, _connection: AbortOnDropHandle::new(connection) })

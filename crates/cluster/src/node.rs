@@ -162,8 +162,12 @@ pub enum Role {
     Voting,
     /// Beside an asynchronous standby.
     NonVoting,
-    /// Beside a server whose part in the shard is not known: down, or unknown to the primary.
-    Unknown,
+    /// Beside a standby that does not follow the shard's primary: it follows another, or nobody, or there is none.
+    Detached,
+    /// Beside a primary that does not lead: another one is on a higher timeline.
+    Overtaken,
+    /// Beside a server that does not answer.
+    Down,
     /// It has no server of its own.
     None,
 }
@@ -174,7 +178,9 @@ impl fmt::Display for Role {
             Self::Leaseholder => "leaseholder",
             Self::Voting => "voting replica",
             Self::NonVoting => "non-voting replica",
-            Self::Unknown => "unknown",
+            Self::Detached => "detached standby",
+            Self::Overtaken => "overtaken primary",
+            Self::Down => "server down",
             Self::None => "no server",
         })
     }
@@ -193,12 +199,10 @@ impl Role {
         if leader.is_some_and(|leader| leader.instance == node.instance) {
             return Self::Leaseholder;
         }
-        let (Some(state), Some(primary)) = (node.server_state(), leader.and_then(NodeInfo::server_state)) else {
-            return Self::Unknown;
-        };
-        let Some(upstream) = state.upstream.as_ref().filter(|_| state.in_recovery) else {
-            return Self::Unknown;
-        };
+        let Some(state) = node.server_state() else { return Self::Down };
+        let Some(upstream) = state.upstream.as_ref().filter(|_| state.in_recovery) else { return Self::Overtaken };
+        let primary = leader.and_then(NodeInfo::server_state);
+        let Some(primary) = primary.filter(|primary| primary.timeline == state.timeline) else { return Self::Detached };
         let listed = primary.downstream.iter().find(|standby| match (&upstream.slot, &standby.slot) {
             (Some(ours), Some(theirs)) => ours == theirs,
             _ => standby.application_name == upstream.application_name,
@@ -207,7 +211,7 @@ impl Role {
             Some("sync" | "quorum" | "potential") => Self::Voting,
             Some(_) => Self::NonVoting,
             None if upstream.status == "streaming" => Self::NonVoting,
-            None => Self::Unknown,
+            None => Self::Detached,
         }
     }
 }
@@ -286,13 +290,23 @@ pub(crate) mod tests {
             (standby("walreceiver", Some("c")), Role::NonVoting),
             (standby("named", None), Role::Voting),
             (standby("cascaded", None), Role::NonVoting),
-            (receiving("left behind", None, "not receiving"), Role::Unknown),
-            (node(3, "s1", Some((true, 1))), Role::Unknown),
+            (receiving("left behind", None, "not receiving"), Role::Detached),
+            (node(3, "s1", Some((false, 1))), Role::Overtaken),
+            (
+                {
+                    let mut elsewhere = standby("walreceiver", None);
+                    if let Some(ServerInfo::Up(state)) = &mut elsewhere.server {
+                        state.timeline = 2;
+                    }
+                    elsewhere
+                },
+                Role::Detached,
+            ),
             (node(4, "s1", None), Role::None),
             (leader.clone(), Role::Leaseholder),
         ] {
             assert_eq!(Role::of(&standby, Some(&leader)), role, "{standby:?}");
         }
-        assert_eq!(Role::of(&standby("named", None), None), Role::Unknown);
+        assert_eq!(Role::of(&standby("named", None), None), Role::Detached);
     }
 }

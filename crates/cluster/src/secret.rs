@@ -8,6 +8,9 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context as _, bail};
 use uuid::Uuid;
 
+/// A shorter secret could be guessed by whoever overhears a peer's proof.
+const LENGTH_MIN: usize = 32;
+
 /// Where a node finds the secret that all nodes of a fleet share.
 ///
 /// `init` makes the file and an operator copies it to every host. It is read afresh at each use, so a node may start
@@ -25,7 +28,7 @@ impl ClusterSecret {
     ///
     /// # Errors
     ///
-    /// The file is missing, empty, or readable by other users of the host.
+    /// The file is missing, too short, or readable by other users of the host.
     pub fn read(&self) -> anyhow::Result<Option<String>> {
         let Self::File(path) = self else { return Ok(None) };
         let shown = path.display();
@@ -36,8 +39,8 @@ impl ClusterSecret {
         }
         let text = fs::read_to_string(path).with_context(|| format!("read the cluster secret in {shown}"))?;
         match text.lines().next().map(str::trim) {
-            Some(line) if !line.is_empty() => Ok(Some(line.to_owned())),
-            _ => bail!("the cluster secret in {shown} is empty"),
+            Some(line) if line.len() >= LENGTH_MIN => Ok(Some(line.to_owned())),
+            _ => bail!("the cluster secret in {shown} is shorter than {LENGTH_MIN} characters"),
         }
     }
 
@@ -75,6 +78,11 @@ mod tests {
         assert!(first.as_ref().is_some_and(|text| text.len() == 64));
         assert!(!ClusterSecret::create(&path).unwrap(), "made twice");
         assert_eq!(secret.read().unwrap(), first);
+
+        let short = dir.path().join("short");
+        fs::write(&short, "too short\n").unwrap();
+        fs::set_permissions(&short, fs::Permissions::from_mode(0o600)).unwrap();
+        assert!(ClusterSecret::File(short).read().unwrap_err().to_string().contains("shorter than"));
 
         fs::set_permissions(&path, fs::Permissions::from_mode(0o644)).unwrap();
         let error = secret.read().unwrap_err().to_string();

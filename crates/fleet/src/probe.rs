@@ -90,6 +90,12 @@ impl Probe {
         let mut rules_read = None;
         loop {
             if self.is_due(rules_read) {
+                // The first time right after the knocking above; then both, for rules change with a reload, too.
+                if rules_read.is_some()
+                    && let Some(open) = door::check(&self.server).await?
+                {
+                    return Ok(open);
+                }
                 rules_read = Some(Instant::now());
                 if let Some(open) = door::open_rule(&self.server, &client).await? {
                     return Ok(open);

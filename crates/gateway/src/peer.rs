@@ -129,7 +129,11 @@ impl Gateway {
             Verb::WhoAreYou { since } => Ok(serde_json::to_string(&self.cluster.who_am_i(since).await)?),
             Verb::Nodes => {
                 let answer = show::nodes(&self.cluster, &self.registry).await;
-                let notices: Vec<&str> = answer.notices.iter().map(|notice| notice.message.as_str()).collect();
+                let words = |notice: &PgError| match &notice.detail {
+                    Some(detail) => format!("{}: {detail}", notice.message),
+                    None => notice.message.clone(),
+                };
+                let notices: Vec<String> = answer.notices.iter().map(words).collect();
                 Ok(serde_json::to_string(&serde_json::json!({
                     "columns": show::node_columns(),
                     "rows": show::as_text(&answer.rows),

@@ -70,7 +70,15 @@ fn local(cluster: &Cluster) -> Result<Chosen, PgError> {
         return Err(PgError::new(SqlState::OBJECT_NOT_IN_PREREQUISITE_STATE, message)
             .hint(format!("Connect without {TARGET}=local to reach the leaseholder of shard \"{}\".", me.shard)));
     }
-    Ok(Chosen { route: Route::Own, follows: None })
+    // A standby stays what it is; a primary may be overtaken, and what is written to it then is lost.
+    let writable = me.server_state().is_some_and(|server| !server.in_recovery);
+    if writable && let Some(leader) = cluster.view().leader(&me.shard).filter(|leader| leader.instance != me.instance) {
+        let message = format!("the server beside {} is a primary that has been overtaken", me.name());
+        return Err(PgError::new(SqlState::OBJECT_NOT_IN_PREREQUISITE_STATE, message)
+            .detail(format!("Shard \"{}\" is led by {} now.", me.shard, leader.name()))
+            .hint("Stop that server and make it a standby (pg_rewind)."));
+    }
+    Ok(Chosen { route: Route::Own, follows: writable.then_some(me.instance) })
 }
 
 async fn leaseholder(cluster: &Cluster) -> Result<Chosen, PgError> {
@@ -114,7 +122,7 @@ fn no_leader(me: &NodeInfo, view: &View) -> PgError {
     };
     PgError::new(SqlState::CANNOT_CONNECT_NOW, format!("shard \"{}\" has no leaseholder now", me.shard))
         .detail(detail)
-        .hint("Try again; SHOW NODES through a node of another shard, or \"backhaul node status\", shows the fleet.")
+        .hint("Try again; \"backhaul node status\" shows the fleet meanwhile.")
 }
 
 fn first_line(text: &str) -> &str {

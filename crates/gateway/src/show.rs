@@ -10,7 +10,7 @@ use crate::answer::{Answer, Column, Kind, Value};
 const LOCALITY: [Column; 1] = [Column { name: "locality", kind: Kind::Text }];
 
 /// Named after the columns of `cockroach node status` and `crdb_internal.gossip_nodes` where they mean the same.
-const NODES: [Column; 10] = [
+const NODES: [Column; 12] = [
     Column { name: "node_id", kind: Kind::Int8 },
     Column { name: "address", kind: Kind::Text },
     Column { name: "locality", kind: Kind::Text },
@@ -21,6 +21,8 @@ const NODES: [Column; 10] = [
     Column { name: "build", kind: Kind::Text },
     Column { name: "started_at", kind: Kind::Timestamp },
     Column { name: "updated_at", kind: Kind::Timestamp },
+    Column { name: "timeline", kind: Kind::Int8 },
+    Column { name: "lsn", kind: Kind::Text },
 ];
 
 /// The columns of a statement's answer.
@@ -75,7 +77,23 @@ fn listed_row(node: &Listed, view: &View) -> Vec<Value> {
         Value::Text(Some(node.build.clone())),
         Value::Timestamp(Some(node.started_at)),
         Value::Timestamp(Some(node.updated_at)),
+        timeline(known),
+        lsn(known),
     ]
+}
+
+fn timeline(known: Option<&cluster::Known>) -> Value {
+    Value::Int8(server(known).map(|server| server.timeline.into()))
+}
+
+/// What the server has written or replayed, as of its node's last answer: with the timeline, what an operator looks at
+/// before promoting a standby.
+fn lsn(known: Option<&cluster::Known>) -> Value {
+    Value::Text(server(known).map(|server| server.lsn.to_string()))
+}
+
+fn server(known: Option<&cluster::Known>) -> Option<&cluster::ServerState> {
+    known.filter(|known| known.reachable)?.info.server_state()
 }
 
 fn seen_row(known: &cluster::Known, view: &View) -> Vec<Value> {
@@ -91,6 +109,8 @@ fn seen_row(known: &cluster::Known, view: &View) -> Vec<Value> {
         Value::Text(Some(info.build.clone())),
         Value::Timestamp(Some(info.started_at)),
         Value::Timestamp(None),
+        timeline(Some(known)),
+        lsn(Some(known)),
     ]
 }
 

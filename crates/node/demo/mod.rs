@@ -36,6 +36,9 @@ use servers::SUPERUSER;
 /// The clean-up of an earlier demo in the same directory takes no longer than this.
 const REAPER_DEADLINE: Duration = Duration::from_secs(60);
 
+/// From so many rides on, the user is told what takes so long.
+const ROWS_THAT_TAKE_A_WHILE: u32 = 50_000;
+
 /// Starts the fleet and stays until it is told to end, or has run what it was given.
 ///
 /// # Errors
@@ -143,6 +146,9 @@ async fn live(
     let roles = nodes::wait_until_whole(&mut running, is_new).await?;
     let database = if flags.no_example_database { "postgres" } else { movr::DATABASE };
     if is_new && !flags.no_example_database {
+        if flags.rows >= ROWS_THAT_TAKE_A_WHILE {
+            say(&format!("loading {} rides into the database {}", flags.rows, movr::DATABASE));
+        }
         load_movr(flags, &running).await?;
     }
     ground.set_ready(&layout)?;
@@ -157,7 +163,10 @@ async fn live(
     }
     suggest(&running, &first).iter().for_each(|line| say(line));
     let ends = watch(running, planned, servers);
-    if std::io::stdin().is_terminal() && std::io::stdout().is_terminal() {
+    let on_terminal = std::io::stdin().is_terminal() && std::io::stdout().is_terminal();
+    let way_out = if on_terminal { "\\q" } else { "Ctrl-C" };
+    say(&format!("{way_out} ends the demo and everything it started."));
+    if on_terminal {
         in_psql.set(true);
         let status = psql(installation, &first).status().await.context("run psql")?;
         return Ok(exit_code(status));
@@ -254,7 +263,6 @@ fn suggest(running: &[RunningNode], first: &str) -> Vec<String> {
     if let Some(last) = running.last() {
         lines.push(format!("Kill a node and look:  kill -9 {};  psql {first} -c 'SHOW NODES'", last.pid()));
     }
-    lines.push("Ctrl-C ends the demo and everything it started.".to_owned());
     lines
 }
 

@@ -51,7 +51,9 @@ SELECT fleet.vehicles[i % cardinality(fleet.vehicles) + 1],
        CASE i % 13 WHEN 0 THEN NULL ELSE (i % 5000) / 100.0 END,
        repeat(md5('route' || i), 8)
 FROM part, fleet, generate_series(1, rides) i WHERE pg_temp.own(i);
-UPDATE vehicles SET last_ride = (SELECT max(id) FROM rides WHERE vehicle_id = vehicles.id) WHERE kind = 'bike';
+UPDATE vehicles SET last_ride = last.id
+FROM (SELECT vehicle_id, max(id) AS id FROM rides GROUP BY vehicle_id) last
+WHERE last.vehicle_id = vehicles.id AND kind = 'bike';
 
 INSERT INTO vehicle_positions
 SELECT fleet.vehicles[i % cardinality(fleet.vehicles) + 1],

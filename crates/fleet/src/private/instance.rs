@@ -198,7 +198,9 @@ impl Instance {
 
     /// The connection string for `user`.
     pub fn conninfo(&self, user: &str) -> String {
-        format!("host={} port={} user={user}", self.socket_dir.display(), self.port.unwrap_or(SOCKET_PORT))
+        // Quoted as libpq has it: the directory may have any name.
+        let host = self.socket_dir.display().to_string().replace('\\', "\\\\").replace('\'', "\\'");
+        format!("host='{host}' port={} user={user}", self.port.unwrap_or(SOCKET_PORT))
     }
 
     /// The server, logged into as `user`.

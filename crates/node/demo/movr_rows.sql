@@ -42,23 +42,29 @@ SELECT (ARRAY['bike', 'scooter', 'skateboard'])[i % 3 + 1]::vehicle_kind, 'MV-' 
        i % 90 + 0.99
 FROM part, generate_series(1, users) i WHERE pg_temp.own(i);
 
-CREATE TEMPORARY TABLE fleet AS SELECT array_agg(id ORDER BY id) AS vehicles FROM vehicles;
+CREATE TEMPORARY TABLE fleet AS SELECT row_number() OVER (ORDER BY id) - 1 AS n, id FROM vehicles;
+CREATE TEMPORARY TABLE fleet_size AS SELECT count(*) AS vehicles FROM fleet;
+ANALYZE fleet;
 INSERT INTO rides (vehicle_id, rider_id, began, ended, revenue, route)
-SELECT fleet.vehicles[i % cardinality(fleet.vehicles) + 1],
-       pg_temp.uuid_of('user', pg_temp.own_number(i % users + 1, users)),
+SELECT fleet.id,
+       md5('user' || CASE WHEN own > users THEN own - shards WHEN own < 1 THEN own + shards ELSE own END)::uuid,
        timestamptz '2025-06-01 00:00:00+00' + i * interval '7 seconds',
        CASE i % 50 WHEN 0 THEN NULL ELSE timestamptz '2025-06-01 00:00:00+00' + i * interval '7 seconds' + interval '11 minutes' END,
        CASE i % 13 WHEN 0 THEN NULL ELSE (i % 5000) / 100.0 END,
        repeat(md5('route' || i), 8)
-FROM part, fleet, generate_series(1, rides) i WHERE pg_temp.own(i);
+FROM part CROSS JOIN fleet_size CROSS JOIN generate_series(1, rides) i
+     CROSS JOIN LATERAL (SELECT (i % users + 1) - (i % users + 1) % shards + shard AS own) rider
+     JOIN fleet ON fleet.n = i % vehicles
+WHERE i % shards = shard ORDER BY i;
 UPDATE vehicles SET last_ride = last.id
 FROM (SELECT vehicle_id, max(id) AS id FROM rides GROUP BY vehicle_id) last
 WHERE last.vehicle_id = vehicles.id AND kind = 'bike';
 
 INSERT INTO vehicle_positions
-SELECT fleet.vehicles[i % cardinality(fleet.vehicles) + 1],
-       timestamptz '2024-12-20 00:00:00+00' + i * interval '31 hours', ROW(i, -i)::place
-FROM part, fleet, generate_series(1, least(users, 1000)) i WHERE pg_temp.own(i);
+SELECT fleet.id, timestamptz '2024-12-20 00:00:00+00' + i * interval '31 hours', ROW(i, -i)::place
+FROM part CROSS JOIN fleet_size CROSS JOIN generate_series(1, least(users, 1000)) i
+     JOIN fleet ON fleet.n = i % vehicles
+WHERE i % shards = shard;
 
 -- Too wide for a page, and not to be compressed: these live in TOAST.
 INSERT INTO contracts
@@ -77,5 +83,5 @@ CREATE UNIQUE INDEX ON revenue_by_city (city);
 SELECT nextval('ticket_numbers') FROM generate_series(1, 3);
 SELECT lo_from_bytea(16500, convert_to(repeat('a large object, ünïcode ', 5000), 'UTF8'));
 COMMENT ON LARGE OBJECT 16500 IS 'The terms of use';
-DROP TABLE part, fleet;
+DROP TABLE part, fleet, fleet_size;
 ANALYZE;

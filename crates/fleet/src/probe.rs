@@ -18,6 +18,9 @@ const PERIOD: Duration = Duration::from_millis(200);
 /// A server that takes longer to answer counts as down.
 const ANSWER_DEADLINE: Duration = Duration::from_secs(3);
 
+/// A server that takes connections but does not finish a login by then counts as down.
+const LOGIN_DEADLINE: Duration = Duration::from_secs(10);
+
 /// Wait after a login that the server refused; what is amiss takes an operator to mend.
 const REFUSED_WAIT: Duration = Duration::from_secs(1);
 
@@ -86,15 +89,19 @@ impl Probe {
             *checked = Some(Instant::now());
             self.door.send_replace(Door::Guarded);
         }
-        let (client, _connection) = self.server.session().await.map_err(refused)?;
+        let login = timeout(LOGIN_DEADLINE, self.server.session()).await.context("log into the server")?;
+        let (client, _connection) = login.map_err(refused)?;
         let mut rules_read = None;
         loop {
             if self.is_due(rules_read) {
                 // The first time right after the knocking above; then both, for rules change with a reload, too.
-                if rules_read.is_some()
-                    && let Some(open) = door::check(&self.server).await?
-                {
-                    return Ok(open);
+                if rules_read.is_some() {
+                    match door::check(&self.server).await {
+                        Ok(Some(open)) => return Ok(open),
+                        Ok(None) => {}
+                        // A server that is full, say, is not down: this session still hears it. The next look tells.
+                        Err(error) => tracing::info!("the ways into the server could not be looked at: {error:#}"),
+                    }
                 }
                 rules_read = Some(Instant::now());
                 if let Some(open) = door::open_rule(&self.server, &client).await? {

@@ -1,7 +1,9 @@
 //! What the relay costs: COPY out and in, and small transactions, through a node and through a hop, against the server
-//! itself over TCP, which is how a client of a node would reach it otherwise. Every figure is a ratio of runs that took turns in one go, so it holds when the machine's speed drifts.
+//! itself over TCP, which is how a client of a node would reach it otherwise. Every figure is a ratio of runs that took
+//! turns in one go, so it holds when the machine's speed drifts.
 //!
-//! `cargo bench --bench relay`. Exits with 1 when COPY costs more than 10 % of the direct way.
+//! `cargo bench --bench relay`. Exits with 1 when COPY costs more than 10 % of the direct way for each node that it
+//! passes. All of it shares this machine's cores, which a client, its nodes and its server do not in a fleet.
 
 #![allow(clippy::unwrap_used, reason = "a benchmark that cannot go on panics")]
 #![allow(clippy::print_stdout, reason = "it prints its figures")]
@@ -16,9 +18,9 @@ use support::{backhaul, postgres_program, run};
 #[path = "../tests/support/mod.rs"]
 mod support;
 
-const ROUNDS: usize = 7;
+const ROUNDS: usize = 15;
 const ROWS: u32 = 1_000_000;
-/// The share of the direct way's time that COPY through one node may cost on top.
+/// The share of the direct way's time that COPY may cost on top for each node that it passes.
 const COPY_OVERHEAD_MAX: f64 = 0.10;
 
 fn main() {
@@ -49,7 +51,8 @@ fn main() {
     for (what, measure) in [("COPY out", &out as &dyn Fn(&str) -> Duration), ("COPY in", &into)] {
         let ratios = in_turn(&ways, measure);
         report(what, &ratios);
-        worst = worst.max(ratios[2]);
+        // A hop passes two nodes.
+        worst = worst.max(ratios[2] - 1.0).max((ratios[3] - 1.0) / 2.0);
     }
     for mode in ["simple", "prepared"] {
         run(postgres_program("pgbench").args(["-i", "-q", &ways[0]]).stderr(Stdio::null()));
@@ -62,8 +65,8 @@ fn main() {
         );
     }
     drop((first, second, server));
-    if worst > 1.0 + COPY_OVERHEAD_MAX {
-        println!("COPY through a node costs more than {:.0} %", COPY_OVERHEAD_MAX * 100.0);
+    if worst > COPY_OVERHEAD_MAX {
+        println!("COPY costs more than {:.0} % for each node that it passes", COPY_OVERHEAD_MAX * 100.0);
         std::process::exit(1);
     }
 }

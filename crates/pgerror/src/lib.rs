@@ -43,6 +43,18 @@ impl SqlState {
     pub const CHARACTER_NOT_IN_REPERTOIRE: Self = Self(*b"22021");
     /// An object is not in the state that the request needs.
     pub const OBJECT_NOT_IN_PREREQUISITE_STATE: Self = Self(*b"55000");
+    /// An object is busy now.
+    pub const OBJECT_IN_USE: Self = Self(*b"55006");
+    /// The server's own code for a lock that was not granted in time.
+    pub const LOCK_NOT_AVAILABLE: Self = Self(*b"55P03");
+    /// No schema of this name exists.
+    pub const INVALID_SCHEMA_NAME: Self = Self(*b"3F000");
+    /// A name is that of another kind of object.
+    pub const WRONG_OBJECT_TYPE: Self = Self(*b"42809");
+    /// No database of this name exists.
+    pub const UNDEFINED_DATABASE: Self = Self(*b"3D000");
+    /// No table of this name exists.
+    pub const UNDEFINED_TABLE: Self = Self(*b"42P01");
     /// The wrong password, or none.
     pub const INVALID_PASSWORD: Self = Self(*b"28P01");
     /// A role that may not connect.
@@ -57,6 +69,41 @@ impl SqlState {
     pub const DUPLICATE_CURSOR: Self = Self(*b"42P03");
     /// A limit of ours, named in the message, is used up.
     pub const CONFIGURATION_LIMIT_EXCEEDED: Self = Self(*b"53400");
+    /// An object of this name exists.
+    pub const DUPLICATE_OBJECT: Self = Self(*b"42710");
+    /// No object of this name exists.
+    pub const UNDEFINED_OBJECT: Self = Self(*b"42704");
+    /// A file that exists and is never written twice.
+    pub const DUPLICATE_FILE: Self = Self(*b"58P02");
+    /// A store or a disk that cannot be reached or fails.
+    pub const IO_ERROR: Self = Self(*b"58030");
+    /// No room is left where something has to be written.
+    pub const DISK_FULL: Self = Self(*b"53100");
+    /// A text that its type cannot be read from.
+    pub const INVALID_TEXT_REPRESENTATION: Self = Self(*b"22P02");
+    /// A number that its type has no room for.
+    pub const NUMERIC_VALUE_OUT_OF_RANGE: Self = Self(*b"22003");
+    /// A NULL where a value is needed.
+    pub const NULL_VALUE_NOT_ALLOWED: Self = Self(*b"22004");
+    /// A parameter of a statement whose type nothing decides.
+    pub const INDETERMINATE_DATATYPE: Self = Self(*b"42P18");
+    /// A parameter of a statement that would need two types.
+    pub const AMBIGUOUS_PARAMETER: Self = Self(*b"42P08");
+    /// A parameter that no value was given for.
+    pub const UNDEFINED_PARAMETER: Self = Self(*b"42P02");
+    /// Something that this user, or the node itself, may not do.
+    pub const INSUFFICIENT_PRIVILEGE: Self = Self(*b"42501");
+    /// A file, a directory or a bucket that does not exist.
+    pub const UNDEFINED_FILE: Self = Self(*b"58P01");
+
+    /// No error at all: a notice.
+    pub const SUCCESSFUL_COMPLETION: Self = Self(*b"00000");
+    /// Bytes that are no value of their type.
+    pub const INVALID_BINARY_REPRESENTATION: Self = Self(*b"22P03");
+    /// A file that another job has written; CockroachDB's own code.
+    pub const FILE_ALREADY_EXISTS: Self = Self(*b"42C01");
+    /// One name twice in a list.
+    pub const DUPLICATE_ALIAS: Self = Self(*b"42712");
 
     /// The code that `text` spells, when it is five ASCII letters or digits.
     pub fn parse(text: &str) -> Option<Self> {

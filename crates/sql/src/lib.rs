@@ -5,18 +5,32 @@
 //! is asked for every statement of every client. Only what it accepts is tokenized and parsed ([`parse`]), with
 //! positions, so that an error points at the character it means.
 //!
-//! We take only texts that a bare PostgreSQL rejects: `SHOW LOCALITY` is 42704 there. What we do not take is never
-//! judged: a text that this crate cannot tokenize is simply not ours.
+//! We take only texts that a bare PostgreSQL rejects: `SHOW LOCALITY` is 42704 there, `BACKUP` 42601. What we do not
+//! take is never judged: a text that this crate cannot tokenize is simply not ours.
+//!
+//! The grammar is CockroachDB's. What it allows and we cannot do yet is read to its end and then refused by its name
+//! (0A000), so that nobody looks for a typing error in a sound statement. A statement may carry a store's keys in its
+//! URIs: they are in no `Debug` output and, in the echo of a text that does not parse, replaced by stars.
 //!
 //! The verbs that nodes speak among themselves ([`Verb`]) are texts too and are printed and read here, so that both
 //! ends of a peer session share one definition.
 //!
 //! Nothing here is async and nothing here does I/O.
 
+mod backup;
+mod cursor;
+mod external;
+mod names;
+mod parameters;
 mod parser;
 mod scan;
+mod show;
+mod statement;
+mod syntax;
 mod verb;
 
-pub use parser::{Statement, parse};
+pub use parameters::ParameterType;
+pub use parser::parse;
 pub use scan::is_ours;
+pub use statement::{Backup, BackupOptions, Number, ShowJobs, Statement, Text};
 pub use verb::Verb;

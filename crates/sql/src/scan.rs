@@ -1,8 +1,23 @@
 //! Whose statement is it? Asked for every text a client sends, so it reads a few words and no more.
 
-/// The pairs of first words that make a text ours. Each is rejected by a bare PostgreSQL (`SHOW` of an unknown name:
-/// 42704); a test of the whole system proves it for every statement in `sql-fixtures/`.
-const OURS: [[&str; 2]; 2] = [["SHOW", "LOCALITY"], ["SHOW", "NODES"]];
+/// The first words that make a text ours, none the beginning of another. Each is rejected by a bare PostgreSQL (`SHOW`
+/// of an unknown name: 42704, all else: 42601); a test of the whole system proves it for every statement in
+/// `sql-fixtures/`.
+const OURS: [&[&str]; 10] = [
+    &["BACKUP"],
+    &["EXPLAIN", "BACKUP"],
+    &["SHOW", "LOCALITY"],
+    &["SHOW", "NODES"],
+    &["SHOW", "JOB"],
+    &["SHOW", "JOBS"],
+    &["SHOW", "EXTERNAL", "CONNECTION"],
+    &["SHOW", "EXTERNAL", "CONNECTIONS"],
+    &["CREATE", "EXTERNAL", "CONNECTION"],
+    &["DROP", "EXTERNAL", "CONNECTION"],
+];
+
+/// The most words that it takes to know.
+const LONGEST: usize = 3;
 
 /// Whether a text begins with one of our statements.
 ///
@@ -10,18 +25,27 @@ const OURS: [[&str; 2]; 2] = [["SHOW", "LOCALITY"], ["SHOW", "NODES"]];
 /// every encoding that PostgreSQL allows on the wire for these characters in this place: before the first word.
 pub fn is_ours(text: &[u8]) -> bool {
     let mut rest = text;
-    let (Some(first), Some(second)) = (next_word(&mut rest), next_word(&mut rest)) else {
-        return false;
-    };
     // SHOW nodes.x is a setting of that name.
-    starts_ours(first, second) && !skip_blank(rest).is_some_and(|rest| rest.starts_with(b"."))
+    starts_ours(|| next_word(&mut rest)) && !skip_blank(rest).is_some_and(|rest| rest.starts_with(b"."))
 }
 
-/// The same rule for words that are already cut.
-pub(crate) fn starts_ours(first: &[u8], second: &[u8]) -> bool {
-    OURS.iter().any(|[a, b]| first.eq_ignore_ascii_case(a.as_bytes()) && second.eq_ignore_ascii_case(b.as_bytes()))
+/// The same rule for words that come one by one; no more are asked for than it takes.
+pub(crate) fn starts_ours<'w>(mut next: impl FnMut() -> Option<&'w [u8]>) -> bool {
+    let mut words = [b"".as_slice(); LONGEST];
+    for count in 1..=LONGEST {
+        let Some(word) = next() else { return false };
+        words[count - 1] = word;
+        let begins = |ours: &[&str]| {
+            let said = &words[..count.min(ours.len())];
+            said.iter().zip(ours).all(|(word, ours)| word.eq_ignore_ascii_case(ours.as_bytes()))
+        };
+        let Some(ours) = OURS.iter().find(|ours| begins(ours)) else { return false };
+        if ours.len() <= count {
+            return true;
+        }
+    }
+    false
 }
-
 /// Cuts the next bare word off the front of `text`; `None` when something else comes first.
 fn next_word<'t>(text: &mut &'t [u8]) -> Option<&'t [u8]> {
     *text = skip_blank(text)?;
@@ -79,6 +103,29 @@ mod tests {
             ("-- a comment\nSHOW NODES", true),
             ("/* one /* nested */ */ show /* two */ nodes", true),
             ("SHOW LOCALITY; SELECT 1", true),
+            ("BACKUP", true),
+            ("backup;", true),
+            ("BACKUP/* all */INTO('x')", true),
+            ("BACKUPS", false),
+            ("\"BACKUP\" INTO 'x'", false),
+            ("(BACKUP INTO 'x')", false),
+            ("EXPLAIN BACKUP DATABASE a INTO 'x'", true),
+            ("EXPLAIN SELECT 1", false),
+            ("EXPLAIN (ANALYZE) BACKUP", false),
+            ("SHOW JOB 1", true),
+            ("SHOW jobs", true),
+            ("SHOW jobs.x", false),
+            ("SHOW job . x", false),
+            ("SHOW EXTERNAL", false),
+            ("SHOW external.x", false),
+            ("SHOW EXTERNAL TABLES", false),
+            ("SHOW EXTERNAL CONNECTION x", true),
+            ("show external -- all\n connections", true),
+            ("CREATE EXTERNAL CONNECTION x AS 'y'", true),
+            ("CREATE EXTERNAL TABLE x", false),
+            ("CREATE TABLE external (connection int)", false),
+            ("DROP EXTERNAL CONNECTION x", true),
+            ("DROP EXTERNAL CONNECTIONS", false),
             ("SHOW nodes.x", false),
             ("SHOW nodes /* a setting */ . x", false),
             ("SHOW locality_of", false),

@@ -4,7 +4,7 @@ use std::fmt;
 use std::str::FromStr;
 
 /// A question between nodes, printed and read as a short text.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Verb {
     /// `BACKHAUL WHO ARE YOU [SINCE revision]`: the node's description of itself, as JSON.
     ///
@@ -16,6 +16,13 @@ pub enum Verb {
     },
     /// `BACKHAUL NODES`: the rows of `SHOW NODES`, for tools that hold the cluster secret and no PostgreSQL login.
     Nodes,
+    /// `BACKHAUL CALL service request`: a request to one of the node's services, as JSON.
+    Call {
+        /// Which service.
+        service: String,
+        /// The request, as JSON on one line.
+        request: String,
+    },
 }
 
 impl fmt::Display for Verb {
@@ -24,6 +31,7 @@ impl fmt::Display for Verb {
             Self::WhoAreYou { since: None } => f.write_str("BACKHAUL WHO ARE YOU"),
             Self::WhoAreYou { since: Some(revision) } => write!(f, "BACKHAUL WHO ARE YOU SINCE {revision}"),
             Self::Nodes => f.write_str("BACKHAUL NODES"),
+            Self::Call { service, request } => write!(f, "BACKHAUL CALL {service} {request}"),
         }
     }
 }
@@ -36,6 +44,10 @@ impl FromStr for Verb {
     type Err = UnknownVerb;
 
     fn from_str(text: &str) -> Result<Self, UnknownVerb> {
+        if let Some(call) = text.strip_prefix("BACKHAUL CALL ") {
+            let (service, request) = call.split_once(' ').ok_or(UnknownVerb)?;
+            return Ok(Self::Call { service: service.to_owned(), request: request.to_owned() });
+        }
         let words: Vec<&str> = text.split_ascii_whitespace().collect();
         match words.as_slice() {
             ["BACKHAUL", "WHO", "ARE", "YOU"] => Ok(Self::WhoAreYou { since: None }),
@@ -54,7 +66,8 @@ mod tests {
 
     #[test]
     fn a_printed_verb_reads_back_as_itself() {
-        for verb in [Verb::WhoAreYou { since: None }, Verb::WhoAreYou { since: Some(7) }, Verb::Nodes] {
+        let call = Verb::Call { service: "files".to_owned(), request: r#"{"a":" b  c"}"#.to_owned() };
+        for verb in [Verb::WhoAreYou { since: None }, Verb::WhoAreYou { since: Some(7) }, Verb::Nodes, call] {
             assert_eq!(verb.to_string().parse(), Ok(verb));
         }
         for text in ["", "BACKHAUL", "BACKHAUL WHO ARE YOU SINCE yesterday", "SELECT 1"] {

@@ -1,0 +1,222 @@
+//! The placeholders of a prepared statement: their types, and their values.
+//!
+//! The grammar decides every type, so a client need not declare any: a placeholder stands where a text is expected or
+//! where a job's id is.
+
+use std::num::IntErrorKind;
+
+use pgerror::{PgError, SqlState};
+
+use crate::statement::{Backup, BackupOptions, Number, ShowJobs, Statement, Text};
+
+/// The type of a parameter.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ParameterType {
+    /// `text`
+    Text,
+    /// `int8`
+    Int8,
+}
+
+impl ParameterType {
+    fn name(self) -> &'static str {
+        match self {
+            Self::Text => "text",
+            Self::Int8 => "bigint",
+        }
+    }
+}
+
+impl Statement {
+    /// The types of `$1`, `$2`, … in order.
+    ///
+    /// # Errors
+    ///
+    /// 42P18 when a number is left out, 42P08 when one parameter stands in places of different types.
+    pub fn parameters(&self) -> Result<Vec<ParameterType>, PgError> {
+        deduce(&self.uses())
+    }
+
+    /// The statement with `values` in the places of `$1`, `$2`, …; a value is in its type's text form, `None` is NULL.
+    ///
+    /// A simple query has no values: bound to none, a statement with a placeholder is refused as PostgreSQL would.
+    /// Values beyond the highest placeholder are not looked at.
+    ///
+    /// # Errors
+    ///
+    /// 42P02 for a placeholder without a value, 22004 for NULL in a text's place, 22P02 or 22003 for an id that is no
+    /// `bigint`.
+    pub fn bind(self, values: &[Option<String>]) -> Result<Self, PgError> {
+        let text = |text| bind_text(text, values);
+        Ok(match self {
+            Self::ShowLocality => Self::ShowLocality,
+            Self::ShowNodes => Self::ShowNodes,
+            Self::Backup(Backup { databases, into, options }) => {
+                let execution_locality = options.execution_locality.map(text).transpose()?;
+                let options = BackupOptions { execution_locality, ..options };
+                Self::Backup(Backup { databases, into: text(into)?, options })
+            }
+            Self::ShowJobs(ShowJobs::All) => Self::ShowJobs(ShowJobs::All),
+            Self::ShowJobs(ShowJobs::These { ids, when_complete }) => {
+                let ids = ids.into_iter().map(|id| bind_number(id, values)).collect::<Result<_, _>>()?;
+                Self::ShowJobs(ShowJobs::These { ids, when_complete })
+            }
+            Self::CreateExternalConnection { name, uri, if_not_exists } => {
+                Self::CreateExternalConnection { name: text(name)?, uri: text(uri)?, if_not_exists }
+            }
+            Self::DropExternalConnection { name } => Self::DropExternalConnection { name: text(name)? },
+            Self::ShowExternalConnections { name } => {
+                Self::ShowExternalConnections { name: name.map(text).transpose()? }
+            }
+        })
+    }
+
+    /// Every place of a placeholder, with its type.
+    fn uses(&self) -> Vec<(usize, ParameterType)> {
+        let texts: Vec<&Text> = match self {
+            Self::ShowLocality | Self::ShowNodes | Self::ShowJobs(_) => Vec::new(),
+            Self::Backup(backup) => [&backup.into].into_iter().chain(&backup.options.execution_locality).collect(),
+            Self::CreateExternalConnection { name, uri, .. } => vec![name, uri],
+            Self::DropExternalConnection { name } => vec![name],
+            Self::ShowExternalConnections { name } => name.iter().collect(),
+        };
+        let ids: &[Number] = match self {
+            Self::ShowJobs(ShowJobs::These { ids, .. }) => ids,
+            _ => &[],
+        };
+        let texts = texts.into_iter().filter_map(|text| match text {
+            Text::Placeholder(n) => Some((*n, ParameterType::Text)),
+            Text::Literal(_) => None,
+        });
+        let ids = ids.iter().filter_map(|id| match id {
+            Number::Placeholder(n) => Some((*n, ParameterType::Int8)),
+            Number::Literal(_) | Number::Null => None,
+        });
+        texts.chain(ids).collect()
+    }
+}
+
+fn deduce(uses: &[(usize, ParameterType)]) -> Result<Vec<ParameterType>, PgError> {
+    let count = uses.iter().map(|(n, _)| *n).max().unwrap_or_default();
+    let mut types = vec![None; count];
+    for &(n, found) in uses {
+        let known = types[n - 1].get_or_insert(found);
+        if *known != found {
+            let text = format!("inconsistent types deduced for parameter ${n}");
+            let detail = format!("{} versus {}.", known.name(), found.name());
+            return Err(PgError::new(SqlState::AMBIGUOUS_PARAMETER, text).detail(detail));
+        }
+    }
+    let known = |(n, found): (usize, Option<ParameterType>)| {
+        let text = || format!("could not determine data type of parameter ${}", n + 1);
+        found.ok_or_else(|| PgError::new(SqlState::INDETERMINATE_DATATYPE, text()))
+    };
+    types.into_iter().enumerate().map(known).collect()
+}
+
+fn bind_text(text: Text, values: &[Option<String>]) -> Result<Text, PgError> {
+    let Text::Placeholder(n) = text else { return Ok(text) };
+    let null = || PgError::new(SqlState::NULL_VALUE_NOT_ALLOWED, format!("parameter ${n} must not be NULL"));
+    Ok(Text::Literal(value(n, values)?.ok_or_else(null)?.to_owned()))
+}
+
+fn bind_number(number: Number, values: &[Option<String>]) -> Result<Number, PgError> {
+    let Number::Placeholder(n) = number else { return Ok(number) };
+    value(n, values)?.map_or(Ok(Number::Null), |text| parse_int8(text).map(Number::Literal))
+}
+
+fn value(n: usize, values: &[Option<String>]) -> Result<Option<&str>, PgError> {
+    let missing = || PgError::new(SqlState::UNDEFINED_PARAMETER, format!("there is no parameter ${n}"));
+    n.checked_sub(1).and_then(|index| values.get(index)).map(Option::as_deref).ok_or_else(missing)
+}
+
+/// A number as PostgreSQL's `bigint` is read: a sign and white space around are allowed.
+pub(crate) fn parse_int8(text: &str) -> Result<i64, PgError> {
+    text.trim_matches(|c: char| c.is_ascii_whitespace() || c == '\x0b').parse().map_err(
+        |error: std::num::ParseIntError| match error.kind() {
+            IntErrorKind::PosOverflow | IntErrorKind::NegOverflow => PgError::new(
+                SqlState::NUMERIC_VALUE_OUT_OF_RANGE,
+                format!("value \"{text}\" is out of range for type bigint"),
+            ),
+            _ => PgError::new(
+                SqlState::INVALID_TEXT_REPRESENTATION,
+                format!("invalid input syntax for type bigint: \"{text}\""),
+            ),
+        },
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::parse;
+
+    fn statement(text: &str) -> Statement {
+        parse(text).expect(text).remove(0)
+    }
+
+    fn bound(text: &str, values: &[Option<&str>]) -> Result<Statement, PgError> {
+        let values: Vec<_> = values.iter().map(|value| value.map(str::to_owned)).collect();
+        statement(text).bind(&values)
+    }
+
+    #[test]
+    fn the_place_of_a_placeholder_gives_its_type() {
+        use ParameterType::{Int8, Text};
+        for (text, types) in [
+            ("SHOW JOBS", vec![]),
+            ("BACKUP DATABASE a INTO $1 WITH EXECUTION LOCALITY = $2, DETACHED", vec![Text, Text]),
+            ("BACKUP DATABASE a INTO ($2) WITH EXECUTION LOCALITY = $1", vec![Text, Text]),
+            ("CREATE EXTERNAL CONNECTION $1 AS $1", vec![Text]),
+            ("SHOW JOBS WHEN COMPLETE VALUES ($2), (7), ($1)", vec![Int8, Int8]),
+        ] {
+            assert_eq!(statement(text).parameters(), Ok(types), "{text}");
+        }
+    }
+
+    #[test]
+    fn a_parameter_without_one_type_is_refused() {
+        let error = statement("BACKUP DATABASE a INTO $2").parameters().expect_err("$1 is left out");
+        assert_eq!(error.code, SqlState::INDETERMINATE_DATATYPE);
+        assert_eq!(error.message, "could not determine data type of parameter $1");
+        let error = deduce(&[(1, ParameterType::Text), (1, ParameterType::Int8)]).expect_err("two types");
+        assert_eq!(error.code, SqlState::AMBIGUOUS_PARAMETER);
+        assert_eq!(error.detail.as_deref(), Some("text versus bigint."));
+    }
+
+    #[test]
+    fn values_take_the_places_of_placeholders() {
+        for (text, values, expected) in [
+            (
+                "BACKUP DATABASE a INTO $1 WITH EXECUTION LOCALITY = $2, DETACHED",
+                [Some("x"), Some("region=a")],
+                "BACKUP DATABASE a INTO 'x' WITH EXECUTION LOCALITY = 'region=a', DETACHED",
+            ),
+            ("SHOW JOBS VALUES ($2), ($1), (3)", [Some(" -5 "), None], "SHOW JOBS VALUES (NULL), (-5), (3)"),
+            ("CREATE EXTERNAL CONNECTION $2 AS $1", [Some("u"), Some("N")], "CREATE EXTERNAL CONNECTION 'N' AS 'u'"),
+            ("DROP EXTERNAL CONNECTION $1", [Some("x"), None], "DROP EXTERNAL CONNECTION x"),
+            ("SHOW EXTERNAL CONNECTION $2", [None, Some("x")], "SHOW EXTERNAL CONNECTION x"),
+        ] {
+            assert_eq!(bound(text, &values), Ok(statement(expected)), "{text}");
+        }
+    }
+
+    #[test]
+    fn a_value_that_does_not_fit_is_refused() {
+        for (text, values, code, message) in [
+            ("SHOW JOB $1", &[] as &[_], "42P02", "there is no parameter $1"),
+            ("BACKUP DATABASE a INTO $1", &[None], "22004", "parameter $1 must not be NULL"),
+            ("SHOW JOB $1", &[Some("x")], "22P02", "invalid input syntax for type bigint: \"x\""),
+            ("SHOW JOB $1", &[Some("")], "22P02", "invalid input syntax for type bigint: \"\""),
+            (
+                "SHOW JOB $1",
+                &[Some("9223372036854775808")],
+                "22003",
+                "value \"9223372036854775808\" is out of range for type bigint",
+            ),
+        ] {
+            let error = bound(text, values).expect_err(text);
+            assert_eq!((error.code.as_str(), error.message.as_str()), (code, message), "{text}");
+        }
+    }
+}

@@ -1,0 +1,184 @@
+//! `SHOW` of what nodes and jobs are.
+
+use pgerror::PgError;
+use sqlparser::tokenizer::Token;
+
+use crate::cursor::Cursor;
+use crate::external;
+use crate::statement::{Number, ShowJobs, Statement};
+
+/// The words that a subquery begins with.
+const QUERIES: [&str; 4] = ["SELECT", "WITH", "TABLE", "VALUES"];
+
+pub(crate) fn show(cursor: &mut Cursor<'_>) -> Result<Statement, PgError> {
+    cursor.expect_words(&["SHOW"])?;
+    if cursor.eat_word("LOCALITY") {
+        Ok(Statement::ShowLocality)
+    } else if cursor.eat_word("NODES") {
+        Ok(Statement::ShowNodes)
+    } else if cursor.eat_word("JOB") {
+        job(cursor).map(Statement::ShowJobs)
+    } else if cursor.eat_word("JOBS") {
+        jobs(cursor).map(Statement::ShowJobs)
+    } else {
+        external::show(cursor)
+    }
+}
+
+/// What follows `SHOW JOB`: one id.
+fn job(cursor: &mut Cursor<'_>) -> Result<ShowJobs, PgError> {
+    let when_complete = when_complete(cursor)?;
+    let refusal = no_subqueries(cursor);
+    let parentheses = open(cursor);
+    if QUERIES.iter().any(|word| cursor.at_word(word)) {
+        return Err(refusal);
+    }
+    let id = cursor.number()?;
+    close(cursor, parentheses)?;
+    if !when_complete && cursor.at_words(&["WITH", "EXECUTION", "DETAILS"]) {
+        return Err(cursor.unsupported("SHOW JOB WITH EXECUTION DETAILS is not supported yet"));
+    }
+    Ok(ShowJobs::These { ids: vec![id], when_complete })
+}
+
+/// What follows `SHOW JOBS`: nothing, or rows of ids.
+fn jobs(cursor: &mut Cursor<'_>) -> Result<ShowJobs, PgError> {
+    if cursor.at_end() {
+        return Ok(ShowJobs::All);
+    }
+    if cursor.at_words(&["FOR", "SCHEDULE"]) || cursor.at_words(&["FOR", "SCHEDULES"]) {
+        return Err(cursor.unsupported("SHOW JOBS FOR SCHEDULES is not supported yet"));
+    }
+    let when_complete = when_complete(cursor)?;
+    let refusal = no_subqueries(cursor);
+    let parentheses = open(cursor);
+    let ids = if cursor.eat_word("VALUES") {
+        values(cursor)?
+    } else if QUERIES.iter().any(|word| cursor.at_word(word)) {
+        return Err(refusal);
+    } else {
+        return Err(cursor.unexpected());
+    };
+    close(cursor, parentheses)?;
+    Ok(ShowJobs::These { ids, when_complete })
+}
+
+/// `(1), (2)`.
+fn values(cursor: &mut Cursor<'_>) -> Result<Vec<Number>, PgError> {
+    let mut ids = Vec::new();
+    loop {
+        cursor.expect(&Token::LParen)?;
+        let parentheses = open(cursor);
+        ids.push(cursor.number()?);
+        close(cursor, parentheses + 1)?;
+        if !cursor.eat(&Token::Comma) {
+            return Ok(ids);
+        }
+    }
+}
+
+fn when_complete(cursor: &mut Cursor<'_>) -> Result<bool, PgError> {
+    let when = cursor.eat_word("WHEN");
+    if when {
+        cursor.expect_words(&["COMPLETE"])?;
+    }
+    Ok(when)
+}
+
+fn no_subqueries(cursor: &Cursor<'_>) -> PgError {
+    cursor
+        .unsupported("subqueries in SHOW JOBS are not supported yet")
+        .hint("List the ids: SHOW JOBS WHEN COMPLETE VALUES (id), (id).")
+}
+
+fn open(cursor: &mut Cursor<'_>) -> usize {
+    let mut count = 0;
+    while cursor.eat(&Token::LParen) {
+        count += 1;
+    }
+    count
+}
+
+fn close(cursor: &mut Cursor<'_>, count: usize) -> Result<(), PgError> {
+    (0..count).try_for_each(|_| cursor.expect(&Token::RParen))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::parse;
+
+    fn shown(text: &str) -> ShowJobs {
+        match parse(text).expect(text).as_slice() {
+            [Statement::ShowJobs(jobs)] => jobs.clone(),
+            other => panic!("{text}: {other:?}"),
+        }
+    }
+
+    #[test]
+    fn jobs_are_named_by_their_ids() {
+        use Number::{Literal, Null, Placeholder};
+        for (text, expected, complete) in [
+            ("SHOW JOB 123", vec![Literal(123)], false),
+            ("show job (('123'));", vec![Literal(123)], false),
+            ("SHOW JOB -9223372036854775808", vec![Literal(i64::MIN)], false),
+            ("SHOW JOB +7", vec![Literal(7)], false),
+            ("SHOW JOB $$ -7 $$", vec![Literal(-7)], false),
+            ("SHOW JOB $1", vec![Placeholder(1)], false),
+            ("SHOW JOB $1::int8", vec![Placeholder(1)], false),
+            ("SHOW JOB NULL", vec![Null], false),
+            ("SHOW JOB WHEN COMPLETE 1", vec![Literal(1)], true),
+            ("SHOW JOBS VALUES (1), (2)", vec![Literal(1), Literal(2)], false),
+            ("SHOW JOBS (VALUES ((1)))", vec![Literal(1)], false),
+            ("SHOW JOBS WHEN COMPLETE VALUES ($2),('2'),(NULL)", vec![Placeholder(2), Literal(2), Null], true),
+        ] {
+            assert_eq!(shown(text), ShowJobs::These { ids: expected, when_complete: complete }, "{text}");
+        }
+        assert_eq!(shown("SHOW JOBS"), ShowJobs::All);
+    }
+
+    #[test]
+    fn what_is_no_id_is_refused_where_it_stands() {
+        for (text, code, message, position) in [
+            ("SHOW JOB", "42601", "at or near \"EOF\": syntax error", 9),
+            ("SHOW JOB;", "42601", "at or near \"EOF\": syntax error", 9),
+            ("SHOW JOB a", "42601", "at or near \"a\": syntax error", 10),
+            ("SHOW JOB 1 2", "42601", "at or near \"2\": syntax error", 12),
+            ("SHOW JOB (1", "42601", "at or near \"EOF\": syntax error", 12),
+            ("SHOW JOB $0", "42601", "at or near \"0\": syntax error", 10),
+            ("SHOW JOB $65536", "42601", "at or near \"65536\": syntax error", 10),
+            ("SHOW JOB $1::text", "42601", "at or near \"text\": syntax error", 14),
+            ("SHOW JOBS 1", "42601", "at or near \"1\": syntax error", 11),
+            ("SHOW JOBS VALUES (1, 2)", "42601", "at or near \",\": syntax error", 20),
+            ("SHOW JOBS WHEN 1", "42601", "at or near \"1\": syntax error", 16),
+            ("SHOW JOB '1x'", "22P02", "invalid input syntax for type bigint: \"1x\"", 10),
+            ("SHOW JOB 1.5", "22P02", "invalid input syntax for type bigint: \"1.5\"", 10),
+            (
+                "SHOW JOBS VALUES (1), (-9223372036854775809)",
+                "22003",
+                "value \"-9223372036854775809\" is out of range for type bigint",
+                24,
+            ),
+        ] {
+            let error = parse(text).expect_err(text);
+            assert_eq!((error.code.as_str(), error.message.as_str()), (code, message), "{text}");
+            assert_eq!(error.position, Some(position), "{text}");
+        }
+    }
+
+    #[test]
+    fn what_shows_jobs_elsewhere_is_refused_by_name() {
+        for (text, message, position) in [
+            ("SHOW JOBS SELECT 1", "subqueries in SHOW JOBS are not supported yet", 11),
+            ("SHOW JOBS WHEN COMPLETE (SELECT 1)", "subqueries in SHOW JOBS are not supported yet", 25),
+            ("SHOW JOB (SELECT 1)", "subqueries in SHOW JOBS are not supported yet", 10),
+            ("SHOW JOBS WITH x AS (SELECT 1) TABLE x", "subqueries in SHOW JOBS are not supported yet", 11),
+            ("SHOW JOBS FOR SCHEDULE 1", "SHOW JOBS FOR SCHEDULES is not supported yet", 11),
+            ("SHOW JOB 1 WITH EXECUTION DETAILS", "SHOW JOB WITH EXECUTION DETAILS is not supported yet", 12),
+        ] {
+            let error = parse(text).expect_err(text);
+            assert_eq!((error.code.as_str(), error.message.as_str()), ("0A000", message), "{text}");
+            assert_eq!(error.position, Some(position), "{text}");
+        }
+    }
+}

@@ -1,0 +1,252 @@
+//! Files in a node's external I/O directory.
+//!
+//! ```text
+//! <external I/O directory>/.part/<uuid>     a file that is being written
+//!                          <collection>/... files, whole
+//! ```
+//!
+//! A finished file is synced and then gets its name in one step: by a hard link when the name must be new (the kernel
+//! refuses a second one, so two writers never both win), by a rename otherwise. The directories above are synced, too;
+//! without that a power loss takes the name back. Symbolic links are followed: they are the operator's own doing.
+
+use std::fs::{self, File};
+use std::io::{self, Write as _};
+use std::path::{Path, PathBuf};
+use std::time::{Duration, SystemTime};
+
+use anyhow::Context as _;
+use bytes::{Bytes, BytesMut};
+use cluster::service::{Boxed, ByteStream, PIECE_MAX, Upload};
+use futures_util::stream;
+use tokio::io::AsyncReadExt as _;
+use tokio::task::spawn_blocking;
+use tokio::time::timeout;
+use uuid::Uuid;
+
+use crate::REQUEST_DEADLINE;
+use crate::store::{Entry, LIST_MAX, Medium, too_many};
+use crate::trouble::Place;
+use crate::uri::invalid;
+
+/// Where files are until they are whole.
+const PARTS: &str = ".part";
+
+/// An unfinished file that nobody has written to for so long is nobody's any more.
+const PART_AGE_MAX: Duration = Duration::from_secs(24 * 60 * 60);
+
+/// A collection in a directory of this host.
+#[derive(Clone)]
+pub(crate) struct Directory {
+    external: PathBuf,
+    root: String,
+    place: Place,
+}
+
+impl Directory {
+    /// The collection at `root`, a path that stays inside of `external`.
+    pub(crate) fn new(external: &Path, root: String, place: Place) -> Self {
+        Self { external: external.to_owned(), root, place }
+    }
+
+    fn resolve(&self, path: &str) -> anyhow::Result<PathBuf> {
+        let whole = Path::new(&self.root).join(path);
+        if whole.starts_with(PARTS) {
+            return Err(invalid(format!("directory \"{PARTS}\" is reserved for files that are being written")).into());
+        }
+        Ok(self.external.join(whole))
+    }
+
+    /// Does blocking work with a deadline. Work that is late goes on by itself and its outcome is dropped.
+    async fn blocking<T: Send + 'static>(
+        &self,
+        work: impl FnOnce() -> io::Result<T> + Send + 'static,
+    ) -> anyhow::Result<T> {
+        let done = timeout(REQUEST_DEADLINE, spawn_blocking(work)).await.map_err(|_| self.place.late())?;
+        done.context("work on files")?.map_err(|error| self.place.of_io(&error))
+    }
+}
+
+impl Medium for Directory {
+    fn upload(&self, path: String, once: bool) -> Boxed<'_, Box<dyn Upload>> {
+        Box::pin(async move {
+            let target = self.resolve(&path)?;
+            let parts = self.external.join(PARTS);
+            let part = self.blocking(move || Part::new(&parts)).await?;
+            Ok(Box::new(Landing { directory: self.clone(), part: Some(part), path, target, once }) as Box<dyn Upload>)
+        })
+    }
+
+    fn download(&self, path: String) -> Boxed<'_, Option<ByteStream>> {
+        Box::pin(async move {
+            let path = self.resolve(&path)?;
+            let opened = self.blocking(move || match File::open(path) {
+                Err(error) if is_absent(&error) => Ok(None),
+                opened => opened.map(Some),
+            });
+            Ok(opened.await?.map(|file| pieces(file, self.place.clone())))
+        })
+    }
+
+    fn list(&self, prefix: String) -> Boxed<'_, Vec<Entry>> {
+        Box::pin(async move {
+            let root = self.resolve("").map(|_| self.external.join(&self.root))?;
+            let listed = self.blocking(move || walk(&root, &prefix)).await?;
+            listed.ok_or_else(|| too_many(&self.place).into())
+        })
+    }
+
+    fn delete(&self, path: String) -> Boxed<'_, ()> {
+        Box::pin(async move {
+            let path = self.resolve(&path)?;
+            let removed = self.blocking(move || match fs::remove_file(path) {
+                Err(error) if is_absent(&error) => Ok(()),
+                removed => removed,
+            });
+            removed.await
+        })
+    }
+}
+
+/// Also when what should be a directory above is a file.
+fn is_absent(error: &io::Error) -> bool {
+    matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory)
+}
+
+fn pieces(file: File, place: Place) -> ByteStream {
+    let file = tokio::fs::File::from_std(file);
+    Box::pin(stream::try_unfold((file, place), |(mut file, place)| async move {
+        let mut piece = BytesMut::with_capacity(PIECE_MAX);
+        let read = timeout(REQUEST_DEADLINE, file.read_buf(&mut piece)).await.map_err(|_| place.late())?;
+        match read.map_err(|error| place.of_io(&error))? {
+            0 => Ok(None),
+            _ => Ok(Some((piece.freeze(), (file, place)))),
+        }
+    }))
+}
+
+/// The files below `root` whose relative path begins with `prefix`; none when they are too many.
+fn walk(root: &Path, prefix: &str) -> io::Result<Option<Vec<Entry>>> {
+    let above = prefix.rfind('/').map_or("", |slash| &prefix[..slash]);
+    let mut entries = Vec::new();
+    let mut directories = vec![above.to_owned()];
+    while let Some(directory) = directories.pop() {
+        let listed = match fs::read_dir(root.join(&directory)) {
+            Err(error) if is_absent(&error) => continue,
+            listed => listed?,
+        };
+        for found in listed {
+            let found = found?;
+            // A name that is not UTF-8 is not one of ours.
+            let Ok(name) = found.file_name().into_string() else { continue };
+            let is_ours = !(directory.is_empty() && name == PARTS);
+            let path = if directory.is_empty() { name } else { format!("{directory}/{name}") };
+            let metadata = match fs::metadata(found.path()) {
+                // Removed meanwhile, or a link that leads nowhere.
+                Err(error) if is_absent(&error) => continue,
+                metadata => metadata?,
+            };
+            if metadata.is_dir() && is_ours && (path.starts_with(prefix) || prefix.starts_with(&path)) {
+                directories.push(path);
+            } else if metadata.is_file() && path.starts_with(prefix) {
+                entries.push(Entry { path, size: metadata.len() });
+            }
+            if entries.len() > LIST_MAX || directories.len() > LIST_MAX {
+                return Ok(None);
+            }
+        }
+    }
+    Ok(Some(entries))
+}
+
+/// A file without a name yet. Dropped, it is gone.
+struct Part {
+    file: File,
+    path: PathBuf,
+}
+
+impl Part {
+    fn new(parts: &Path) -> io::Result<Self> {
+        fs::create_dir_all(parts)?;
+        let path = parts.join(Uuid::new_v4().to_string());
+        let file = File::create_new(&path)?;
+        Ok(Self { file, path })
+    }
+
+    /// Gives the file its name. False when `once` and the name is taken.
+    fn land(self, target: &Path, external: &Path, once: bool) -> io::Result<bool> {
+        self.file.sync_all()?;
+        let above = target.parent().unwrap_or(external);
+        fs::create_dir_all(above)?;
+        let named = if once { self.link(target) } else { fs::rename(&self.path, target) };
+        match named {
+            Err(error) if once && error.kind() == io::ErrorKind::AlreadyExists => return Ok(false),
+            named => named?,
+        }
+        for directory in above.ancestors().take_while(|directory| directory.starts_with(external)) {
+            File::open(directory)?.sync_all()?;
+        }
+        Ok(true)
+    }
+
+    /// Where the file system has no hard links the name is taken by an empty file first, which a reader may see for a
+    /// moment; that is still better than two winners.
+    fn link(&self, target: &Path) -> io::Result<()> {
+        match fs::hard_link(&self.path, target) {
+            Err(error) if matches!(error.kind(), io::ErrorKind::Unsupported | io::ErrorKind::PermissionDenied) => {
+                File::create_new(target)?;
+                fs::rename(&self.path, target)
+            }
+            linked => linked,
+        }
+    }
+}
+
+impl Drop for Part {
+    fn drop(&mut self) {
+        // It has been renamed, or it is of no use; what cannot be removed now is removed when it is old.
+        drop(fs::remove_file(&self.path));
+    }
+}
+
+struct Landing {
+    directory: Directory,
+    /// Away while it is being written to; if that fails it stays away.
+    part: Option<Part>,
+    path: String,
+    target: PathBuf,
+    once: bool,
+}
+
+impl Upload for Landing {
+    fn write(&mut self, bytes: Bytes) -> Boxed<'_, ()> {
+        Box::pin(async move {
+            let mut part = self.part.take().context("write to a file after it failed")?;
+            let written = self.directory.blocking(move || part.file.write_all(&bytes).map(|()| part)).await?;
+            self.part = Some(written);
+            Ok(())
+        })
+    }
+
+    fn finish(mut self: Box<Self>) -> Boxed<'static, ()> {
+        Box::pin(async move {
+            let part = self.part.take().context("finish a file after it failed")?;
+            let (target, external, once) = (self.target.clone(), self.directory.external.clone(), self.once);
+            match self.directory.blocking(move || part.land(&target, &external, once)).await? {
+                true => Ok(()),
+                false => Err(self.directory.place.exists(&self.path).into()),
+            }
+        })
+    }
+}
+
+/// Removes what writers that died long ago have left.
+pub(crate) fn sweep(external: &Path) {
+    let Ok(parts) = fs::read_dir(external.join(PARTS)) else { return };
+    for part in parts.flatten() {
+        let written = part.metadata().and_then(|metadata| metadata.modified());
+        let age = written.map(|written| SystemTime::now().duration_since(written).unwrap_or_default());
+        if age.is_ok_and(|age| age > PART_AGE_MAX) {
+            drop(fs::remove_file(part.path()));
+        }
+    }
+}

@@ -1,14 +1,16 @@
 //! Opening peer sessions: PostgreSQL connections to another node's port.
 
+use std::future::poll_fn;
 use std::ops::Deref;
 use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context as _, anyhow};
 use sql::Verb;
+use tokio::sync::watch;
 use tokio::time::timeout;
 use tokio_postgres::config::SslMode;
-use tokio_postgres::{Client, Config, NoTls, SimpleQueryMessage};
+use tokio_postgres::{AsyncMessage, Client, Config, NoTls, SimpleQueryMessage};
 use tokio_util::task::AbortOnDropHandle;
 
 use crate::secret::ClusterSecret;
@@ -57,6 +59,7 @@ pub struct Dialer {
 /// A peer session; dropping it closes the connection.
 pub struct PeerSession {
     client: Client,
+    notifications: watch::Receiver<u64>,
     _connection: AbortOnDropHandle<()>,
 }
 
@@ -100,13 +103,26 @@ impl Dialer {
             let error = spoken(error);
             if asked { error.context("the node asks for the cluster secret; give --secret-file") } else { error }
         })?;
+        let (heard, notifications) = watch::channel(0);
         // The connection's own errors reach every request made on the client; its end needs no second report.
-        let connection = tokio::spawn(async move { drop(connection.await) });
-        Ok(PeerSession { client, _connection: AbortOnDropHandle::new(connection) })
+        let mut connection = connection;
+        let driven = tokio::spawn(async move {
+            while let Some(Ok(message)) = poll_fn(|context| connection.poll_message(context)).await {
+                if matches!(message, AsyncMessage::Notification(_)) {
+                    heard.send_modify(|count| *count += 1);
+                }
+            }
+        });
+        Ok(PeerSession { client, notifications, _connection: AbortOnDropHandle::new(driven) })
     }
 }
 
 impl PeerSession {
+    /// Counts the notifications that have come; its end is the end of the connection.
+    pub fn notifications(&self) -> watch::Receiver<u64> {
+        self.notifications.clone()
+    }
+
     /// Asks a verb and returns the text of its answer.
     ///
     /// # Errors
@@ -134,7 +150,7 @@ impl Deref for PeerSession {
 }
 
 /// tokio-postgres prints a server's error as "db error"; what the server said is in its source.
-pub(crate) fn spoken(error: tokio_postgres::Error) -> anyhow::Error {
+pub fn spoken(error: tokio_postgres::Error) -> anyhow::Error {
     match error.as_db_error() {
         Some(said) => {
             let text = format!("{} ({})", said.message(), said.code().code());

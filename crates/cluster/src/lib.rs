@@ -13,7 +13,7 @@
 //! on PostgreSQL's clock alone, the fleet decides that a node is dead.
 //!
 //! Peer sessions are PostgreSQL connections to the other node's port, authenticated by that node with the cluster
-//! [`secret`]; over one of them a node asks verbs, or is lent a session on the callee's own server.
+//! [`secret`]; over one of them a node asks verbs, calls a [`service`], or is lent a session on the callee's own server.
 //!
 //! What a crash leaves: the store's files are replaced whole (written beside, then renamed); everything else is in
 //! memory here or in the registry, where an unrenewed session ends by itself.
@@ -26,12 +26,14 @@ mod node;
 mod peers;
 pub mod registry;
 pub mod secret;
+pub mod service;
 pub mod socket;
 pub mod store;
 mod wary;
 
-pub use dial::{Dialer, PEER_OPTION, PEER_USER, PeerSession, Purpose};
+pub use dial::{Dialer, PEER_OPTION, PEER_USER, PeerSession, Purpose, spoken};
 pub use handle::{Cluster, Known, View};
 pub use locality::{Filter, Locality, LocalityError, Tier};
 pub use node::{Downstream, Lsn, NodeId, NodeInfo, Role, ServerInfo, ServerState, Upstream};
 pub use peers::follow_peers;
+pub use service::Peers;

@@ -1,0 +1,146 @@
+//! The connection to the registry that jobs are written and read through.
+//!
+//! It is another one than the membership's: a heartbeat must not wait behind a commit that a synchronous standby has
+//! to confirm. It follows the registry when that moves, and LISTENs before it is used, so that whoever reads rows
+//! after having seen it misses nothing.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::{Context as _, bail};
+use cluster::registry::DATABASE;
+use cluster::{Cluster, Dialer, PeerSession, Purpose, spoken};
+use pgerror::{PgError, SqlState};
+use tokio::sync::watch;
+use tokio::time::{sleep, timeout};
+use tokio_postgres::Row;
+use tokio_postgres::types::ToSql;
+
+/// Wait between tries to reach the registry.
+const RETRY: Duration = Duration::from_millis(250);
+
+/// How long a statement waits for a connection to the registry.
+const CONNECTION_DEADLINE: Duration = Duration::from_secs(10);
+
+/// How long a statement may take, the wait for a synchronous standby included.
+const STATEMENT_DEADLINE: Duration = Duration::from_secs(30);
+
+/// Commits are as durable as the server's own settings make them; what a frozen node has begun ends on the server.
+const SESSION_SETTINGS: &str = "
+    SET lock_timeout = '5s'; SET statement_timeout = '25s'; SET idle_in_transaction_session_timeout = '10s';
+    LISTEN backhaul_jobs";
+
+type Parameters<'p> = &'p [&'p (dyn ToSql + Sync)];
+
+struct Shared {
+    session: watch::Sender<Option<Arc<PeerSession>>>,
+    bell: watch::Sender<u64>,
+}
+
+/// The handle; clones share one connection.
+#[derive(Clone)]
+pub struct Ledger(Arc<Shared>);
+
+impl Default for Ledger {
+    fn default() -> Self {
+        Self(Arc::new(Shared { session: watch::Sender::default(), bell: watch::Sender::default() }))
+    }
+}
+
+impl Ledger {
+    /// Keeps the connection, for ever.
+    pub async fn run(self, cluster: Cluster, dialer: Dialer) {
+        let mut reported = String::new();
+        loop {
+            if let Err(error) = self.attend(&cluster, &dialer).await {
+                let reason = format!("{error:#}");
+                if reason != reported {
+                    tracing::info!("jobs cannot reach the registry: {reason}");
+                    reported = reason;
+                }
+            }
+            self.0.session.send_replace(None);
+            sleep(RETRY).await;
+        }
+    }
+
+    async fn attend(&self, cluster: &Cluster, dialer: &Dialer) -> anyhow::Result<()> {
+        let mut views = cluster.subscribe();
+        let Some((beside, address)) = cluster.view().registry().map(|(node, _)| (node.instance, node.address.clone()))
+        else {
+            bail!("no server that holds the registry is known");
+        };
+        let session = dialer.dial(&address, &Purpose::Server { database: DATABASE.to_owned() }).await?;
+        let ready = timeout(STATEMENT_DEADLINE, session.batch_execute(SESSION_SETTINGS)).await;
+        ready.context("prepare the connection to the registry")?.map_err(spoken)?;
+        let mut notifications = session.notifications();
+        self.0.session.send_replace(Some(Arc::new(session)));
+        self.ring();
+        loop {
+            tokio::select! {
+                heard = notifications.changed() => match heard {
+                    Ok(()) => self.ring(),
+                    Err(_) => bail!("the connection to the registry was lost"),
+                },
+                moved = views.wait_for(|view| view.registry().is_some_and(|(node, _)| node.instance != beside)) => {
+                    moved?;
+                    bail!("the registry has moved to another server");
+                }
+            }
+        }
+    }
+
+    fn ring(&self) {
+        self.0.bell.send_modify(|count| *count += 1);
+    }
+
+    /// Changes whenever rows may have changed. Subscribe first, then read.
+    pub fn bell(&self) -> watch::Receiver<u64> {
+        self.0.bell.subscribe()
+    }
+
+    /// A session in the registry's database.
+    ///
+    /// # Errors
+    ///
+    /// 08006 when there is none before a deadline.
+    pub async fn session(&self) -> anyhow::Result<Arc<PeerSession>> {
+        let mut sessions = self.0.session.subscribe();
+        let found = timeout(CONNECTION_DEADLINE, sessions.wait_for(Option::is_some)).await;
+        match found {
+            Ok(Ok(session)) => session.clone().context("take the session"),
+            Ok(Err(_)) | Err(_) => Err(unreachable().into()),
+        }
+    }
+
+    /// Runs one statement, a transaction of its own.
+    ///
+    /// # Errors
+    ///
+    /// 08006 when the registry is not there, or does not answer in time: whether the statement was done is not known.
+    pub async fn query(&self, statement: &str, parameters: Parameters<'_>) -> anyhow::Result<Vec<Row>> {
+        let session = self.session().await?;
+        match timeout(STATEMENT_DEADLINE, session.query(statement, parameters)).await {
+            Ok(Ok(rows)) => Ok(rows),
+            Ok(Err(error)) if error.as_db_error().is_none() => {
+                tracing::info!("the registry was lost in a statement: {error:#}");
+                Err(unreachable().into())
+            }
+            Ok(Err(error)) => Err(spoken(error)),
+            Err(_) => Err(unreachable().into()),
+        }
+    }
+
+    /// Tells all nodes that rows have changed. A bell that does not ring costs a moment, so its failure is no error.
+    pub async fn notify(&self) {
+        if let Err(error) = self.query("SELECT pg_catalog.pg_notify('backhaul_jobs', '')", &[]).await {
+            tracing::info!("could not ring for a job: {error:#}");
+        }
+    }
+}
+
+fn unreachable() -> PgError {
+    PgError::new(SqlState::CONNECTION_FAILURE, "the registry cannot be reached")
+        .detail("Jobs are kept in the database \"backhaul\" on the system shard's primary.")
+        .hint("Try again; SHOW NODES tells which nodes are there.")
+}

@@ -1,0 +1,30 @@
+//! Jobs: durable intentions, and who works on them.
+//!
+//! A job is a row in the registry. It outlives the client that asked for it, the node that took the statement and the
+//! node that works on it. What a job does is not known here: for each type of job somebody registers a [`Resumer`],
+//! and this crate decides which node calls it, and when.
+//!
+//! **Claims.** A node works on a job only while the row carries its claim: a fresh id, the node, and the session by
+//! which the node is alive ([`cluster::registry`]). Every write to a row is guarded by the claim id ([`run`]), so one
+//! that lost its claim finds out at its next write, and changes nothing. A node that cannot renew its session stops by
+//! its own clock before others may take over ([`runner`]).
+//!
+//! **The gateway check** ([`gate`]). Whoever holds a claim first compares its own locality with the job's filter. If it
+//! does not match, it writes the claim over to a live node that does and rings; that takes milliseconds. A client that
+//! waits attached is told so: `execution of job N relocated to M`.
+//!
+//! **Ringing.** Nodes LISTEN on one channel ([`ledger`]). A notification says only that something has changed; what,
+//! is read from the rows, so a lost one costs a moment and nothing else. Rows are written and rung for in separate
+//! transactions: together they would hold a lock of the whole server while a synchronous standby is awaited.
+
+mod gate;
+mod job;
+mod ledger;
+mod run;
+mod runner;
+mod show;
+
+pub use job::{Job, JobId, NewJob};
+pub use ledger::Ledger;
+pub use run::{LostClaim, Retryable, Run};
+pub use runner::{Jobs, Resumer};

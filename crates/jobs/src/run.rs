@@ -1,0 +1,144 @@
+//! A job at work: what its resumer may do to the row, always through the claim.
+
+use std::fmt;
+
+use pgerror::{PgError, SqlState};
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+use serde_json::{Value, json};
+use uuid::Uuid;
+
+use crate::job::JobId;
+use crate::ledger::Ledger;
+
+/// The claim is somebody else's now: whoever worked under it stops, silently.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("the claim on the job is lost")]
+pub struct LostClaim;
+
+/// A failure after which the job may be tried again. A context in a chain; the reason is below it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Retryable;
+
+impl fmt::Display for Retryable {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("this may succeed when it is tried again")
+    }
+}
+
+/// A job under this node's claim.
+#[derive(Clone)]
+pub struct Run {
+    /// The job.
+    pub id: JobId,
+    /// The claim; names what this run makes.
+    pub claim: Uuid,
+    /// As the job was made.
+    pub payload: Value,
+    /// As the job was made.
+    pub sealed: Option<Vec<u8>>,
+    pub(crate) ledger: Ledger,
+}
+
+impl Run {
+    /// What was kept under `key` by this run or an earlier one.
+    ///
+    /// # Errors
+    ///
+    /// The registry is not reachable, or holds something else there.
+    pub async fn kept<T: DeserializeOwned>(&self, key: &str) -> anyhow::Result<Option<T>> {
+        let query = "SELECT value FROM registry.job_info WHERE job_id = $1 AND key = $2";
+        let rows = self.ledger.query(query, &[&self.id.0, &key]).await?;
+        Ok(rows.first().map(|row| serde_json::from_value(row.get(0))).transpose()?)
+    }
+
+    /// All that was kept under keys that begin with `prefix`, by key.
+    ///
+    /// # Errors
+    ///
+    /// As [`Run::kept`].
+    pub async fn kept_under<T: DeserializeOwned>(&self, prefix: &str) -> anyhow::Result<Vec<T>> {
+        let query = "SELECT value FROM registry.job_info WHERE job_id = $1 AND starts_with(key, $2) ORDER BY key";
+        let rows = self.ledger.query(query, &[&self.id.0, &prefix]).await?;
+        rows.iter().map(|row| Ok(serde_json::from_value(row.get(0))?)).collect()
+    }
+
+    /// Keeps `value` under `key` for later runs.
+    ///
+    /// # Errors
+    ///
+    /// [`LostClaim`], or the registry is not reachable.
+    pub async fn keep(&self, key: &str, value: &(impl Serialize + Sync)) -> anyhow::Result<()> {
+        let write = "
+            WITH mine AS (SELECT id FROM registry.jobs WHERE id = $1 AND claim_id = $2 AND status = 'running' FOR UPDATE)
+            INSERT INTO registry.job_info (job_id, key, value) SELECT id, $3, $4 FROM mine
+            ON CONFLICT (job_id, key) DO UPDATE SET value = excluded.value, written = clock_timestamp()
+            RETURNING job_id";
+        let value = serde_json::to_value(value)?;
+        self.guarded(write, &[&self.id.0, &self.claim, &key, &value]).await
+    }
+
+    /// Forgets everything under keys that begin with `prefix`.
+    ///
+    /// # Errors
+    ///
+    /// As [`Run::keep`].
+    pub async fn forget(&self, prefix: &str) -> anyhow::Result<()> {
+        let delete = "
+            WITH mine AS (SELECT id FROM registry.jobs WHERE id = $1 AND claim_id = $2 AND status = 'running' FOR UPDATE),
+            gone AS (DELETE FROM registry.job_info USING mine WHERE job_id = id AND starts_with(key, $3))
+            SELECT id FROM mine";
+        self.guarded(delete, &[&self.id.0, &self.claim, &prefix]).await
+    }
+
+    /// Shows how far it is, and what it does now.
+    ///
+    /// # Errors
+    ///
+    /// As [`Run::keep`].
+    pub async fn progress(&self, fraction: f64, doing: &str) -> anyhow::Result<()> {
+        let write = "
+            UPDATE registry.jobs SET fraction_completed = $3, running_status = $4, modified = clock_timestamp()
+            WHERE id = $1 AND claim_id = $2 AND status = 'running' RETURNING id";
+        self.guarded(write, &[&self.id.0, &self.claim, &fraction, &doing]).await
+    }
+
+    /// Whether the claim still is this run's, asked of the registry.
+    ///
+    /// # Errors
+    ///
+    /// As [`Run::keep`].
+    pub async fn check(&self) -> anyhow::Result<()> {
+        let query = "SELECT id FROM registry.jobs WHERE id = $1 AND claim_id = $2 AND status = 'running'";
+        self.guarded(query, &[&self.id.0, &self.claim]).await
+    }
+
+    async fn guarded(
+        &self,
+        statement: &str,
+        parameters: &[&(dyn tokio_postgres::types::ToSql + Sync)],
+    ) -> anyhow::Result<()> {
+        match self.ledger.query(statement, parameters).await?.is_empty() {
+            true => Err(LostClaim.into()),
+            false => Ok(()),
+        }
+    }
+}
+
+/// What a job's row says of an error, as one text and in parts: the words for a client, or where to find the others.
+pub(crate) fn words(error: &anyhow::Error) -> (String, Value) {
+    let spoken = PgError::of(error).cloned().unwrap_or_else(|| {
+        let id = Uuid::new_v4();
+        tracing::error!(%id, "a job failed: {error:#}");
+        PgError::internal(id)
+    });
+    let parts = json!({
+        "code": spoken.code.as_str(), "message": spoken.message, "detail": spoken.detail, "hint": spoken.hint,
+    });
+    let mut text = spoken.message;
+    for part in [spoken.detail, spoken.hint.filter(|_| spoken.code == SqlState::INTERNAL_ERROR)].into_iter().flatten() {
+        text.push_str("; ");
+        text.push_str(&part);
+    }
+    (text, parts)
+}

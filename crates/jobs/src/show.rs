@@ -1,0 +1,60 @@
+//! Reading jobs, and waiting for their end.
+
+use std::time::Duration;
+
+use tokio::time::timeout;
+
+use crate::job::{COLUMNS, Job, JobId};
+use crate::runner::Jobs;
+
+/// Waiting rows are read again this often even when no bell rang.
+const LOOK_AGAIN: Duration = Duration::from_secs(10);
+
+/// A plain list leaves out what ended longer ago; CockroachDB's rule.
+const LISTED_FOR: &str = "12 hours";
+
+impl Jobs {
+    /// The jobs of a plain `SHOW JOBS`: unfinished ones and those of the last hours, the unfinished first.
+    ///
+    /// # Errors
+    ///
+    /// The registry is not reachable.
+    pub async fn list(&self) -> anyhow::Result<Vec<Job>> {
+        let query = format!(
+            "SELECT {COLUMNS} FROM registry.jobs
+             WHERE finished IS NULL OR finished > clock_timestamp() - interval '{LISTED_FOR}'
+             ORDER BY coalesce(finished, clock_timestamp()) DESC, started DESC"
+        );
+        Ok(self.ledger().query(&query, &[]).await?.iter().map(Job::of).collect())
+    }
+
+    /// These jobs, as far as they exist.
+    ///
+    /// # Errors
+    ///
+    /// The registry is not reachable.
+    pub async fn find(&self, ids: &[JobId]) -> anyhow::Result<Vec<Job>> {
+        let ids: Vec<i64> = ids.iter().map(|id| id.0).collect();
+        let query = format!("SELECT {COLUMNS} FROM registry.jobs WHERE id = ANY($1) ORDER BY id");
+        Ok(self.ledger().query(&query, &[&ids]).await?.iter().map(Job::of).collect())
+    }
+
+    /// Waits until each of these jobs has ended, and gives them; ids that do not exist are left out. The bell wakes
+    /// it: a wait costs nothing while nothing happens.
+    ///
+    /// # Errors
+    ///
+    /// The registry is not reachable for longer than a statement waits for it.
+    pub async fn wait(&self, ids: &[JobId]) -> anyhow::Result<Vec<Job>> {
+        let mut bell = self.ledger().bell();
+        loop {
+            bell.mark_unchanged();
+            let found = self.find(ids).await?;
+            if found.iter().all(|job| job.finished.is_some()) {
+                return Ok(found);
+            }
+            // The bell of a handle that is alive does not end.
+            let _ = timeout(LOOK_AGAIN, bell.changed()).await;
+        }
+    }
+}

@@ -66,7 +66,8 @@ async fn check_primary(client: &Client, host: &str) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Makes the service role: it reads everything, sees replication, and may pause replay.
+/// Makes the service role: it reads everything, sees replication, and may pause replay. Rights on functions belong to
+/// one database: `client` is in the one that nodes log into, `postgres`.
 ///
 /// # Errors
 ///
@@ -75,7 +76,12 @@ pub(crate) async fn service_role(client: &Client, role: &str) -> anyhow::Result<
     let exists = client.query_opt("SELECT 1 FROM pg_roles WHERE rolname = $1", &[&role]).await.map_err(spoken)?;
     let quoted = quote(role);
     let verb = if exists.is_some() { "ALTER" } else { "CREATE" };
-    let script = format!("{verb} ROLE {quoted} LOGIN BYPASSRLS; GRANT pg_read_all_data, pg_monitor TO {quoted}");
+    // pg_read_all_data does not reach large objects; this setting does, and only a superuser can give it.
+    let script = format!(
+        "{verb} ROLE {quoted} LOGIN BYPASSRLS; GRANT pg_read_all_data, pg_monitor TO {quoted};
+         ALTER ROLE {quoted} SET lo_compat_privileges = on;
+         GRANT EXECUTE ON FUNCTION pg_wal_replay_pause(), pg_wal_replay_resume() TO {quoted}"
+    );
     client.batch_execute(&script).await.map_err(spoken).with_context(|| format!("make the role \"{role}\""))
 }
 
@@ -102,7 +108,6 @@ async fn make_registry(client: &Client, flags: &Init) -> anyhow::Result<Uuid> {
     let id: Uuid = client.query_one("SELECT id FROM registry.cluster", &[]).await.map_err(spoken)?.get(0);
     let publish = format!(
         "RESET ROLE;
-         GRANT EXECUTE ON FUNCTION pg_wal_replay_pause(), pg_wal_replay_resume() TO {role};
          COMMENT ON DATABASE {DATABASE} IS '{REGISTRY_MARK}{id}'"
     );
     client.batch_execute(&publish).await.map_err(spoken).context("publish the registry")?;

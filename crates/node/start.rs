@@ -1,14 +1,20 @@
 //! `backhaul start`: a node, put together.
 
+use std::path::Path;
 use std::sync::Arc;
 
 use anyhow::{Context as _, bail};
+use backup::{Backups, EXPORT, Export, JOB_TYPE, PROBE, Probe as StoreProbe, Resume};
 use cluster::registry::Registry;
+use cluster::secret::ClusterSecret;
 use cluster::store::Store;
-use cluster::{Cluster, Dialer, NodeId, NodeInfo, ServerInfo, follow_peers};
+use cluster::{Cluster, Dialer, NodeId, NodeInfo, Peers, ServerInfo, follow_peers};
 use fleet::Server;
+use fleet::founders::{FOUNDERS, Founders};
 use fleet::probe::{Door, Probe};
 use gateway::{Gateway, OwnServer};
+use jobs::{Jobs, Ledger};
+use storage::{FILES, Files, Seal, Stores};
 use tokio::net::TcpListener;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::watch;
@@ -55,7 +61,20 @@ pub(crate) async fn run(flags: Start) -> anyhow::Result<()> {
     let door = watch::Sender::new(Door::Unchecked);
     let own = server.clone().map(|server| OwnServer { server, door: door.subscribe() });
     let dialer = Dialer::new(flags.trust.secret(), tls.to_nodes(), format!("backhaul {address}"));
-    let gateway = Gateway::new(cluster.clone(), registry.clone(), own, flags.trust.secret(), tls, shutdown.clone());
+    let peers = Peers::new(cluster.clone(), dialer.clone());
+    let ledger = Ledger::default();
+    let jobs = Jobs::new(cluster.clone(), registry.clone(), ledger.clone());
+    let backups = offer(&peers, &jobs, &extern_dir, server.clone(), flags.trust.secret());
+    let gateway = Gateway::new(gateway::Parts {
+        cluster: cluster.clone(),
+        registry: registry.clone(),
+        server: own,
+        peers,
+        backups,
+        secret: flags.trust.secret(),
+        tls,
+        shutdown: shutdown.clone(),
+    });
     let mut serving = tokio::spawn(gateway.serve(listener));
 
     if let Some(file) = &flags.listening_url_file {
@@ -75,7 +94,9 @@ pub(crate) async fn run(flags: Start) -> anyhow::Result<()> {
         _ = terminated.recv() => Ok(()),
         error = probe(server, flags.trust.insecure, door, cluster.clone()) => Err(error),
         () = follow_peers(cluster.clone(), dialer.clone()) => Ok(()),
-        error = registry.clone().run(cluster.clone(), dialer, requested) => Err(error),
+        error = registry.clone().run(cluster.clone(), dialer.clone(), requested) => Err(error),
+        () = ledger.run(cluster.clone(), dialer) => Ok(()),
+        () = jobs.run() => Ok(()),
         error = health::serve(http, cluster, registry) => Err(error),
         _ = &mut serving => bail!("the node's port was closed"),
     };
@@ -83,6 +104,25 @@ pub(crate) async fn run(flags: Start) -> anyhow::Result<()> {
     shutdown.cancel();
     serving.await.context("close the node's port")?;
     ended
+}
+
+/// What this node does for others, and the jobs it can do.
+fn offer(peers: &Peers, jobs: &Jobs, extern_dir: &Path, server: Option<Server>, secret: ClusterSecret) -> Backups {
+    storage::install();
+    let stores = Stores::new(peers.clone(), extern_dir.to_owned());
+    let cluster = peers.cluster().clone();
+    let seal: Arc<dyn Fn() -> anyhow::Result<Seal> + Send + Sync> = Arc::new(move || {
+        let id = cluster.me().cluster_id.context("seal a URI as a member of a cluster")?;
+        Ok(Seal::new(secret.read()?.as_deref(), id))
+    });
+    peers.offer(FILES, Arc::new(Files::new(extern_dir)));
+    if let Some(server) = server {
+        peers.offer(FOUNDERS, Founders::new(server));
+    }
+    peers.offer(EXPORT, Export::new(peers.clone(), stores.clone()));
+    peers.offer(PROBE, StoreProbe::new(stores.clone()));
+    jobs.register(JOB_TYPE, Resume::new(peers.clone(), stores, Arc::clone(&seal)));
+    Backups { peers: peers.clone(), jobs: jobs.clone(), seal }
 }
 
 async fn probe(server: Option<Server>, insecure: bool, door: watch::Sender<Door>, cluster: Cluster) -> anyhow::Error {

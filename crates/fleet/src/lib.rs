@@ -8,11 +8,13 @@
 //!   lent to another node without the service password ever leaving the host;
 //! - [`door`]: the check that a server does not let everybody in who comes from its own host, which is where all
 //!   clients of a node seem to come from;
+//! - [`founders`]: sessions that hold one point of a server for a backup, and are lent span by span;
 //! - [`private`]: servers that Backhaul starts itself, for the demo and for tests.
 //!
 //! Nothing here writes to a server of a user.
 
 pub mod door;
+pub mod founders;
 pub mod login;
 pub mod private;
 pub mod probe;

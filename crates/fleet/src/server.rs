@@ -1,6 +1,8 @@
 //! The server beside a node.
 
+use std::ffi::OsString;
 use std::io;
+use std::os::unix::ffi::OsStringExt as _;
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -9,7 +11,8 @@ use cluster::socket::Socket;
 use tokio::net::{TcpStream, UnixStream};
 use tokio::time::timeout;
 use tokio_postgres::config::Host;
-use tokio_postgres::{Client, Config, NoTls};
+use tokio_postgres::tls::NoTlsStream;
+use tokio_postgres::{Client, Config, Connection, NoTls};
 use tokio_util::task::AbortOnDropHandle;
 
 /// A server that does not take a connection within this time is down.
@@ -90,6 +93,42 @@ impl Server {
         matches!(self.place, Place::Unix(_))
     }
 
+    /// Where it listens, for messages: `host:port`, or the path of its socket file.
+    pub fn address(&self) -> String {
+        match &self.place {
+            Place::Tcp(host, port) => format!("{host}:{port}"),
+            Place::Unix(path) => path.display().to_string(),
+        }
+    }
+
+    /// The variables from which libpq, and so each of PostgreSQL's programs, learns how to log in as this node does.
+    /// The password is among them, and so is never seen in a list of processes.
+    pub(crate) fn environment(&self, database: &str) -> Vec<(&'static str, OsString)> {
+        let (host, port) = match &self.place {
+            Place::Tcp(host, port) => (OsString::from(host), *port),
+            Place::Unix(path) => {
+                let port = self.config.get_ports().first().copied().unwrap_or(5432);
+                (path.parent().map(OsString::from).unwrap_or_default(), port)
+            }
+        };
+        let mut variables = vec![
+            ("PGHOST", host),
+            ("PGPORT", port.to_string().into()),
+            ("PGUSER", self.user().into()),
+            ("PGDATABASE", database.into()),
+            ("PGSSLMODE", "disable".into()),
+            ("PGCONNECT_TIMEOUT", CONNECT_DEADLINE.as_secs().to_string().into()),
+            ("PGPASSFILE", "/dev/null".into()),
+        ];
+        if let Some(password) = self.password() {
+            variables.push(("PGPASSWORD", OsString::from_vec(password.to_vec())));
+        }
+        if let Some(options) = self.config.get_options() {
+            variables.push(("PGOPTIONS", options.into()));
+        }
+        variables
+    }
+
     /// Opens a bare connection; nothing has been said on it yet.
     ///
     /// # Errors
@@ -115,9 +154,28 @@ impl Server {
     ///
     /// As PostgreSQL says it.
     pub async fn session(&self) -> Result<(Client, AbortOnDropHandle<()>), tokio_postgres::Error> {
-        let (client, connection) = self.config.connect(NoTls).await?;
+        self.session_in(self.database()).await
+    }
+
+    /// Opens a session as the service role, in `database`.
+    ///
+    /// # Errors
+    ///
+    /// As PostgreSQL says it.
+    pub async fn session_in(&self, database: &str) -> Result<(Client, AbortOnDropHandle<()>), tokio_postgres::Error> {
+        let (client, connection) = self.open_in(database, "backhaul").await?;
         // The connection's errors reach every request on the client.
         Ok((client, AbortOnDropHandle::new(tokio::spawn(async move { drop(connection.await) }))))
+    }
+
+    /// The same under a name of its own, for a caller that drives the connection itself.
+    pub(crate) async fn open_in(
+        &self,
+        database: &str,
+        application_name: &str,
+    ) -> Result<(Client, Connection<tokio_postgres::Socket, NoTlsStream>), tokio_postgres::Error> {
+        let mut config = self.config.clone();
+        config.dbname(database).application_name(application_name).connect(NoTls).await
     }
 }
 

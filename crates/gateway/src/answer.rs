@@ -7,14 +7,19 @@ use chrono::{DateTime, Utc};
 use pgerror::PgError;
 use pgwire::api::Type;
 use pgwire::api::results::{DataRowEncoder, FieldFormat, FieldInfo};
-use pgwire::error::ErrorInfo;
+use pgwire::error::{ErrorInfo, PgWireResult};
 use pgwire::messages::Message;
-use pgwire::messages::data::{FieldDescription, ParameterDescription, RowDescription};
-use pgwire::messages::extendedquery::{BindComplete, CloseComplete, Flush, Parse, PortalSuspended};
+use pgwire::messages::copy::{CopyDone, CopyInResponse, CopyOutResponse};
+use pgwire::messages::data::{FieldDescription, NoData, ParameterDescription, RowDescription};
+use pgwire::messages::extendedquery::{
+    Bind, BindComplete, Close, CloseComplete, Execute, Flush, Parse, ParseComplete, PortalSuspended,
+};
 use pgwire::messages::response::{CommandComplete, ErrorResponse, NoticeResponse, ReadyForQuery, TransactionStatus};
 use pgwire::messages::simplequery::Query;
 use pgwire::messages::startup::Authentication;
+use pgwire::types::ToSqlText;
 use pgwire::types::format::FormatOptions;
+use tokio_postgres::types::ToSql;
 
 use crate::pipeline::{POISON, Transaction};
 
@@ -38,6 +43,12 @@ pub(crate) enum Kind {
     Bool,
     /// `timestamptz`
     Timestamp,
+    /// `timestamp`, in UTC
+    UtcTime,
+    /// `float8`
+    Float8,
+    /// `text[]`
+    Texts,
 }
 
 /// A value; `None` is NULL.
@@ -51,6 +62,12 @@ pub(crate) enum Value {
     Bool(Option<bool>),
     /// `timestamptz`
     Timestamp(Option<DateTime<Utc>>),
+    /// `timestamp`, in UTC
+    UtcTime(Option<DateTime<Utc>>),
+    /// `float8`
+    Float8(Option<f64>),
+    /// `text[]`
+    Texts(Vec<String>),
 }
 
 /// The rows that a statement of ours gives.
@@ -78,15 +95,41 @@ impl Kind {
             Self::Int8 => Type::INT8,
             Self::Bool => Type::BOOL,
             Self::Timestamp => Type::TIMESTAMPTZ,
+            Self::UtcTime => Type::TIMESTAMP,
+            Self::Float8 => Type::FLOAT8,
+            Self::Texts => Type::TEXT_ARRAY,
         }
     }
 
     fn size(self) -> i16 {
         match self {
-            Self::Text => -1,
-            Self::Int8 | Self::Timestamp => 8,
+            Self::Text | Self::Texts => -1,
+            Self::Int8 | Self::Timestamp | Self::UtcTime | Self::Float8 => 8,
             Self::Bool => 1,
         }
+    }
+}
+
+/// What pgwire can write into a row, as one type.
+trait Encodable {
+    fn put(
+        &self,
+        encoder: &mut DataRowEncoder,
+        pg_type: &Type,
+        format: FieldFormat,
+        options: &FormatOptions,
+    ) -> PgWireResult<()>;
+}
+
+impl<T: ToSql + ToSqlText> Encodable for T {
+    fn put(
+        &self,
+        encoder: &mut DataRowEncoder,
+        pg_type: &Type,
+        format: FieldFormat,
+        options: &FormatOptions,
+    ) -> PgWireResult<()> {
+        encoder.encode_field_with_type_and_format(self, pg_type, format, options)
     }
 }
 
@@ -101,6 +144,32 @@ impl Writer<'_> {
 
     pub(crate) fn bind_complete(&mut self) {
         self.put(&BindComplete::new());
+    }
+
+    pub(crate) fn parse_complete(&mut self) {
+        self.put(&ParseComplete::new());
+    }
+
+    pub(crate) fn no_data(&mut self) {
+        self.put(&NoData::new());
+    }
+
+    pub(crate) fn copy_out_response(&mut self) {
+        self.put(&CopyOutResponse::new(0, 0, Vec::new()));
+    }
+
+    pub(crate) fn copy_in_response(&mut self) {
+        self.put(&CopyInResponse::new(0, 0, Vec::new()));
+    }
+
+    pub(crate) fn copy_data(&mut self, bytes: &[u8]) {
+        self.0.put_u8(b'd');
+        self.0.put_u32(u32::try_from(4 + bytes.len()).expect("a piece is short"));
+        self.0.put_slice(bytes);
+    }
+
+    pub(crate) fn copy_done(&mut self) {
+        self.put(&CopyDone::new());
     }
 
     pub(crate) fn close_complete(&mut self) {
@@ -123,6 +192,21 @@ impl Writer<'_> {
         }
     }
 
+    /// To the server: who is the client? Answered as [`crate::pipeline`] expects it.
+    pub(crate) fn ask(&mut self, extended: bool) {
+        const WHO: &str = "SELECT current_user, pg_catalog.current_setting('is_superuser')";
+        if !extended {
+            return self.put(&Query::new(WHO.to_owned()));
+        }
+        let name = || Some("backhaul_ask".to_owned());
+        self.put(&Parse::new(name(), WHO.to_owned(), Vec::new()));
+        self.put(&Bind::new(name(), name(), Vec::new(), Vec::new(), Vec::new()));
+        self.put(&Execute::new(name(), 0));
+        self.put(&Close::new(b'P', name()));
+        self.put(&Close::new(b'S', name()));
+        self.flush();
+    }
+
     /// To the server: an empty statement under this name, which may be in any encoding.
     pub(crate) fn empty_parse(&mut self, name: &[u8]) {
         self.0.put_u8(b'P');
@@ -137,8 +221,8 @@ impl Writer<'_> {
         self.put(&Flush::new());
     }
 
-    pub(crate) fn parameter_description(&mut self) {
-        self.put(&ParameterDescription::new(Vec::new()));
+    pub(crate) fn parameter_description(&mut self, oids: &[u32]) {
+        self.put(&ParameterDescription::new(oids.to_vec()));
     }
 
     pub(crate) fn row_description(&mut self, columns: &[Column], formats: impl Fn(usize) -> Format) {
@@ -166,13 +250,15 @@ impl Writer<'_> {
                 Format::Binary => FieldFormat::Binary,
             };
             let options = FormatOptions::default();
+            let mut put = |pg_type: &Type, value: &dyn Encodable| value.put(&mut encoder, pg_type, format, &options);
             let encoded = match value {
-                Value::Text(text) => encoder.encode_field_with_type_and_format(text, &Type::TEXT, format, &options),
-                Value::Int8(number) => encoder.encode_field_with_type_and_format(number, &Type::INT8, format, &options),
-                Value::Bool(truth) => encoder.encode_field_with_type_and_format(truth, &Type::BOOL, format, &options),
-                Value::Timestamp(time) => {
-                    encoder.encode_field_with_type_and_format(time, &Type::TIMESTAMPTZ, format, &options)
-                }
+                Value::Text(text) => put(&Type::TEXT, text),
+                Value::Int8(number) => put(&Type::INT8, number),
+                Value::Bool(truth) => put(&Type::BOOL, truth),
+                Value::Timestamp(time) => put(&Type::TIMESTAMPTZ, time),
+                Value::UtcTime(time) => put(&Type::TIMESTAMP, &time.map(|time| time.naive_utc())),
+                Value::Float8(number) => put(&Type::FLOAT8, number),
+                Value::Texts(texts) => put(&Type::TEXT_ARRAY, texts),
             };
             encoded.expect("a value matches its own type");
         }

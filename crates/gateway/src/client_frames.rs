@@ -1,15 +1,16 @@
 //! What a client sends, frame by frame: passed on, or ours.
 
+use backup::Requester;
 use bytes::{Bytes, BytesMut};
 use pgerror::{PgError, SqlState};
 use sql::Statement;
 
 use crate::answer::{Format, Writer};
-use crate::frame::{Header, cut_string, header};
+use crate::frame::{Header, cut_i16, cut_i32, cut_string, header};
 use crate::local::{Execution, concerns, utf8};
 use crate::pipeline::Transaction;
-use crate::session::{BUFFER_MAX, Outcome, Running, Session};
-use crate::show::columns;
+use crate::run::columns;
+use crate::session::{Asking, BUFFER_MAX, Outcome, Running, Session};
 
 /// No more than this much of a frame is looked at; a statement of ours that is longer is refused.
 const LOOK_MAX: usize = 64 * 1024;
@@ -28,7 +29,10 @@ impl Session {
     /// Takes what the client has sent as far as possible.
     pub(crate) fn digest_client(&mut self) -> Result<(), PgError> {
         self.held = false;
-        while self.running.is_none() && self.to_server.len() + self.from_client.waiting() < BUFFER_MAX {
+        while self.asking.is_none()
+            && self.running.is_none()
+            && self.to_server.len() + self.from_client.waiting() < BUFFER_MAX
+        {
             if !self.from_client.settle(&mut self.to_server) {
                 break;
             }
@@ -130,7 +134,9 @@ impl Session {
     fn query(&mut self, body: &Bytes) -> Result<(), PgError> {
         let text = cut_string(&mut &body[..])
             .ok_or_else(|| PgError::new(SqlState::PROTOCOL_VIOLATION, "invalid Query message"))?;
-        self.start(sql::parse(utf8(text)?)?, None);
+        let parsed = sql::parse(utf8(text)?)?;
+        let statements = parsed.into_iter().map(|statement| statement.bind(&[])).collect::<Result<_, _>>()?;
+        self.ask(statements, None);
         Ok(())
     }
 
@@ -146,21 +152,56 @@ impl Session {
     fn execute(&mut self, body: &Bytes) -> Result<(), PgError> {
         match self.locals.begin_execute(body)? {
             Execution::Run(statement) => {
-                self.start(vec![statement], Some(body.clone()));
+                self.ask(vec![statement], Some(body.clone()));
                 Ok(())
             }
             Execution::Ready => self.locals.finish_execute(body, None, &mut self.to_client),
         }
     }
 
-    fn start(&mut self, statements: Vec<Statement>, execute: Option<Bytes>) {
+    /// Finds out who the client is now, by a question to its own session, unless the statements are for everybody.
+    fn ask(&mut self, statements: Vec<Statement>, execute: Option<Bytes>) {
+        if statements.iter().all(is_for_everybody) {
+            return self.start(statements, execute, None);
+        }
+        let extended = execute.is_some();
+        Writer(&mut self.to_server).ask(extended);
+        self.pipeline.asked(extended);
+        self.asking = Some(Asking { statements, execute, requester: None });
+    }
+
+    /// The row of the answer: the current role, and whether it is a superuser.
+    pub(crate) fn told(&mut self, mut row: &[u8]) {
+        let mut read = || {
+            cut_i16(&mut row)?;
+            let mut value = || {
+                let length = usize::try_from(cut_i32(&mut row)?).ok()?;
+                let (value, rest) = row.split_at_checked(length)?;
+                row = rest;
+                std::str::from_utf8(value).ok().map(str::to_owned)
+            };
+            Some(Requester { user: value()?, superuser: value()? == "on" })
+        };
+        let requester = read();
+        if let Some(asking) = &mut self.asking {
+            asking.requester = requester;
+        }
+    }
+
+    /// The answer is whole.
+    pub(crate) fn asked(&mut self) {
+        let Some(asking) = self.asking.take() else { return };
+        self.start(asking.statements, asking.execute, asking.requester);
+    }
+
+    fn start(&mut self, statements: Vec<Statement>, execute: Option<Bytes>, requester: Option<Requester>) {
         let gateway = self.gateway.clone();
         let cancelled = self.cancelable.begin();
         let future = Box::pin(async move {
             let mut outcome = Vec::with_capacity(statements.len());
             for statement in statements {
                 let answer = tokio::select! {
-                    answer = gateway.run(statement) => answer,
+                    answer = gateway.run(&statement, requester.as_ref()) => answer,
                     () = cancelled.cancelled() => Err(cancelled_by_user()),
                 };
                 let failed = answer.is_err();
@@ -185,7 +226,9 @@ impl Session {
                 None => {
                     let mut out = Writer(&mut self.to_client);
                     answer.notices.iter().for_each(|notice| out.notice(notice));
-                    out.row_description(columns(statement), |_| Format::Text);
+                    if !columns(&statement).is_empty() {
+                        out.row_description(columns(&statement), |_| Format::Text);
+                    }
                     answer.rows.iter().for_each(|row| out.row(row, |_| Format::Text));
                     out.command_complete(statement.tag());
                     Ok(())
@@ -215,6 +258,11 @@ impl Session {
             Writer(&mut self.to_client).ready(self.pipeline.transaction());
         }
     }
+}
+
+/// Whether a statement gives everybody the same.
+fn is_for_everybody(statement: &Statement) -> bool {
+    matches!(statement, Statement::ShowLocality | Statement::ShowNodes)
 }
 
 fn in_failed_transaction() -> PgError {

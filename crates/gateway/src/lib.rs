@@ -3,7 +3,7 @@
 //! Everything arrives here: clients of PostgreSQL, clients of ours, other nodes, cancel requests. A connection is read
 //! in this order: its first packets ([`startup`]); then, for a peer, [`peer`]; for anybody else a server is chosen
 //! ([`route`]) and the session relayed ([`session`]), with every frame of the client judged in [`client_frames`] and
-//! every frame of the server noted in [`server_frames`]; what is ours is answered from [`local`], [`show`] and
+//! every frame of the server noted in [`server_frames`]; what is ours is done in [`run`] and answered from [`local`] and
 //! [`answer`].
 //!
 //! **The relay is faithful.** Frames pass byte for byte. PostgreSQL authenticates its own clients through it; no
@@ -17,14 +17,18 @@
 //! that node for, and relays there; the leading node only checks that it is what it is taken for and copies bytes.
 
 mod answer;
+mod bound;
+mod calls;
 mod cancel;
 mod client_frames;
+mod external;
 mod frame;
 mod inbound;
 mod local;
 mod peer;
 mod pipeline;
 mod route;
+mod run;
 mod server_frames;
 mod session;
 mod show;
@@ -35,15 +39,15 @@ use std::ops::Deref;
 use std::sync::Arc;
 use std::time::Duration;
 
+use backup::Backups;
 use bytes::{Bytes, BytesMut};
 use cluster::registry::Registry;
 use cluster::secret::ClusterSecret;
 use cluster::socket::{self, Socket};
-use cluster::{Cluster, PEER_OPTION};
+use cluster::{Cluster, PEER_OPTION, Peers};
 use fleet::Server;
 use fleet::probe::Door;
 use pgerror::{PgError, SqlState};
-use sql::Statement;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _, copy_bidirectional_with_sizes};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::watch;
@@ -52,7 +56,7 @@ use tokio_rustls::TlsAcceptor;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
-use answer::{Answer, Writer};
+use answer::Writer;
 use cancel::{CancelKeys, Cancelable};
 use route::Route;
 use session::{Follows, Session};
@@ -62,7 +66,7 @@ use startup::{Hop, Packet, Startup, read_packet};
 const STARTUP_DEADLINE: Duration = Duration::from_secs(60);
 
 /// What a hop holds in each direction at most, in bytes.
-const HOP_BUFFER: usize = 64 * 1024;
+const HOP_BUFFER: usize = 128 * 1024;
 
 /// How long open sessions may take to hear that the node stops.
 const SHUTDOWN_DEADLINE: Duration = Duration::from_secs(5);
@@ -83,40 +87,40 @@ pub struct Parts {
     pub registry: Registry,
     /// The server beside this node, if any.
     pub server: Option<OwnServer>,
+    /// What nodes do for each other.
+    pub peers: Peers,
+    /// What BACKUP does, and the jobs it makes.
+    pub backups: Backups,
     /// What makes a connection a peer.
     pub secret: ClusterSecret,
     /// TLS towards clients and nodes.
     pub tls: tls::Tls,
     /// Cancelled when the node stops.
     pub shutdown: CancellationToken,
+}
+
+struct Shared {
+    parts: Parts,
     /// The keys of its sessions.
     cancel_keys: CancelKeys,
 }
 
 /// The front of a node; clones share everything.
 #[derive(Clone)]
-pub struct Gateway(Arc<Parts>);
+pub struct Gateway(Arc<Shared>);
 
 impl Deref for Gateway {
     type Target = Parts;
 
     fn deref(&self) -> &Parts {
-        &self.0
+        &self.0.parts
     }
 }
 
 impl Gateway {
     /// Puts a gateway together.
-    pub fn new(
-        cluster: Cluster,
-        registry: Registry,
-        server: Option<OwnServer>,
-        secret: ClusterSecret,
-        tls: tls::Tls,
-        shutdown: CancellationToken,
-    ) -> Self {
-        let cancel_keys = CancelKeys::default();
-        Self(Arc::new(Parts { cluster, registry, server, secret, tls, shutdown, cancel_keys }))
+    pub fn new(parts: Parts) -> Self {
+        Self(Arc::new(Shared { parts, cancel_keys: CancelKeys::default() }))
     }
 
     /// Takes connections until the node stops, then tells the open ones and waits for them a little.
@@ -143,9 +147,8 @@ impl Gateway {
         }
     }
 
-    /// Runs one statement of ours for a client.
-    async fn run(&self, statement: Statement) -> Result<Answer, PgError> {
-        Ok(show::run(statement, &self.cluster, &self.registry).await)
+    fn cancel_keys(&self) -> &CancelKeys {
+        &self.0.cancel_keys
     }
 
     async fn attend(self, stream: TcpStream) {
@@ -268,7 +271,7 @@ impl Gateway {
 
     /// A cancel request: the key decides whether it is for a statement of ours or for a server.
     async fn cancel(&self, key: &Bytes) {
-        match self.cancel_keys.find(key) {
+        match self.cancel_keys().find(key) {
             Some(session) if session.cancel() => {}
             Some(session) => self.cancel_on(&session.route, key).await,
             // As PostgreSQL: nobody is told that a key is unknown.

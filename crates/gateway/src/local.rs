@@ -4,19 +4,33 @@ use std::collections::{HashMap, VecDeque};
 
 use bytes::BytesMut;
 use pgerror::{PgError, SqlState};
-use sql::Statement;
+use sql::{ParameterType, Statement};
 
-use crate::answer::{Answer, Format, Value, Writer};
+use crate::answer::{Answer, Column, Format, Value, Writer};
+use crate::bound::Bound;
 use crate::frame::{cut_i16, cut_i32, cut_string};
-use crate::show::columns;
+use crate::run::columns;
+
+/// The types that our parameters have, by `pg_type.oid`.
+const TEXT_OID: u32 = 25;
+const INT8_OID: u32 = 20;
 
 /// A name that this gateway holds a statement or a portal of its own under is not looked up on the server.
 #[derive(Debug, Default)]
 pub(crate) struct Locals {
-    statements: HashMap<Vec<u8>, Statement>,
+    statements: HashMap<Vec<u8>, Prepared>,
     /// Parsed here, and not yet accepted under its name by the server.
-    parsed: Option<(Vec<u8>, Statement)>,
+    parsed: Option<(Vec<u8>, Prepared)>,
     portals: HashMap<Vec<u8>, Portal>,
+}
+
+/// A statement of ours, prepared.
+#[derive(Clone, Debug)]
+struct Prepared {
+    statement: Statement,
+    parameters: Vec<ParameterType>,
+    /// The parameters' types as the client is told: those that it named itself, else ours.
+    oids: Vec<u32>,
 }
 
 /// A statement of ours, bound.
@@ -119,39 +133,38 @@ impl Locals {
         let (Some(name), Some(text)) = (cut_string(&mut body), cut_string(&mut body)) else {
             return Err(malformed("Parse"));
         };
-        let [statement] = sql::parse(utf8(text)?)?[..] else {
+        let mut parsed = sql::parse(utf8(text)?)?;
+        let (Some(statement), true) = (parsed.pop(), parsed.is_empty()) else {
             let message = "cannot insert multiple commands into a prepared statement";
             return Err(PgError::new(SqlState::SYNTAX_ERROR, message));
         };
-        self.parsed = Some((name.to_vec(), statement));
+        let parameters = statement.parameters()?;
+        let named = (0..cut_i16(&mut body).unwrap_or(0)).map_while(|_| cut_i32(&mut body)).map(i32::cast_unsigned);
+        let mut named = named.map(Some);
+        let oid = |parameter: &ParameterType| match (named.next().flatten(), parameter) {
+            (Some(oid), _) if oid != 0 => oid,
+            (_, ParameterType::Text) => TEXT_OID,
+            (_, ParameterType::Int8) => INT8_OID,
+        };
+        let oids = parameters.iter().map(oid).collect();
+        self.parsed = Some((name.to_vec(), Prepared { statement, parameters, oids }));
         Ok(name)
     }
 
-    /// Bind, of a statement of ours; none has parameters so far.
-    pub(crate) fn bind(&mut self, mut body: &[u8], out: &mut BytesMut) -> Result<(), PgError> {
-        let mut read = || {
-            let portal = cut_string(&mut body)?;
-            let name = cut_string(&mut body)?;
-            for _ in 0..cut_i16(&mut body)? {
-                cut_i16(&mut body)?;
-            }
-            let parameters = cut_i16(&mut body)?;
-            for _ in 0..parameters {
-                let length = cut_i32(&mut body)?;
-                body = body.get(usize::try_from(length).unwrap_or(0)..)?;
-            }
-            let formats = (0..cut_i16(&mut body)?).map(|_| cut_i16(&mut body)).collect::<Option<Vec<i16>>>()?;
-            Some((portal, name, parameters, formats))
-        };
-        let (portal, name, parameters, formats) = read().ok_or_else(|| malformed("Bind"))?;
-        let Some(statement) = self.statements.get(name).copied() else { return Err(malformed("Bind")) };
-        if parameters != 0 {
-            let name = String::from_utf8_lossy(name);
-            let message =
-                format!("bind message supplies {parameters} parameters, but prepared statement \"{name}\" requires 0");
+    /// Bind, of a statement of ours.
+    pub(crate) fn bind(&mut self, body: &[u8], out: &mut BytesMut) -> Result<(), PgError> {
+        let Bound { portal, name, values, formats } = Bound::read(body).ok_or_else(|| malformed("Bind"))?;
+        let Some(prepared) = self.statements.get(name).cloned() else { return Err(malformed("Bind")) };
+        if values.len() != prepared.parameters.len() {
+            let (name, given, wanted) = (String::from_utf8_lossy(name), values.len(), prepared.parameters.len());
+            let message = format!(
+                "bind message supplies {given} parameters, but prepared statement \"{name}\" requires {wanted}"
+            );
             return Err(PgError::new(SqlState::PROTOCOL_VIOLATION, message));
         }
-        let width = columns(statement).len();
+        let texts = values.iter().zip(&prepared.parameters).map(|(value, parameter)| value.text(*parameter));
+        let statement = prepared.statement.bind(&texts.collect::<Result<Vec<_>, _>>()?)?;
+        let width = columns(&statement).len();
         if formats.len() > 1 && formats.len() != width {
             let message = format!("bind message has {} result formats but query has {width} columns", formats.len());
             return Err(PgError::new(SqlState::PROTOCOL_VIOLATION, message));
@@ -171,12 +184,12 @@ impl Locals {
         let name = cut_string(&mut rest).ok_or_else(|| malformed("Describe"))?;
         let mut out = Writer(out);
         if *kind == b'S' {
-            let statement = *self.statements.get(name).ok_or_else(|| malformed("Describe"))?;
-            out.parameter_description();
-            out.row_description(columns(statement), |_| Format::Text);
+            let prepared = self.statements.get(name).ok_or_else(|| malformed("Describe"))?;
+            out.parameter_description(&prepared.oids);
+            describe_rows(&mut out, columns(&prepared.statement), |_| Format::Text);
         } else {
             let portal = self.portals.get(name).ok_or_else(|| malformed("Describe"))?;
-            out.row_description(columns(portal.statement), |column| portal.format(column));
+            describe_rows(&mut out, columns(&portal.statement), |column| portal.format(column));
         }
         Ok(())
     }
@@ -194,7 +207,7 @@ impl Locals {
         let name = cut_string(&mut body).ok_or_else(|| malformed("Execute"))?;
         let portal = self.portals.get(name).ok_or_else(|| malformed("Execute"))?;
         Ok(match portal {
-            Portal { statement, rows: None, .. } => Execution::Run(*statement),
+            Portal { statement, rows: None, .. } => Execution::Run(statement.clone()),
             Portal { rows: Some(_), .. } => Execution::Ready,
         })
     }
@@ -227,6 +240,13 @@ impl Locals {
         }
         portal.rows = Some(rows);
         Ok(())
+    }
+}
+
+fn describe_rows(out: &mut Writer<'_>, columns: &[Column], formats: impl Fn(usize) -> Format) {
+    match columns {
+        [] => out.no_data(),
+        columns => out.row_description(columns, formats),
     }
 }
 

@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use anyhow::{Context as _, bail};
 use bytes::{Buf as _, Bytes, BytesMut};
+use cluster::service::Reply;
 use cluster::socket::Socket;
 use pgerror::{PgError, SqlState};
 use pgwire::api::auth::sasl::scram::{SCRAM_ITERATIONS, ScramSecret, ScramServerAuth, gen_salted_password};
@@ -14,6 +15,7 @@ use tokio::time::timeout;
 use uuid::Uuid;
 
 use crate::answer::{Column, Format, Kind, Value, Writer, spoken};
+use crate::calls::{Calls, Wire, unknown};
 use crate::cancel::Cancelable;
 use crate::frame::{cut_i32, cut_string, header};
 use crate::pipeline::Transaction;
@@ -25,8 +27,8 @@ use crate::{Gateway, refuse, show};
 /// A peer that has not proven itself by then is sent away.
 const PROOF_DEADLINE: Duration = Duration::from_secs(10);
 
-/// Verbs and proofs are short; a longer frame is not from a peer.
-const FRAME_MAX: usize = 64 * 1024;
+/// Verbs, proofs and pieces of uploads are short; a longer frame is not from a peer.
+pub(crate) const FRAME_MAX: usize = 1024 * 1024;
 
 /// The one column of a verb's answer.
 const ANSWER: [Column; 1] = [Column { name: "answer", kind: Kind::Text }];
@@ -82,14 +84,14 @@ impl Gateway {
         Ok(())
     }
 
-    async fn answer_verbs(&self, socket: &mut Socket, mut received: BytesMut) -> anyhow::Result<()> {
-        let mut out = BytesMut::new();
-        Writer(&mut out).ready(Transaction::Idle);
+    async fn answer_verbs(&self, socket: &mut Socket, received: BytesMut) -> anyhow::Result<()> {
+        let mut wire = Wire { socket, received, out: BytesMut::new() };
+        let mut calls = Calls::default();
+        Writer(&mut wire.out).ready(Transaction::Idle);
         loop {
-            socket.write_all_buf(&mut out).await?;
-            socket.flush().await?;
+            wire.send().await?;
             let next = tokio::select! {
-                next = frame(socket, &mut received) => next?,
+                next = frame(wire.socket, &mut wire.received) => next?,
                 () = self.shutdown.cancelled() => return Ok(()),
             };
             let Some((tag, body)) = next else { return Ok(()) };
@@ -100,15 +102,13 @@ impl Gateway {
                     let answer = match verb {
                         Some(verb) => tokio::select! {
                             answer = self.answer_verb(verb) => answer,
+                            // Nobody waits for it any more: what works on it is dropped.
+                            () = gone(wire.socket, &mut wire.received) => return Ok(()),
                             () = self.shutdown.cancelled() => return Ok(()),
                         },
-                        None => Err(PgError::new(
-                            SqlState::FEATURE_NOT_SUPPORTED,
-                            "this node does not know that verb; it may be of another version",
-                        )
-                        .into()),
+                        None => Err(unknown().into()),
                     };
-                    let mut out = Writer(&mut out);
+                    let mut out = Writer(&mut wire.out);
                     match answer {
                         Ok(text) => {
                             out.row_description(&ANSWER, |_| Format::Text);
@@ -119,7 +119,10 @@ impl Gateway {
                     }
                     out.ready(Transaction::Idle);
                 }
-                other => bail!("unexpected message \"{}\" on a peer session", other.escape_ascii()),
+                tag => tokio::select! {
+                    taken = calls.take(self, tag, &body, &mut wire) => taken?,
+                    () = self.shutdown.cancelled() => return Ok(()),
+                },
             }
         }
     }
@@ -127,6 +130,15 @@ impl Gateway {
     async fn answer_verb(&self, verb: Verb) -> anyhow::Result<String> {
         match verb {
             Verb::WhoAreYou { since } => Ok(serde_json::to_string(&self.cluster.who_am_i(since).await)?),
+            Verb::Call { service, request } => {
+                let request = serde_json::from_str(&request).context("read a peer's request")?;
+                match self.peers.serve(&service, request).await? {
+                    Reply::Answer(answer) => Ok(answer.to_string()),
+                    Reply::Download(_) | Reply::Upload(_) => {
+                        bail!("a peer asked \"{service}\" for a value where there is none")
+                    }
+                }
+            }
             Verb::Nodes => {
                 let answer = show::nodes(&self.cluster, &self.registry).await;
                 let words = |notice: &PgError| match &notice.detail {
@@ -185,8 +197,18 @@ async fn proof(socket: &mut Socket, received: &mut BytesMut) -> anyhow::Result<B
     }
 }
 
+/// Returns when the peer has closed its side. What it sends meanwhile stays for later.
+async fn gone(socket: &mut Socket, received: &mut BytesMut) {
+    while received.len() < FRAME_MAX {
+        if !matches!(socket.read_buf(received).await, Ok(read) if read > 0) {
+            return;
+        }
+    }
+    std::future::pending().await
+}
+
 /// Reads one whole, short frame: its tag and its body.
-async fn frame(socket: &mut Socket, received: &mut BytesMut) -> anyhow::Result<Option<(u8, Bytes)>> {
+pub(crate) async fn frame(socket: &mut Socket, received: &mut BytesMut) -> anyhow::Result<Option<(u8, Bytes)>> {
     loop {
         if let Some(found) = header(received)? {
             if found.len > FRAME_MAX {

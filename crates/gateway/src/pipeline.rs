@@ -28,6 +28,9 @@ enum Slot {
     PoisonParse(Bytes),
     /// A Query that is to fail; its error is replaced by these bytes.
     PoisonQuery(Bytes),
+    /// A question of this gateway's own; the server's answer is not the client's. In the extended protocol it ends
+    /// with the second of two CloseCompletes.
+    Ask(Ask),
     /// The client's end of COPY data. The server answers it only as part of the COPY.
     CopyEnd,
 }
@@ -39,6 +42,13 @@ enum Step {
     Describe,
     Execute,
     Close,
+}
+
+/// What is still to come of the answer to a question of this gateway's own.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Ask {
+    Ready,
+    Closes(u8),
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -54,6 +64,12 @@ pub(crate) enum Verdict {
     Pass,
     /// The client gets these bytes in its place.
     Replace(Bytes),
+    /// Part of the answer to a question of this gateway's own: nobody gets it.
+    Swallow,
+    /// The row of that answer.
+    Told,
+    /// The last frame of that answer.
+    Asked,
 }
 
 /// The transaction status of the last ReadyForQuery.
@@ -142,6 +158,17 @@ impl Pipeline {
         self.push(if extended { Slot::PoisonParse(replacement) } else { Slot::PoisonQuery(replacement) });
     }
 
+    /// Takes note of a question of this gateway's own that is sent.
+    pub(crate) fn asked(&mut self, extended: bool) {
+        self.push(Slot::Ask(if extended { Ask::Closes(2) } else { Ask::Ready }));
+        self.unflushed = false;
+    }
+
+    /// Whether the answer to a question of this gateway's own comes next.
+    pub(crate) fn is_asking(&self) -> bool {
+        matches!(self.slots.front(), Some(Slot::Ask(_)))
+    }
+
     fn push(&mut self, slot: Slot) {
         let is_sync = slot == Slot::Cycle(Cycle::Sync);
         if self.server_skips && !is_sync || self.copy_in && is_sync {
@@ -151,7 +178,7 @@ impl Pipeline {
         match slot {
             Slot::Step(_) | Slot::PoisonParse(_) => self.unflushed = true,
             Slot::Cycle(_) | Slot::PoisonQuery(_) => self.unflushed = false,
-            Slot::CopyEnd => {}
+            Slot::CopyEnd | Slot::Ask(_) => {}
         }
         self.slots.push_back(slot);
     }
@@ -160,6 +187,9 @@ impl Pipeline {
     pub(crate) fn received(&mut self, tag: u8, status: Option<u8>) -> Verdict {
         while self.slots.front() == Some(&Slot::CopyEnd) {
             self.slots.pop_front();
+        }
+        if let Some(verdict) = self.answer_of_ask(tag, status) {
+            return verdict;
         }
         match (tag, self.slots.front()) {
             (b'Z', _) => {
@@ -185,6 +215,37 @@ impl Pipeline {
         Verdict::Pass
     }
 
+    fn answer_of_ask(&mut self, tag: u8, status: Option<u8>) -> Option<Verdict> {
+        let Some(Slot::Ask(ask)) = self.slots.front_mut() else { return None };
+        let is_last = match (tag, ask) {
+            (b'E', Ask::Ready) => {
+                // The client is told what the server says, and the cycle ends as one of its own.
+                self.slots[0] = Slot::Cycle(Cycle::Query);
+                return Some(Verdict::Pass);
+            }
+            (b'E', Ask::Closes(_)) => {
+                self.slots[0] = Slot::Step(Step::Execute);
+                return None;
+            }
+            (b'D', _) => return Some(Verdict::Told),
+            (b'Z', Ask::Ready) => {
+                self.transaction = Transaction::of(status.unwrap_or(b'I'));
+                true
+            }
+            (b'3', Ask::Closes(left)) => {
+                *left -= 1;
+                *left == 0
+            }
+            (b'1' | b'2' | b'T' | b'C', _) => false,
+            // Notices, notifications and parameters come when they come.
+            _ => return Some(Verdict::Pass),
+        };
+        if is_last {
+            self.slots.pop_front();
+        }
+        Some(if is_last { Verdict::Asked } else { Verdict::Swallow })
+    }
+
     fn end_cycle(&mut self) {
         // Whatever stood before belongs to the same cycle and will not be answered any more.
         while let Some(slot) = self.slots.pop_front() {
@@ -205,7 +266,7 @@ impl Pipeline {
             }
             Some(Slot::PoisonParse(bytes)) => Verdict::Replace(std::mem::take(bytes)),
             Some(Slot::Cycle(_)) | None => return Verdict::Pass,
-            Some(Slot::Step(_) | Slot::CopyEnd) => Verdict::Pass,
+            Some(Slot::Step(_) | Slot::CopyEnd | Slot::Ask(_)) => Verdict::Pass,
         };
         // The server answers nothing more up to the next Sync, a Query in between included.
         let sync = self.slots.iter().position(|slot| *slot == Slot::Cycle(Cycle::Sync));
@@ -247,6 +308,31 @@ mod tests {
             }
         }
         pipeline
+    }
+
+    #[test]
+    fn the_answer_to_a_question_of_our_own_is_swallowed() {
+        use Verdict::{Asked, Pass, Swallow, Told};
+        for (extended, script) in [
+            (false, vec![(b'T', Swallow), (b'N', Pass), (b'D', Told), (b'C', Swallow), (b'Z', Asked)]),
+            (
+                true,
+                vec![(b'1', Swallow), (b'2', Swallow), (b'D', Told), (b'C', Swallow), (b'3', Swallow), (b'3', Asked)],
+            ),
+            (false, vec![(b'E', Pass), (b'Z', Pass)]),
+        ] {
+            let mut pipeline = Pipeline::default();
+            pipeline.asked(extended);
+            for (tag, verdict) in script {
+                assert!(!pipeline.is_quiet());
+                assert_eq!(pipeline.received(tag, Some(b'I')), verdict, "{}", tag.escape_ascii());
+            }
+            assert!(pipeline.is_quiet());
+        }
+        let mut failed = Pipeline::default();
+        failed.asked(true);
+        assert_eq!(failed.received(b'E', None), Pass);
+        assert!(failed.is_quiet() && failed.server_skips());
     }
 
     #[test]

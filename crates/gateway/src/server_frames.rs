@@ -17,13 +17,16 @@ impl Session {
             if !self.from_server.settle(&mut self.to_client) {
                 break;
             }
-            let run = data_run(self.from_server.unjudged());
-            self.from_server.pass(run);
-            self.from_server.settle(&mut self.to_client);
+            if !self.pipeline.is_asking() {
+                let run = data_run(self.from_server.unjudged());
+                self.from_server.pass(run);
+                self.from_server.settle(&mut self.to_client);
+            }
             let unjudged = self.from_server.unjudged();
             let Some(found) = header(unjudged)? else { break };
             let looked_at = match found.tag {
                 b'Z' | b'E' | b'K' | b'S' | b'C' => found.len.min(LOOK_MAX),
+                b'D' if self.pipeline.is_asking() => found.len.min(LOOK_MAX),
                 _ => 5,
             };
             let Some(body) = unjudged.get(5..looked_at) else { break };
@@ -37,6 +40,17 @@ impl Session {
                     self.from_server.pass_on(&mut self.to_client);
                     self.to_client.extend_from_slice(&ours);
                     self.from_server.discard(found.len);
+                }
+                verdict @ (Verdict::Swallow | Verdict::Told | Verdict::Asked) => {
+                    let row = (verdict == Verdict::Told).then(|| Bytes::copy_from_slice(body));
+                    self.from_server.pass_on(&mut self.to_client);
+                    self.from_server.discard(found.len);
+                    if let Some(row) = row {
+                        self.told(&row);
+                    }
+                    if verdict == Verdict::Asked {
+                        self.asked();
+                    }
                 }
             }
         }
@@ -56,7 +70,7 @@ impl Session {
             b'K' => {
                 let key = Bytes::copy_from_slice(body);
                 let session = std::sync::Arc::clone(&self.cancelable);
-                self.registered = Some(self.gateway.cancel_keys.register(key, session));
+                self.registered = Some(self.gateway.cancel_keys().register(key, session));
             }
             b'S' if cut_string(&mut body) == Some(b"standard_conforming_strings") => {
                 self.conforming_strings = body.starts_with(b"on");
@@ -67,6 +81,10 @@ impl Session {
             // The severity that is never translated comes among the first fields.
             b'E' => {
                 self.locals.reject();
+                // The client has been told in the server's words.
+                if self.asking.take().is_some_and(|asking| asking.execute.is_some()) {
+                    self.skipping = true;
+                }
                 self.server_ended |= body.windows(7).any(|field| field == b"\0VFATAL" || field == b"\0VPANIC");
             }
             _ => {}

@@ -11,6 +11,7 @@ use std::pin::{Pin, pin};
 use std::sync::Arc;
 use std::time::Duration;
 
+use backup::Requester;
 use bytes::{Bytes, BytesMut};
 use cluster::View;
 use cluster::socket::Socket;
@@ -48,6 +49,13 @@ pub(crate) struct Running {
     pub(crate) execute: Option<Bytes>,
 }
 
+/// Statements of ours that wait for the server to say who asks.
+pub(crate) struct Asking {
+    pub(crate) statements: Vec<Statement>,
+    pub(crate) execute: Option<Bytes>,
+    pub(crate) requester: Option<Requester>,
+}
+
 /// Everything about one client but its sockets.
 pub(crate) struct Session {
     pub(crate) gateway: Gateway,
@@ -65,6 +73,7 @@ pub(crate) struct Session {
     pub(crate) skipping: bool,
     pub(crate) pipeline: Pipeline,
     pub(crate) locals: Locals,
+    pub(crate) asking: Option<Asking>,
     pub(crate) running: Option<Running>,
     /// What came of the running statement, until it can be told.
     pub(crate) outcome: Option<Outcome>,
@@ -96,6 +105,7 @@ impl Session {
             skipping: false,
             pipeline: Pipeline::default(),
             locals: Locals::default(),
+            asking: None,
             running: None,
             outcome: None,
             held: false,
@@ -196,7 +206,7 @@ impl Session {
 
     /// Whether everything that the client has sent has gone to the server or been answered.
     fn is_done_with_client(&self) -> bool {
-        self.to_server.is_empty() && self.running.is_none() && !self.held
+        self.to_server.is_empty() && self.asking.is_none() && self.running.is_none() && !self.held
     }
 
     fn server_lost(&self) -> PgError {

@@ -1,16 +1,14 @@
-//! Our SHOW statements: their columns and their rows.
+//! SHOW NODES: its columns and its rows.
 
+use chrono::{DateTime, Utc};
 use cluster::registry::{Listed, Registry};
 use cluster::{Cluster, View};
 use pgerror::{PgError, SqlState};
-use sql::Statement;
 
 use crate::answer::{Answer, Column, Kind, Value};
 
-const LOCALITY: [Column; 1] = [Column { name: "locality", kind: Kind::Text }];
-
 /// Named after the columns of `cockroach node status` and `crdb_internal.gossip_nodes` where they mean the same.
-const NODES: [Column; 12] = [
+pub(crate) const NODES: [Column; 12] = [
     Column { name: "node_id", kind: Kind::Int8 },
     Column { name: "address", kind: Kind::Text },
     Column { name: "locality", kind: Kind::Text },
@@ -24,25 +22,6 @@ const NODES: [Column; 12] = [
     Column { name: "timeline", kind: Kind::Int8 },
     Column { name: "lsn", kind: Kind::Text },
 ];
-
-/// The columns of a statement's answer.
-pub(crate) fn columns(statement: Statement) -> &'static [Column] {
-    match statement {
-        Statement::ShowLocality => &LOCALITY,
-        Statement::ShowNodes => &NODES,
-    }
-}
-
-/// Runs a SHOW.
-pub(crate) async fn run(statement: Statement, cluster: &Cluster, registry: &Registry) -> Answer {
-    match statement {
-        Statement::ShowLocality => {
-            let locality = cluster.me().locality.to_string();
-            Answer { rows: vec![vec![Value::Text(Some(locality))]], notices: Vec::new() }
-        }
-        Statement::ShowNodes => nodes(cluster, registry).await,
-    }
-}
 
 /// All nodes of the registry, with what this node sees of them. While the registry cannot be reached the list is this
 /// node's own, without a word about sessions: `is_live` is NULL.
@@ -116,11 +95,14 @@ fn seen_row(known: &cluster::Known, view: &View) -> Vec<Value> {
 
 /// The rows as text, for a tool that has no types: NULL is `None`.
 pub(crate) fn as_text(rows: &[Vec<Value>]) -> Vec<Vec<Option<String>>> {
+    let time = |time: &Option<DateTime<Utc>>| time.map(|time| time.format("%Y-%m-%d %H:%M:%S+00").to_string());
     let text = |value: &Value| match value {
         Value::Text(text) => text.clone(),
         Value::Int8(number) => number.map(|number| number.to_string()),
         Value::Bool(truth) => truth.map(|truth| truth.to_string()),
-        Value::Timestamp(time) => time.map(|time| time.format("%Y-%m-%d %H:%M:%S+00").to_string()),
+        Value::Timestamp(at) | Value::UtcTime(at) => time(at),
+        Value::Float8(number) => number.map(|number| number.to_string()),
+        Value::Texts(texts) => Some(texts.join(",")),
     };
     rows.iter().map(|row| row.iter().map(text).collect()).collect()
 }

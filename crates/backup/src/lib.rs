@@ -1,0 +1,32 @@
+//! Backups: from a statement to a sealed manifest.
+//!
+//! Read in this order. [`plan`] judges a statement before anything exists: filter, databases, rights, URI. A job is
+//! made, and on whichever node coordinates it, [`resume`] tells the story step by step: the lock, a point for each
+//! shard ([`point`]), spans cut from tables ([`spans`]) and dealt to workers ([`assign`]), their export watched
+//! ([`drive`]), the manifest written and sealed ([`manifest`], [`seal`]). What a worker does with one span is
+//! [`export`]. What is in a backup, and under which names, is [`layout`]; how it opens without us is [`restore_text`].
+//!
+//! **What a crash leaves.** Objects are written once and under names that carry the claim, so two coordinators of one
+//! job never write the same object. Before the seal there is a lock and files that nobody's manifest names; after it
+//! the backup is whole. Finished spans stand in the job's checkpoint, as long as the point they were read at lives.
+//!
+//! **What a filter means.** Only matching nodes are given spans, and a worker that is asked checks once more. The node
+//! that lends founders may be any node: it reads rows, but never touches the store.
+
+mod assign;
+mod drive;
+mod export;
+mod layout;
+mod manifest;
+mod plan;
+mod point;
+mod restore_text;
+mod resume;
+mod seal;
+mod spans;
+
+pub use export::{EXPORT, Export, PROBE, Probe};
+pub use layout::COLLECTION_FILES;
+pub use manifest::{FileEntry, Manifest};
+pub use plan::{Backups, Finished, Outcome, Requester};
+pub use resume::{JOB_TYPE, Resume};

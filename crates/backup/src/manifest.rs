@@ -1,0 +1,106 @@
+//! What a backup says of itself: complete in itself, readable with any JSON tool.
+
+use std::collections::BTreeMap;
+
+use chrono::{DateTime, Utc};
+use cluster::NodeId;
+use fleet::founders::{DatabasePlan, Point, What};
+use serde::{Deserialize, Serialize};
+
+/// The version of this format; a reader refuses what it does not know.
+pub(crate) const FORMAT: u32 = 1;
+
+/// The index of a backup.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Manifest {
+    /// The version of this format.
+    pub format: u32,
+    /// The program that wrote it.
+    pub build: String,
+    /// The job that made the backup.
+    pub job: i64,
+    /// The statement, without secrets.
+    pub description: String,
+    /// The databases that were asked for.
+    pub databases: Vec<String>,
+    /// Which nodes took part; empty for all.
+    pub filter: String,
+    /// When the job was made, by its gateway's clock.
+    pub created: DateTime<Utc>,
+    /// The largest difference between the times of the shards' points, in milliseconds. Nothing stronger is claimed
+    /// across shards.
+    pub skew_ms: i64,
+    /// Each shard that holds one of the databases.
+    pub shards: Vec<ShardPart>,
+    /// What each node did.
+    pub nodes: BTreeMap<NodeId, NodeWork>,
+}
+
+/// One shard's part of a backup.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct ShardPart {
+    /// The shard.
+    pub shard: String,
+    /// The node beside the server that was read.
+    pub read_from: NodeId,
+    /// At which point.
+    pub point: Point,
+    /// The databases at that point: properties, tables, sequences, what was left out.
+    pub databases: Vec<DatabasePlan>,
+    /// The schemas, one file for each database.
+    pub schemas: Vec<FileEntry>,
+    /// The rows.
+    pub files: Vec<FileEntry>,
+}
+
+/// A file of a backup.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct FileEntry {
+    /// Its path in the backup's directory.
+    pub path: String,
+    /// Whose local directory it is in, if it is in one.
+    pub node: Option<NodeId>,
+    /// The database.
+    pub database: String,
+    /// What it holds; none for a schema.
+    pub what: Option<What>,
+    /// `copy text, zstd` or `pg_dump custom`.
+    pub encoding: String,
+    /// Rows.
+    pub rows: u64,
+    /// Bytes before compression.
+    pub bytes: u64,
+    /// Bytes of the file.
+    pub file_bytes: u64,
+    /// SHA-256 of the file, in hexadecimal digits.
+    pub sha256: String,
+    /// Who wrote it.
+    pub written_by: NodeId,
+}
+
+/// What one node did for a backup.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct NodeWork {
+    /// Spans that it exported.
+    pub spans: u64,
+    /// Bytes that it read from its own server.
+    pub bytes_read_locally: u64,
+    /// Bytes that it read from another node's server.
+    pub bytes_read_remotely: u64,
+    /// Those of them that came from a node that shares no leading tier with it.
+    pub bytes_read_across_localities: u64,
+    /// Bytes that it wrote to the store.
+    pub bytes_written: u64,
+}
+
+impl Manifest {
+    /// Rows in all files.
+    pub fn rows(&self) -> u64 {
+        self.shards.iter().flat_map(|shard| &shard.files).map(|file| file.rows).sum()
+    }
+
+    /// Bytes in all files of rows, before compression.
+    pub fn bytes(&self) -> u64 {
+        self.shards.iter().flat_map(|shard| &shard.files).map(|file| file.bytes).sum()
+    }
+}

@@ -1,0 +1,288 @@
+//! From a statement to a job: everything that can be wrong is found here, before anything exists.
+//!
+//! The order is CockroachDB's: the filter's text, then the targets, then the rights, then the URI, then whether any
+//! live node matches; the job's row comes last. No store is touched while planning, because the gateway may be a node
+//! that must not.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use anyhow::Context as _;
+use chrono::Utc;
+use cluster::{Filter, PeerSession, Peers, Purpose, spoken};
+use jobs::{Job, JobId, Jobs, NewJob};
+use pgerror::{PgError, SqlState};
+use serde_json::Value;
+use sql::{Backup, Text};
+use storage::{Connections, Seal, Uri};
+
+use crate::layout;
+use crate::point::leaseholder;
+use crate::resume::{JOB_TYPE, Payload};
+
+/// Who asks, as PostgreSQL knows them.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Requester {
+    /// The current role of the client's session.
+    pub user: String,
+    /// Whether that role is a superuser.
+    pub superuser: bool,
+}
+
+/// What became of a BACKUP statement.
+#[derive(Clone, Debug)]
+pub enum Outcome {
+    /// DETACHED: the job has been made.
+    Detached(JobId),
+    /// The job has come to its end here.
+    Finished(Finished),
+}
+
+/// The result row of an attached BACKUP.
+#[derive(Clone, Debug)]
+pub struct Finished {
+    /// The job.
+    pub id: JobId,
+    /// `succeeded`.
+    pub status: String,
+    /// 1.
+    pub fraction_completed: f64,
+    /// Rows of all tables.
+    pub rows: i64,
+    /// 0: PostgreSQL builds indexes anew.
+    pub index_entries: i64,
+    /// Bytes of the rows, before compression.
+    pub bytes: i64,
+}
+
+/// Plans backups and makes their jobs.
+#[derive(Clone)]
+pub struct Backups {
+    /// Other nodes, and the way to leaseholders.
+    pub peers: Peers,
+    /// Where jobs are made.
+    pub jobs: Jobs,
+    /// Hides URIs from whoever reads the registry.
+    pub seal: Arc<dyn Fn() -> anyhow::Result<Seal> + Send + Sync>,
+}
+
+impl Backups {
+    /// Runs a BACKUP statement for `requester`.
+    ///
+    /// # Errors
+    ///
+    /// Whatever is wrong with the statement, before a job exists; for an attached one the relocation
+    /// (`execution of job … relocated to …`), or the reason for which the job failed.
+    pub async fn run(&self, statement: &Backup, requester: &Requester) -> anyhow::Result<Outcome> {
+        let new = self.plan(statement, requester).await?;
+        if statement.options.detached {
+            self.jobs.create(&new).await?;
+            return Ok(Outcome::Detached(new.id));
+        }
+        finished(self.jobs.run_attached(&new).await?).map(Outcome::Finished)
+    }
+
+    /// The fleet's external connections.
+    ///
+    /// # Errors
+    ///
+    /// The cluster secret cannot be read.
+    pub fn connections(&self) -> anyhow::Result<Connections> {
+        Ok(Connections::new((self.seal)()?))
+    }
+
+    async fn plan(&self, statement: &Backup, requester: &Requester) -> anyhow::Result<NewJob> {
+        let filter = filter(statement)?;
+        // Whoever cannot make a job need not plan one.
+        let id = JobId::new(self.jobs.node_id()?);
+        let created = Utc::now();
+        let shards = self.targets(&statement.databases, requester).await?;
+        let uri = Uri::parse(literal(&statement.into)?)?;
+        let shown = uri.redacted();
+        let resolved = self.resolve(&uri, requester).await?;
+        self.jobs.check_filter(&filter).await?;
+        let subdir = layout::subdir(created);
+        let description = statement.description(&subdir, &shown);
+        let payload = Payload {
+            databases: statement.databases.clone(),
+            filter: filter.to_string(),
+            subdir,
+            created,
+            description: description.clone(),
+            shards: shards.clone(),
+        };
+        Ok(NewJob {
+            id,
+            job_type: JOB_TYPE.to_owned(),
+            description,
+            statement: statement.redacted(&shown),
+            user: requester.user.clone(),
+            filter,
+            prefers: shards.into_keys().collect(),
+            payload: serde_json::to_value(&payload)?,
+            sealed: Some((self.seal)()?.seal(&resolved.exposed())?),
+        })
+    }
+
+    /// Which shards hold which of the databases; the requester may read all of them.
+    async fn targets(
+        &self,
+        databases: &[String],
+        requester: &Requester,
+    ) -> anyhow::Result<BTreeMap<String, Vec<String>>> {
+        for (index, name) in databases.iter().enumerate() {
+            if databases[..index].contains(name) {
+                let message = format!("database \"{name}\" is named more than once");
+                return Err(PgError::new(SqlState::DUPLICATE_ALIAS, message).into());
+            }
+        }
+        let query = "SELECT name FROM registry.shards ORDER BY name";
+        let listed = self.jobs.ledger().query(query, &[]).await.context("list the shards")?;
+        let mut shards: BTreeMap<String, Vec<String>> = BTreeMap::new();
+        for row in listed {
+            let shard: String = row.get(0);
+            let session = self.leaseholder_session(&shard, "postgres").await?;
+            let query = "SELECT datname FROM pg_catalog.pg_database WHERE datname = ANY($1) AND datallowconn";
+            let found = session.query(query, &[&databases]).await.map_err(spoken).context("look for the databases")?;
+            let found: Vec<String> = found.iter().map(|row| row.get(0)).collect();
+            for database in &found {
+                self.check_rights(&shard, database, requester).await?;
+            }
+            if !found.is_empty() {
+                shards.insert(shard, found);
+            }
+        }
+        match databases.iter().find(|name| !shards.values().flatten().any(|found| found == *name)) {
+            None => Ok(shards),
+            Some(missing) => {
+                let message = format!(
+                    "failed to resolve targets specified in the BACKUP stmt: database \"{missing}\" does not exist"
+                );
+                Err(PgError::new(SqlState::UNDEFINED_DATABASE, message).into())
+            }
+        }
+    }
+
+    async fn leaseholder_session(&self, shard: &str, database: &str) -> anyhow::Result<PeerSession> {
+        let view = self.peers.cluster().view();
+        // The error for a shard without one names it.
+        leaseholder(&view, shard)?;
+        let leader = view.leader(shard).context("find the leaseholder")?;
+        let purpose = Purpose::Server { database: database.to_owned() };
+        self.peers.dialer().dial(&leader.address, &purpose).await.map_err(|error| {
+            tracing::info!("{error:#}");
+            PgError::new(SqlState::CONNECTION_FAILURE, format!("shard \"{shard}\" cannot be reached"))
+                .detail("Its leaseholder does not answer.")
+                .into()
+        })
+    }
+
+    /// A user may back up what they may read: CockroachDB's rules of before the BACKUP privilege.
+    async fn check_rights(&self, shard: &str, database: &str, requester: &Requester) -> anyhow::Result<()> {
+        if requester.superuser {
+            return Ok(());
+        }
+        let session = self.leaseholder_session(shard, database).await?;
+        let query = "
+            SELECT c.oid::pg_catalog.regclass::text, pg_catalog.has_table_privilege(r.oid, c.oid, 'SELECT')
+            FROM pg_catalog.pg_class c, pg_catalog.pg_roles r
+            WHERE r.rolname = $1 AND c.relkind IN ('r', 'p', 'm', 'S') AND c.relpersistence <> 't'
+              AND c.relnamespace <> ALL (ARRAY['pg_catalog', 'information_schema']::pg_catalog.regnamespace[])
+              AND c.relnamespace::pg_catalog.regnamespace::text NOT LIKE 'pg_toast%'
+              AND (NOT pg_catalog.has_table_privilege(r.oid, c.oid, 'SELECT')
+                   OR c.relrowsecurity AND NOT r.rolbypassrls AND NOT pg_catalog.pg_has_role(r.oid, c.relowner, 'USAGE'))
+            ORDER BY 1 LIMIT 1";
+        let user = requester.user.as_str();
+        let connect = "SELECT pg_catalog.has_database_privilege($1, pg_catalog.current_database(), 'CONNECT')";
+        let may_connect: bool = session.query_one(connect, &[&user]).await.map_err(spoken)?.get(0);
+        let denied = session.query_opt(query, &[&user]).await.map_err(spoken).context("check the user's rights")?;
+        let denied = denied.map(|row| (row.get::<_, String>(0), row.get::<_, bool>(1)));
+        let (privilege, object) = match (may_connect, denied) {
+            (false, _) => ("CONNECT", format!("database {database}")),
+            (true, Some((relation, false))) => ("SELECT", format!("relation {relation}")),
+            (true, Some((relation, true))) => ("BYPASSRLS", format!("relation {relation}")),
+            (true, None) => return Ok(()),
+        };
+        let message = format!("user {user} does not have {privilege} privilege on {object}");
+        Err(PgError::new(SqlState::INSUFFICIENT_PRIVILEGE, message)
+            .hint("A backup holds every row of the database, so its user has to be able to read every row.")
+            .into())
+    }
+
+    /// The store behind the URI, if the requester may use it.
+    async fn resolve(&self, uri: &Uri, requester: &Requester) -> anyhow::Result<Uri> {
+        let resolved = match uri.connection() {
+            None => uri.clone(),
+            Some(name) => {
+                let session = self.jobs.ledger().session().await?;
+                let connections = self.connections()?;
+                let listed = connections.list(&session, Some(name)).await?;
+                if listed.iter().any(|listed| !requester.superuser && listed.owner != requester.user) {
+                    let user = &requester.user;
+                    let message = format!("user {user} does not have USAGE privilege on external_connection {name}");
+                    return Err(PgError::new(SqlState::INSUFFICIENT_PRIVILEGE, message).into());
+                }
+                return connections.resolve(&session, uri).await;
+            }
+        };
+        check_use(&resolved, requester)?;
+        self.check_node(&resolved)?;
+        Ok(resolved)
+    }
+
+    fn check_node(&self, uri: &Uri) -> anyhow::Result<()> {
+        let Some(node) = uri.node() else { return Ok(()) };
+        match self.peers.cluster().view().node(node) {
+            Some(_) => Ok(()),
+            None => {
+                Err(PgError::new(SqlState::UNDEFINED_FILE, format!("node {node} of {} is not known", uri.redacted()))
+                    .hint("SHOW NODES lists the nodes.")
+                    .into())
+            }
+        }
+    }
+}
+
+/// What reaches a node's own files, or a store with the node's own credentials, is for superusers.
+///
+/// # Errors
+///
+/// 42501, CockroachDB's text.
+pub(crate) fn check_use(uri: &Uri, requester: &Requester) -> Result<(), PgError> {
+    if requester.superuser || !uri.uses_rights_of_the_node() {
+        return Ok(());
+    }
+    let scheme = uri.scheme();
+    let message = format!(
+        "only users with the admin role or the EXTERNALIOIMPLICITACCESS system privilege are allowed to access the \
+         specified {scheme} URI"
+    );
+    Err(PgError::new(SqlState::INSUFFICIENT_PRIVILEGE, message)
+        .hint("Ask a superuser to make an external connection, and use external://name."))
+}
+
+fn literal(text: &Text) -> anyhow::Result<&str> {
+    text.literal().context("run a statement whose parameters are bound")
+}
+
+fn filter(statement: &Backup) -> anyhow::Result<Filter> {
+    let Some(text) = &statement.options.execution_locality else { return Ok(Filter::default()) };
+    let parsed = literal(text)?.parse::<Filter>();
+    Ok(parsed.map_err(|error| PgError::new(SqlState::UNCATEGORIZED, error.to_string()))?)
+}
+
+fn finished(job: Job) -> anyhow::Result<Finished> {
+    let count =
+        |name: &str| job.result.as_ref().and_then(|result| result.get(name)).and_then(Value::as_i64).unwrap_or(0);
+    if job.status != "succeeded" {
+        return Err(job.failure().into());
+    }
+    Ok(Finished {
+        id: job.id,
+        status: job.status.clone(),
+        fraction_completed: job.fraction_completed,
+        rows: count("rows"),
+        index_entries: count("index_entries"),
+        bytes: count("bytes"),
+    })
+}

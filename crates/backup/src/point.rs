@@ -1,0 +1,184 @@
+//! A shard's point: which server is read, and the founders that hold it.
+
+use std::time::Duration;
+
+use anyhow::{Context as _, anyhow};
+use cluster::{Locality, NodeId, Peers, Role, View};
+use fleet::founders::{FOUNDERS, Open, Opened, Request};
+use jobs::Retryable;
+use pgerror::{PgError, SqlState};
+use serde::{Deserialize, Serialize};
+use tokio_util::task::AbortOnDropHandle;
+use uuid::Uuid;
+
+use crate::assign::{Leaseholder, Worker};
+
+/// Taking a point includes the dump of the schemas.
+const OPEN_DEADLINE: Duration = Duration::from_secs(180);
+
+/// A short question to the founders' node.
+const ASK_DEADLINE: Duration = Duration::from_secs(10);
+
+/// Founders live so long without a coordinator: longer than it takes to find another one for the job.
+const LEASE_LIFE: Duration = Duration::from_secs(60);
+
+/// Sessions per database and server; more would not read faster, and the server has other clients.
+const READERS: usize = 4;
+
+/// A standby that is this far behind its primary, in bytes of WAL, is passed over.
+const LAG_MAX: u64 = 1024 * 1024 * 1024;
+
+/// What the next coordinator must know to go on at the same point.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub(crate) struct ShardPoint {
+    /// The shard.
+    pub(crate) shard: String,
+    /// The node beside the server that is read.
+    pub(crate) node: NodeId,
+    /// The founders' lease.
+    pub(crate) lease: Uuid,
+    /// How often a point of this shard was taken before this one.
+    pub(crate) attempt: u32,
+    /// The point, and what the databases hold at it.
+    pub(crate) opened: Opened,
+}
+
+/// A server that may be read.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Replica {
+    pub(crate) node: NodeId,
+    pub(crate) role: Role,
+}
+
+/// The leaseholder of `shard`.
+///
+/// # Errors
+///
+/// 08006 naming the shard: it cannot be reached, and a shorter backup is not made instead.
+pub(crate) fn leaseholder(view: &View, shard: &str) -> anyhow::Result<Leaseholder> {
+    let leader = view.leader(shard).ok_or_else(|| {
+        PgError::new(SqlState::CONNECTION_FAILURE, format!("shard \"{shard}\" cannot be reached"))
+            .detail("No node that answers stands beside a primary of it.")
+            .hint("SHOW NODES tells which nodes are there.")
+    })?;
+    Ok(Leaseholder { id: leader.node_id, locality: leader.locality.clone() })
+}
+
+/// The nodes that take part: they answer, have a number, and match the filter.
+pub(crate) fn workers(view: &View, filter: &Locality, reads: NodeId) -> Vec<Worker> {
+    let known = view.nodes.values().filter(|known| known.reachable);
+    known
+        .filter(|known| known.info.locality.first_unmatched(filter).is_none())
+        .filter_map(|known| {
+            let id = known.info.node_id?;
+            Some(Worker { id, locality: known.info.locality.clone(), reads_own_server: id == reads })
+        })
+        .collect()
+}
+
+/// The servers that may be read for workers under this filter, the best first.
+///
+/// If the leaseholder's node takes part, all spans are its, and it reads its own server. Else a server beside a node
+/// that takes part, then the closest by shared leading tiers, by kind (an asynchronous standby bothers nobody, a
+/// primary somebody, and a synchronous standby cannot be paused), by round trip, by id.
+pub(crate) fn replicas(view: &View, shard: &str, filter: &Locality) -> anyhow::Result<Vec<Replica>> {
+    let leader = leaseholder(view, shard)?;
+    let head = view.leader(shard).and_then(|node| node.server_state()).map(|server| server.lsn.0);
+    let participants: Vec<&Locality> = view
+        .nodes
+        .values()
+        .filter(|known| known.reachable && known.info.locality.first_unmatched(filter).is_none())
+        .map(|known| &known.info.locality)
+        .collect();
+    let mut ranked = Vec::new();
+    for known in view.nodes.values().filter(|known| known.reachable && known.info.shard == shard) {
+        let (Some(node), role) = (known.info.node_id, view.role(&known.info)) else { continue };
+        let kind = match role {
+            Role::NonVoting => 0,
+            Role::Leaseholder => 1,
+            Role::Voting => 2,
+            Role::Detached | Role::Overtaken | Role::Down | Role::None => continue,
+        };
+        let replayed = known.info.server_state().map_or(0, |server| server.lsn.0);
+        if head.is_some_and(|head| head.saturating_sub(replayed) > LAG_MAX) {
+            tracing::info!(%node, shard, "a standby that lags behind is passed over");
+            continue;
+        }
+        let matches = known.info.locality.first_unmatched(filter).is_none();
+        let is_home = matches && leader.id == Some(node);
+        let shared = participants.iter().map(|place| place.shared_prefix(&known.info.locality)).max().unwrap_or(0);
+        let rank = (!is_home, !matches, std::cmp::Reverse(shared), kind, known.round_trip, node);
+        ranked.push((rank, Replica { node, role }));
+    }
+    ranked.sort_by_key(|(rank, _)| *rank);
+    Ok(ranked.into_iter().map(|(_, replica)| replica).collect())
+}
+
+/// Takes a point on the best server that gives one.
+///
+/// # Errors
+///
+/// No server of the shard gives one; the last refusal is told.
+pub(crate) async fn open(
+    peers: &Peers,
+    shard: &str,
+    databases: &[String],
+    filter: &Locality,
+    job: i64,
+    attempt: u32,
+) -> anyhow::Result<ShardPoint> {
+    let candidates = replicas(&peers.cluster().view(), shard, filter)?;
+    let mut last = anyhow!("shard \"{shard}\" has no server that can be read").context(Retryable);
+    for candidate in candidates {
+        let lease = Uuid::new_v4();
+        let request = Request::Open(Open {
+            lease,
+            job,
+            databases: databases.to_vec(),
+            readers: READERS,
+            voting: candidate.role == Role::Voting,
+            life_ms: u64::try_from(LEASE_LIFE.as_millis()).unwrap_or(u64::MAX),
+        });
+        match peers.call::<Opened>(candidate.node, FOUNDERS, &request, OPEN_DEADLINE).await {
+            Ok(opened) => {
+                let point = &opened.point;
+                tracing::info!(job, shard, node = %candidate.node, lsn = %point.lsn, mode = ?point.mode, "point taken");
+                return Ok(ShardPoint { shard: shard.to_owned(), node: candidate.node, lease, attempt, opened });
+            }
+            Err(error) => {
+                tracing::warn!(job, shard, node = %candidate.node, "no point on this server: {error:#}");
+                // It may have been taken all the same.
+                close(peers, candidate.node, lease).await;
+                last = error;
+            }
+        }
+    }
+    Err(last).with_context(|| format!("take a point of shard \"{shard}\""))
+}
+
+/// Whether the founders still live; renews them if so.
+pub(crate) async fn is_alive(peers: &Peers, point: &ShardPoint) -> bool {
+    let renewed = peers.call::<()>(point.node, FOUNDERS, &Request::Renew { lease: point.lease }, ASK_DEADLINE).await;
+    renewed.is_ok()
+}
+
+/// Renews the founders until dropped.
+pub(crate) fn keep_alive(peers: &Peers, point: &ShardPoint) -> AbortOnDropHandle<()> {
+    let (peers, point) = (peers.clone(), point.clone());
+    AbortOnDropHandle::new(tokio::spawn(async move {
+        loop {
+            tokio::time::sleep(LEASE_LIFE / 6).await;
+            if !is_alive(&peers, &point).await {
+                // Whoever reads there will be told; a node that was away for a moment is asked again.
+                tracing::info!(shard = point.shard, node = %point.node, "founders could not be renewed");
+            }
+        }
+    }))
+}
+
+/// Lets the founders go. If that cannot be said, their lease runs out.
+pub(crate) async fn close(peers: &Peers, node: NodeId, lease: Uuid) {
+    if let Err(error) = peers.call::<()>(node, FOUNDERS, &Request::Close { lease }, ASK_DEADLINE).await {
+        tracing::info!(%node, "founders end by themselves: {error:#}");
+    }
+}

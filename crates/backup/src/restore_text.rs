@@ -1,0 +1,143 @@
+//! RESTORE.txt: how this very backup is restored with PostgreSQL's own tools and zstd, and nothing of ours.
+//!
+//! It is a shell script that explains itself, so that a test can run what an operator would.
+
+use fleet::founders::{DatabasePlan, LARGE_OBJECT_PIECE, TablePlan, What};
+
+use crate::manifest::{FileEntry, Manifest, ShardPart};
+
+const HEADER: &str = "\
+# Run it with sh, in a directory that holds all files of the backup, as a role that may create databases:
+#   TARGET=new_name sh RESTORE.txt
+# PGHOST, PGPORT, PGUSER and PGPASSWORD say where, as for any program of PostgreSQL. It needs createdb, pg_restore, psql
+# and zstd. The roles and tablespaces named below have to exist before.
+set -eu
+export PGCLIENTENCODING=UTF8
+run() { psql -X -q -v ON_ERROR_STOP=1 -d \"$TARGET\" \"$@\"; }
+rows() { zstd -dc -- \"$1\" | run -c \"$2\"; }
+";
+
+/// The text for a backup in `subdir`.
+pub(crate) fn text(manifest: &Manifest, subdir: &str) -> String {
+    let mut out = format!("# Backup {subdir}, made by job {}.\n{HEADER}", manifest.job);
+    for shard in &manifest.shards {
+        for database in &shard.databases {
+            one(&mut out, shard, database);
+        }
+    }
+    out
+}
+
+fn one(out: &mut String, shard: &ShardPart, database: &DatabasePlan) {
+    let mut line = |text: String| {
+        out.push_str(&text);
+        out.push('\n');
+    };
+    line(format!("\n# Database {} of shard {}, as of {}.", database.name, shard.shard, shard.point.time));
+    if !database.roles.is_empty() {
+        line(format!("# Roles: {}", database.roles.join(", ")));
+    }
+    if !database.tablespaces.is_empty() {
+        line(format!("# Tablespaces: {}", database.tablespaces.join(", ")));
+    }
+    for (name, version) in &database.extensions {
+        line(format!("# Extension: {name} {version}"));
+    }
+    for skipped in &database.skipped {
+        line(format!("# Left out: {} {}: {}.", skipped.kind, skipped.object, skipped.reason));
+    }
+    for file in shard.files.iter().chain(&shard.schemas).filter(|file| file.database == database.name) {
+        if let Some(node) = file.node {
+            line(format!("# {} is in the external I/O directory of node {node}.", file.path));
+        }
+    }
+    line(format!("TARGET=${{TARGET:-{}}}", shell(&database.name)));
+    line(format!(
+        "createdb -T template0 -E {} --lc-collate={} --lc-ctype={} -- \"$TARGET\"",
+        shell(&database.encoding),
+        shell(&database.collate),
+        shell(&database.ctype)
+    ));
+    let schema = shard.schemas.iter().find(|file| file.database == database.name);
+    let schema = schema.map(|file| shell(&file.path)).unwrap_or_default();
+    line(format!("pg_restore --exit-on-error --section=pre-data -d \"$TARGET\" {schema}"));
+    let files = || shard.files.iter().filter(|file| file.database == database.name);
+    for file in files() {
+        if let Some(command) = load(file, database) {
+            line(command);
+        }
+    }
+    if files().any(|file| matches!(file.what, Some(What::LargeObjects))) {
+        large_objects(&mut line, files());
+    }
+    for sequence in &database.sequences {
+        let name = literal(&format!("{}.{}", identifier(&sequence.schema), identifier(&sequence.name)));
+        let set = format!("SELECT pg_catalog.setval({name}, {}, {})", sequence.last_value, sequence.is_called);
+        line(format!("run -c {} >/dev/null", shell(&set)));
+    }
+    line(format!("pg_restore --exit-on-error --section=post-data -d \"$TARGET\" {schema}"));
+    for view in database.materialized_views.iter().filter(|view| view.populated) {
+        let name = format!("{}.{}", identifier(&view.schema), identifier(&view.name));
+        line(format!("run -c {}", shell(&format!("REFRESH MATERIALIZED VIEW {name}"))));
+    }
+    line("run -c ANALYZE\nunset TARGET".to_owned());
+}
+
+fn load(file: &FileEntry, database: &DatabasePlan) -> Option<String> {
+    let Some(What::Table { oid, .. }) = file.what else { return None };
+    let table = database.tables.iter().find(|table| table.oid == oid)?;
+    Some(format!("rows {} {}", shell(&file.path), shell(&copy(table))))
+}
+
+fn copy(table: &TablePlan) -> String {
+    let columns: Vec<String> = table.columns.iter().map(|name| identifier(name)).collect();
+    let columns = if columns.is_empty() { String::new() } else { format!(" ({})", columns.join(", ")) };
+    format!("COPY {}.{}{columns} FROM STDIN", identifier(&table.schema), identifier(&table.name))
+}
+
+fn large_objects<'f>(line: &mut impl FnMut(String), files: impl Iterator<Item = &'f FileEntry>) {
+    let made = "CREATE TABLE backhaul_objects (id oid, owner text, acl text, note text); \
+                CREATE TABLE backhaul_pieces (id oid, number bigint, piece bytea)";
+    line(format!("run -c {}", shell(made)));
+    for file in files {
+        match file.what {
+            Some(What::LargeObjects) => {
+                line(format!("rows {} 'COPY backhaul_objects FROM STDIN'", shell(&file.path)));
+            }
+            Some(What::LargeObjectData) => {
+                line(format!("rows {} 'COPY backhaul_pieces FROM STDIN'", shell(&file.path)));
+            }
+            Some(What::Table { .. }) | None => {}
+        }
+    }
+    let fill = format!(
+        "DO $do$ DECLARE o record; a record; BEGIN \
+         FOR o IN SELECT * FROM backhaul_objects LOOP \
+           PERFORM lo_create(o.id); \
+           PERFORM lo_put(o.id, number * {LARGE_OBJECT_PIECE}, piece) FROM backhaul_pieces WHERE id = o.id; \
+           EXECUTE format('ALTER LARGE OBJECT %s OWNER TO %I', o.id, o.owner); \
+           IF o.note IS NOT NULL THEN EXECUTE format('COMMENT ON LARGE OBJECT %s IS %L', o.id, o.note); END IF; \
+           FOR a IN SELECT coalesce(r.rolname, 'public') AS grantee, x.privilege_type AS kind, x.is_grantable \
+               FROM aclexplode(o.acl::aclitem[]) x LEFT JOIN pg_roles r ON r.oid = x.grantee LOOP \
+             EXECUTE format('GRANT %s ON LARGE OBJECT %s TO %s%s', a.kind, o.id, \
+               CASE a.grantee WHEN 'public' THEN 'PUBLIC' ELSE quote_ident(a.grantee) END, \
+               CASE WHEN a.is_grantable THEN ' WITH GRANT OPTION' ELSE '' END); \
+           END LOOP; \
+         END LOOP; END $do$"
+    );
+    line(format!("run -c {}", shell(&fill)));
+    line("run -c 'DROP TABLE backhaul_objects, backhaul_pieces'".to_owned());
+}
+
+/// A word for sh.
+fn shell(text: &str) -> String {
+    format!("'{}'", text.replace('\'', "'\\''"))
+}
+
+fn identifier(name: &str) -> String {
+    format!("\"{}\"", name.replace('"', "\"\""))
+}
+
+fn literal(text: &str) -> String {
+    format!("'{}'", text.replace('\'', "''"))
+}

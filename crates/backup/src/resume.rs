@@ -1,0 +1,292 @@
+//! A backup job, step by step, on its coordinator. Every step can be the first one of a run that takes over.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::Context as _;
+use bytes::{Bytes, BytesMut};
+use chrono::{DateTime, Utc};
+use cluster::service::Boxed;
+use cluster::{Filter, NodeId, Peers};
+use fleet::founders::{FOUNDERS, Request};
+use futures_util::StreamExt as _;
+use jobs::{Resumer, Run};
+use pgerror::{PgError, SqlState};
+use serde::{Deserialize, Serialize};
+use serde_json::{Value, json};
+use storage::{Created, Seal, Store, Stores, Uri};
+
+use crate::drive::{self, Finished, Invalidated, Shard};
+use crate::export::sha256;
+use crate::manifest::{FORMAT, FileEntry, Manifest, NodeWork, ShardPart};
+use crate::point::{self, ShardPoint};
+use crate::{layout, seal, spans};
+
+/// The type of these jobs.
+pub const JOB_TYPE: &str = "BACKUP";
+
+/// A shard's export begins anew at another point this often at most.
+const POINTS_MAX: u32 = 4;
+
+/// A schema dump that is longer is not a schema.
+const SCHEMA_MAX: usize = 512 * 1024 * 1024;
+
+/// The founders' node has the dump ready when it is asked for it.
+const SCHEMA_DEADLINE: Duration = Duration::from_secs(60);
+
+/// What a backup job was made with, for everybody to read.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub(crate) struct Payload {
+    pub(crate) databases: Vec<String>,
+    pub(crate) filter: String,
+    pub(crate) subdir: String,
+    pub(crate) created: DateTime<Utc>,
+    pub(crate) description: String,
+    /// The shards that hold any of the databases, and which of them.
+    pub(crate) shards: BTreeMap<String, Vec<String>>,
+}
+
+/// Runs backup jobs.
+pub struct Resume {
+    peers: Peers,
+    stores: Stores,
+    seal: Arc<dyn Fn() -> anyhow::Result<Seal> + Send + Sync>,
+}
+
+/// One run of one job.
+struct Story<'s> {
+    run: &'s Run,
+    peers: &'s Peers,
+    payload: Payload,
+    filter: Filter,
+    /// The backup's directory, with its keys.
+    uri: String,
+    store: Store,
+    collection: Store,
+}
+
+impl Resume {
+    /// A resumer for jobs of [`JOB_TYPE`]; `seal` opens what only nodes may read.
+    pub fn new(peers: Peers, stores: Stores, seal: Arc<dyn Fn() -> anyhow::Result<Seal> + Send + Sync>) -> Arc<Self> {
+        Arc::new(Self { peers, stores, seal })
+    }
+
+    async fn story(&self, run: &Run) -> anyhow::Result<Value> {
+        let payload: Payload = serde_json::from_value(run.payload.clone()).context("read the job's payload")?;
+        let sealed = run.sealed.as_deref().context("read the job's URI")?;
+        let collection = Uri::parse(&(self.seal)()?.open(sealed)?)?;
+        let uri = collection.join(payload.subdir.trim_start_matches('/'));
+        let story = Story {
+            run,
+            peers: &self.peers,
+            filter: payload.filter.parse().context("read the job's filter")?,
+            store: self.stores.open(&uri).await?,
+            collection: self.stores.open(&collection).await?,
+            uri: uri.exposed(),
+            payload,
+        };
+        story.tell().await
+    }
+}
+
+impl Resumer for Resume {
+    fn resume(&self, run: Run) -> Boxed<'_, Value> {
+        Box::pin(async move { self.story(&run).await })
+    }
+}
+
+impl Story<'_> {
+    async fn tell(&self) -> anyhow::Result<Value> {
+        // The store is the judge: what is sealed is done.
+        if let Some(manifest) = seal::sealed(&self.store).await?.filter(|manifest| manifest.job == self.run.id.0) {
+            return Ok(result(&manifest));
+        }
+        self.lock().await?;
+        let body = match seal::recorded(self.run, &self.store).await? {
+            Some(body) => body,
+            None => seal::record(self.run, &self.store, &self.export().await?).await?,
+        };
+        let when = (self.payload.subdir.as_str(), self.payload.created);
+        let manifest = seal::seal(self.run, &self.store, &self.collection, body, when).await?;
+        for point in self.run.kept_under::<ShardPoint>("point/").await? {
+            point::close(self.peers, point.node, point.lease).await;
+        }
+        Ok(result(&manifest))
+    }
+
+    /// The directory is this job's, and stays so.
+    async fn lock(&self) -> anyhow::Result<()> {
+        let mine = layout::lock(self.run.id);
+        for entry in self.store.list("").await? {
+            let Some(other) = entry.path.strip_prefix(layout::LOCK_PREFIX) else { continue };
+            if entry.path != mine {
+                let uri = self.store.redacted();
+                let message = format!("{uri} already contains a `BACKUP-LOCK` file written by job {other}");
+                return Err(PgError::new(SqlState::FILE_ALREADY_EXISTS, message).into());
+            }
+        }
+        // A lock of this job from an earlier run is as good as a new one.
+        let (Created::New | Created::Exists(_)) =
+            self.store.create(&mine, Bytes::from(format!("{}\n", self.payload.description))).await?;
+        Ok(())
+    }
+
+    async fn export(&self) -> anyhow::Result<Manifest> {
+        let mut shards = Vec::new();
+        let share = 1.0 / self.payload.shards.len().max(1) as f64;
+        // All points first, as close to each other in time as can be.
+        let mut points = Vec::new();
+        for (shard, databases) in &self.payload.shards {
+            points.push(self.point(shard, databases).await?);
+        }
+        for (index, point) in points.into_iter().enumerate() {
+            shards.push(self.shard(point, (share * index as f64, share)).await?);
+        }
+        let times = || shards.iter().map(|part: &ShardPart| part.point.time);
+        let skew = times().max().zip(times().min()).map_or(0, |(last, first)| (last - first).num_milliseconds());
+        Ok(Manifest {
+            format: FORMAT,
+            build: env!("CARGO_PKG_VERSION").to_owned(),
+            job: self.run.id.0,
+            description: self.payload.description.clone(),
+            databases: self.payload.databases.clone(),
+            filter: self.payload.filter.clone(),
+            created: self.payload.created,
+            skew_ms: skew,
+            nodes: self.work(&shards),
+            shards,
+        })
+    }
+
+    /// The point of an earlier run, if its founders live; else a new one.
+    async fn point(&self, shard: &str, databases: &[String]) -> anyhow::Result<ShardPoint> {
+        let key = format!("point/{shard}");
+        let before = self.run.kept::<ShardPoint>(&key).await?;
+        let attempt = match before {
+            Some(point) if point::is_alive(self.peers, &point).await => {
+                tracing::info!(job = %self.run.id, shard, "an earlier run's point is kept");
+                return Ok(point);
+            }
+            Some(point) => point.attempt + 1,
+            None => 0,
+        };
+        self.new_point(shard, databases, attempt).await
+    }
+
+    async fn new_point(&self, shard: &str, databases: &[String], attempt: u32) -> anyhow::Result<ShardPoint> {
+        if attempt >= POINTS_MAX {
+            let message = format!("shard \"{shard}\" could not be read at one point in {POINTS_MAX} attempts");
+            return Err(PgError::new(SqlState::OBJECT_NOT_IN_PREREQUISITE_STATE, message).into());
+        }
+        self.run.progress(0.0, &format!("taking a point of shard {shard}")).await?;
+        let point = point::open(self.peers, shard, databases, &self.filter, self.run.id.0, attempt).await?;
+        // Kept before anything is read at it: two points are never mixed.
+        self.run.forget(&format!("span/{shard}/")).await?;
+        self.run.keep(&format!("point/{shard}"), &point).await?;
+        Ok(point)
+    }
+
+    /// Exports one shard, at another point when the first one is spoilt.
+    async fn shard(&self, mut point: ShardPoint, progress: (f64, f64)) -> anyhow::Result<ShardPart> {
+        loop {
+            let (attempt, node, lease) = (point.attempt, point.node, point.lease);
+            let error = match self.read(&point, progress).await {
+                Ok(part) => return Ok(part),
+                Err(error) => error,
+            };
+            let Some(Invalidated(reason)) = error.downcast_ref::<Invalidated>().cloned() else { return Err(error) };
+            tracing::warn!(job = %self.run.id, shard = point.shard, "another point is needed: {reason}");
+            point::close(self.peers, node, lease).await;
+            if attempt + 1 >= POINTS_MAX {
+                return Err(reason.into());
+            }
+            let databases = self.payload.shards.get(&point.shard).cloned().unwrap_or_default();
+            point = self.new_point(&point.shard, &databases, attempt + 1).await?;
+        }
+    }
+
+    async fn read(&self, point: &ShardPoint, progress: (f64, f64)) -> anyhow::Result<ShardPart> {
+        let _alive = point::keep_alive(self.peers, point);
+        let mut schemas = Vec::new();
+        for database in &point.opened.databases {
+            schemas.push(self.schema(point, &database.name).await?);
+        }
+        let finished: Vec<Finished> = self.run.kept_under(&drive::key(point)).await?;
+        let shard = Shard { run: self.run, peers: self.peers, point, uri: &self.uri, filter: &self.filter, progress };
+        let files = shard.export(&spans::cut(&point.opened.databases), finished).await?;
+        Ok(ShardPart {
+            shard: point.shard.clone(),
+            read_from: point.node,
+            point: point.opened.point.clone(),
+            databases: point.opened.databases.clone(),
+            schemas,
+            files,
+        })
+    }
+
+    /// Moves a schema from the founders' node, which need not reach the store, to the store.
+    async fn schema(&self, point: &ShardPoint, database: &str) -> anyhow::Result<FileEntry> {
+        let request = Request::Schema { lease: point.lease, database: database.to_owned() };
+        let lost = |error: anyhow::Error| match PgError::of(&error) {
+            Some(said) if fleet::founders::is_point_lost(said) => Invalidated(said.clone()).into(),
+            _ => error,
+        };
+        let asked = self.peers.download(point.node, FOUNDERS, &request, SCHEMA_DEADLINE).await;
+        let mut stream = asked.map_err(lost)?;
+        let mut dump = BytesMut::new();
+        while let Some(piece) = stream.next().await {
+            dump.extend_from_slice(&piece?);
+            if dump.len() > SCHEMA_MAX {
+                let message = format!("the schema of database \"{database}\" is longer than {SCHEMA_MAX} bytes");
+                return Err(PgError::new(SqlState::CONFIGURATION_LIMIT_EXCEEDED, message).into());
+            }
+        }
+        let dump = dump.freeze();
+        let path = layout::schema(&point.shard, database, point.lease);
+        // The lease is in the name: what is there already is this very dump.
+        self.store.create(&path, dump.clone()).await?;
+        Ok(FileEntry {
+            path,
+            node: self.store.node(),
+            database: database.to_owned(),
+            what: None,
+            encoding: "pg_dump custom".to_owned(),
+            rows: 0,
+            bytes: dump.len() as u64,
+            file_bytes: dump.len() as u64,
+            sha256: sha256(&dump),
+            written_by: self.peers.cluster().me().node_id.context("coordinate as a node that has a number")?,
+        })
+    }
+
+    /// What each node read and wrote.
+    fn work(&self, shards: &[ShardPart]) -> BTreeMap<NodeId, NodeWork> {
+        let view = self.peers.cluster().view();
+        let place = |node: NodeId| view.node(node).map(|known| known.info.locality.clone()).unwrap_or_default();
+        let mut nodes: BTreeMap<NodeId, NodeWork> = BTreeMap::new();
+        for part in shards {
+            for file in part.files.iter().chain(&part.schemas) {
+                let work = nodes.entry(file.written_by).or_default();
+                work.bytes_written += file.file_bytes;
+                if file.what.is_none() {
+                    continue;
+                }
+                work.spans += 1;
+                if file.written_by == part.read_from {
+                    work.bytes_read_locally += file.bytes;
+                    continue;
+                }
+                work.bytes_read_remotely += file.bytes;
+                if place(file.written_by).shared_prefix(&place(part.read_from)) == 0 {
+                    work.bytes_read_across_localities += file.bytes;
+                }
+            }
+        }
+        nodes
+    }
+}
+
+fn result(manifest: &Manifest) -> Value {
+    json!({ "rows": manifest.rows(), "index_entries": 0, "bytes": manifest.bytes(), "nodes": manifest.nodes })
+}

@@ -1,0 +1,102 @@
+//! The end of a backup: one body, recorded, then copied to where it counts.
+//!
+//! A coordinator writes the manifest under a name of its own claim and records its SHA-256 in the job, through the
+//! claim. Only a recorded body is ever copied to the name that seals the backup, byte for byte, by whoever holds the
+//! job then. So there is one seal, whoever dies in between, and whoever wakes up too late.
+
+use anyhow::{Context as _, bail};
+use bytes::Bytes;
+use chrono::{DateTime, Utc};
+use jobs::Run;
+use serde::{Deserialize, Serialize};
+use storage::{Created, Store};
+
+use crate::export::sha256;
+use crate::layout;
+use crate::manifest::{FORMAT, Manifest};
+use crate::restore_text;
+
+/// Under which key the recorded body stands.
+const RECORDED: &str = "seal";
+
+/// A body that has been written and may be sealed.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+struct Recorded {
+    path: String,
+    sha256: String,
+}
+
+/// The manifest that seals this backup, if there is one: then the job has succeeded, whatever its row says.
+///
+/// # Errors
+///
+/// The store cannot be read, or what is there cannot be.
+pub(crate) async fn sealed(store: &Store) -> anyhow::Result<Option<Manifest>> {
+    let Some(bytes) = store.read(layout::SEAL).await? else { return Ok(None) };
+    read(&bytes).map(Some)
+}
+
+fn read(bytes: &[u8]) -> anyhow::Result<Manifest> {
+    let manifest: Manifest = serde_json::from_slice(bytes).context("read the manifest")?;
+    if manifest.format != FORMAT {
+        bail!("the manifest has format {}, and this program knows only {FORMAT}", manifest.format);
+    }
+    Ok(manifest)
+}
+
+/// The body that this job has recorded, in an earlier run or this one, if it can still be read.
+///
+/// # Errors
+///
+/// The registry or the store cannot be read.
+pub(crate) async fn recorded(run: &Run, store: &Store) -> anyhow::Result<Option<Bytes>> {
+    let Some(recorded) = run.kept::<Recorded>(RECORDED).await? else { return Ok(None) };
+    let body = store.read(&recorded.path).await?;
+    // In a store of another node's own it is not to be had here; then it is written again.
+    Ok(body.filter(|body| sha256(body) == recorded.sha256))
+}
+
+/// Writes the body and records it.
+///
+/// # Errors
+///
+/// A lost claim, or the store.
+pub(crate) async fn record(run: &Run, store: &Store, manifest: &Manifest) -> anyhow::Result<Bytes> {
+    let body = Bytes::from(serde_json::to_vec_pretty(manifest)?);
+    let mut path = layout::body(run.claim);
+    if let Created::Exists(_) = store.create(&path, body.clone()).await? {
+        // An earlier try under this very claim wrote another one, and came no further.
+        path = format!("{path}-{}", uuid::Uuid::new_v4().simple());
+        store.create(&path, body.clone()).await?;
+    }
+    run.keep(RECORDED, &Recorded { path, sha256: sha256(&body) }).await?;
+    Ok(body)
+}
+
+/// Seals the backup with a recorded body, and points LATEST at it.
+///
+/// # Errors
+///
+/// A lost claim, the store, or somebody else's seal.
+pub(crate) async fn seal(
+    run: &Run,
+    store: &Store,
+    collection: &Store,
+    body: Bytes,
+    (subdir, created): (&str, DateTime<Utc>),
+) -> anyhow::Result<Manifest> {
+    let manifest = read(&body)?;
+    store.create(layout::RESTORE_TEXT, Bytes::from(restore_text::text(&manifest, subdir))).await?;
+    store.create(layout::CHECKSUM, Bytes::from(format!("{}\n", sha256(&body)))).await?;
+    // The last look: from here to the seal is one request.
+    run.check().await?;
+    let manifest = match store.create(layout::SEAL, body).await? {
+        Created::New => manifest,
+        Created::Exists(other) => match read(&other)? {
+            other if other.job == run.id.0 => other,
+            other => bail!("job {} has sealed a backup in this directory", other.job),
+        },
+    };
+    collection.create(&layout::latest(created, run.id), Bytes::from(subdir.to_owned())).await?;
+    Ok(manifest)
+}

@@ -1,0 +1,326 @@
+//! What a database holds at a point, read from its catalogs.
+//!
+//! Everything is read by a founder, so from the snapshot that the rows will be read from, except for what PostgreSQL
+//! does not version: sizes of files, and sequences. A table that the backup could not read to the end is an error here
+//! already, and one whose rows this server does not have is named as skipped.
+
+use std::fmt::Write as _;
+
+use pgerror::{PgError, SqlState};
+use tokio_postgres::Row;
+
+use super::session::{Session, quoted};
+use super::types::{DatabasePlan, Identity, MaterializedViewPlan, SequencePlan, Skipped, TablePlan};
+
+/// Sequences read by one statement.
+const SEQUENCES_AT_ONCE: usize = 100;
+
+/// A table's [`Identity`] as JSON, of the row `c` of `pg_class`.
+pub(super) const IDENTITY: &str = "json_build_object(
+    'oid', c.oid::bigint, 'relkind', c.relkind, 'relam', c.relam::bigint, 'relfilenode', c.relfilenode::bigint,
+    'toast_relfilenode', (SELECT t.relfilenode::bigint FROM pg_catalog.pg_class t WHERE t.oid = c.reltoastrelid),
+    'columns', (SELECT coalesce(json_agg(json_build_object('number', attnum, 'name', attname,
+                                                           'type_oid', atttypid::bigint, 'dropped', attisdropped,
+                                                           'generated', attgenerated) ORDER BY attnum), '[]')
+                FROM pg_catalog.pg_attribute WHERE attrelid = c.oid AND attnum > 0))::text";
+
+const DATABASE: &str = "
+    SELECT d.datname::text, d.oid, pg_catalog.pg_encoding_to_char(d.encoding)::text, d.datcollate::text,
+           d.datctype::text, coalesce(to_jsonb(d) ->> 'datlocprovider', 'c'),
+           coalesce(to_jsonb(d) ->> 'datlocale', to_jsonb(d) ->> 'daticulocale'),
+           pg_catalog.pg_get_userbyid(d.datdba)::text, d.datacl::text,
+           coalesce((SELECT setconfig FROM pg_catalog.pg_db_role_setting
+                     WHERE setdatabase = d.oid AND setrole = 0), '{}'),
+           pg_catalog.shobj_description(d.oid, 'pg_database'),
+           (SELECT count(*) FROM pg_catalog.pg_largeobject_metadata)
+    FROM pg_catalog.pg_database d WHERE d.datname = pg_catalog.current_database()";
+
+/// Which relations are the user's own: not of the system, not temporary, not an extension's unless it says that their
+/// rows are the user's (`pg_extension_config_dump`).
+const OWN: &str = "
+    FROM pg_catalog.pg_class c
+    JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
+    LEFT JOIN pg_catalog.pg_depend d ON d.classid = 'pg_catalog.pg_class'::pg_catalog.regclass AND d.objid = c.oid
+                                    AND d.objsubid = 0 AND d.deptype = 'e'
+    LEFT JOIN pg_catalog.pg_extension e ON e.oid = d.refobjid
+    WHERE c.relpersistence <> 't' AND n.nspname !~ '^pg_' AND n.nspname <> 'information_schema'
+      AND (d.objid IS NULL OR coalesce(c.oid = ANY (e.extconfig), false))";
+
+const TABLE_COLUMNS: &str = "
+    c.oid, n.nspname::text, c.relname::text, c.relkind::text, c.relpersistence::text,
+    coalesce(pg_catalog.pg_relation_size(c.oid), 0), pg_catalog.current_setting('block_size')::bigint,
+    coalesce(pg_catalog.pg_relation_size(nullif(c.reltoastrelid, 0)), 0), greatest(c.reltuples, 0)::bigint,
+    coalesce((SELECT amname = 'heap' FROM pg_catalog.pg_am WHERE oid = c.relam), false),
+    (e.extcondition)[pg_catalog.array_position(e.extconfig, c.oid)],
+    coalesce(pg_catalog.has_table_privilege(c.oid, 'SELECT'), true),
+    CASE WHEN c.relrowsecurity THEN pg_catalog.row_security_active(c.oid) ELSE false END";
+
+const SEQUENCE_COLUMNS: &str = "
+    n.nspname::text, c.relname::text, c.relpersistence::text,
+    (SELECT seqincrement FROM pg_catalog.pg_sequence WHERE seqrelid = c.oid)";
+
+const EXTENSIONS: &str = "SELECT extname::text, extversion FROM pg_catalog.pg_extension ORDER BY 1";
+
+/// The bootstrap superuser is in no dependency, because it cannot be dropped; so owners are looked up as well.
+const ROLES: &str = "
+    WITH mine AS (SELECT oid, datdba FROM pg_catalog.pg_database WHERE datname = pg_catalog.current_database()),
+    named (role) AS (
+        SELECT s.refobjid FROM pg_catalog.pg_shdepend s, mine
+        WHERE s.refclassid = 'pg_catalog.pg_authid'::pg_catalog.regclass
+          AND (s.dbid = mine.oid OR s.dbid = 0 AND s.objid = mine.oid
+                                    AND s.classid = 'pg_catalog.pg_database'::pg_catalog.regclass)
+        UNION SELECT datdba FROM mine
+        UNION SELECT relowner FROM pg_catalog.pg_class WHERE oid >= 16384 AND relpersistence <> 't'
+        UNION SELECT nspowner FROM pg_catalog.pg_namespace WHERE oid >= 16384 AND nspname !~ '^pg_'
+        UNION SELECT proowner FROM pg_catalog.pg_proc WHERE oid >= 16384
+        UNION SELECT typowner FROM pg_catalog.pg_type WHERE oid >= 16384)
+    SELECT rolname::text FROM named JOIN pg_catalog.pg_roles ON oid = role WHERE rolname !~ '^pg_' ORDER BY 1";
+
+const TABLESPACES: &str = "
+    SELECT spcname::text FROM pg_catalog.pg_tablespace
+    WHERE spcname NOT IN ('pg_default', 'pg_global')
+      AND oid IN (SELECT reltablespace FROM pg_catalog.pg_class WHERE relpersistence <> 't'
+                  UNION SELECT dattablespace FROM pg_catalog.pg_database
+                        WHERE datname = pg_catalog.current_database())
+    ORDER BY 1";
+
+/// Reads the plan of the session's database. What the schema dump adds is left empty.
+pub(super) async fn plan(founder: &Session, in_recovery: bool) -> anyhow::Result<DatabasePlan> {
+    let mut plan = database(&founder.row(DATABASE, &[]).await?);
+    let order = "ORDER BY pg_catalog.pg_relation_size(c.oid) DESC NULLS LAST, c.oid";
+    let query = format!("SELECT {TABLE_COLUMNS}, {IDENTITY} {OWN} AND c.relkind IN ('r', 'f') {order}");
+    for row in founder.rows(&query, &[]).await? {
+        match table(&row, in_recovery)? {
+            Ok(table) => plan.tables.push(table),
+            Err(skipped) => plan.skipped.push(skipped),
+        }
+    }
+    plan.tables.sort_by_key(|table| std::cmp::Reverse(table.bytes));
+    sequences(founder, in_recovery, &mut plan).await?;
+    let views =
+        format!("SELECT n.nspname::text, c.relname::text, c.relispopulated {OWN} AND c.relkind = 'm' ORDER BY 1, 2");
+    let view = |row: &Row| MaterializedViewPlan { schema: row.get(0), name: row.get(1), populated: row.get(2) };
+    plan.materialized_views = founder.rows(&views, &[]).await?.iter().map(view).collect();
+    plan.extensions = founder.rows(EXTENSIONS, &[]).await?.iter().map(|row| (row.get(0), row.get(1))).collect();
+    plan.roles = founder.rows(ROLES, &[]).await?.iter().map(|row| row.get(0)).collect();
+    plan.tablespaces = founder.rows(TABLESPACES, &[]).await?.iter().map(|row| row.get(0)).collect();
+    Ok(plan)
+}
+
+fn database(row: &Row) -> DatabasePlan {
+    DatabasePlan {
+        name: row.get(0),
+        oid: row.get(1),
+        encoding: row.get(2),
+        collate: row.get(3),
+        ctype: row.get(4),
+        locale_provider: row.get(5),
+        locale: row.get(6),
+        owner: row.get(7),
+        acl: row.get(8),
+        settings: row.get(9),
+        comment: row.get(10),
+        large_objects: row.get(11),
+        extensions: Vec::new(),
+        tables: Vec::new(),
+        sequences: Vec::new(),
+        materialized_views: Vec::new(),
+        roles: Vec::new(),
+        tablespaces: Vec::new(),
+        skipped: Vec::new(),
+        schema_bytes: 0,
+        dump_version: String::new(),
+    }
+}
+
+/// One table, or why it is skipped.
+fn table(row: &Row, in_recovery: bool) -> anyhow::Result<Result<TablePlan, Skipped>> {
+    let (schema, name): (String, String) = (row.get(1), row.get(2));
+    let skipped = |kind: &str, reason: &str| {
+        let object = format!("{}.{}", shown(&schema), shown(&name));
+        Ok(Err(Skipped { object, kind: kind.to_owned(), reason: reason.to_owned() }))
+    };
+    if row.get::<_, &str>(3) == "f" {
+        return skipped("foreign table", "its rows are on another server");
+    }
+    if in_recovery && row.get::<_, &str>(4) == "u" {
+        return skipped("table", "it is unlogged, and a standby does not have its rows");
+    }
+    if !row.get::<_, bool>(11) {
+        let message = format!("the role of the node may not read table \"{schema}.{name}\"");
+        return Err(PgError::new(SqlState::INSUFFICIENT_PRIVILEGE, message)
+            .hint("Grant it pg_read_all_data, or SELECT on the table.")
+            .into());
+    }
+    if row.get::<_, bool>(12) {
+        let message =
+            format!("row-level security keeps the role of the node from reading all of table \"{schema}.{name}\"");
+        let hint = "Give the role BYPASSRLS.";
+        return Err(PgError::new(SqlState::INSUFFICIENT_PRIVILEGE, message).hint(hint).into());
+    }
+    let identity: Identity = serde_json::from_str(row.get(13))?;
+    let is_read = |column: &&super::types::ColumnIdentity| !column.dropped && column.generated.is_empty();
+    let columns = identity.columns.iter().filter(is_read).map(|column| column.name.clone()).collect();
+    let heap = row.get::<_, i64>(5).unsigned_abs();
+    Ok(Ok(TablePlan {
+        oid: row.get(0),
+        schema,
+        name,
+        columns,
+        blocks: heap.div_ceil(row.get::<_, i64>(6).unsigned_abs()),
+        bytes: heap + row.get::<_, i64>(7).unsigned_abs(),
+        estimated_rows: row.get::<_, i64>(8).unsigned_abs(),
+        ranges_possible: row.get(9),
+        where_clause: row.get::<_, Option<&str>>(10).and_then(condition),
+        identity,
+    }))
+}
+
+/// What follows the WHERE of an extension's condition.
+fn condition(clause: &str) -> Option<String> {
+    let clause = clause.trim();
+    let head = clause.get(..5).filter(|head| head.eq_ignore_ascii_case("where"));
+    let condition = head.map_or(clause, |head| &clause[head.len()..]).trim();
+    (!condition.is_empty()).then(|| condition.to_owned())
+}
+
+/// Sequences do not know snapshots: they are read as they are now, which is never behind the rows of the snapshot.
+async fn sequences(founder: &Session, in_recovery: bool, plan: &mut DatabasePlan) -> anyhow::Result<()> {
+    let query = format!("SELECT {SEQUENCE_COLUMNS} {OWN} AND c.relkind = 'S' ORDER BY 1, 2");
+    let mut listed = Vec::new();
+    for row in founder.rows(&query, &[]).await? {
+        let (schema, name): (String, String) = (row.get(0), row.get(1));
+        if in_recovery && row.get::<_, &str>(2) == "u" {
+            plan.skipped.push(Skipped {
+                object: format!("{}.{}", shown(&schema), shown(&name)),
+                kind: "sequence".to_owned(),
+                reason: "it is unlogged, and a standby does not have its value".to_owned(),
+            });
+            continue;
+        }
+        // NULL only when the sequence was dropped meanwhile; reading it then says so.
+        listed.push((schema, name, row.get::<_, Option<i64>>(3).unwrap_or(1)));
+    }
+    for some in listed.chunks(SEQUENCES_AT_ONCE) {
+        let mut query = String::new();
+        for (number, (schema, name, _)) in some.iter().enumerate() {
+            let union = if number == 0 { "" } else { " UNION ALL " };
+            write!(query, "{union}SELECT {number}, last_value, is_called FROM {}.{}", quoted(schema), quoted(name))?;
+        }
+        query.push_str(" ORDER BY 1");
+        for (row, (schema, name, increment)) in founder.rows(&query, &[]).await?.iter().zip(some) {
+            plan.sequences.push(SequencePlan {
+                schema: schema.clone(),
+                name: name.clone(),
+                last_value: row.get(1),
+                is_called: row.get(2),
+                increment: *increment,
+            });
+        }
+    }
+    Ok(())
+}
+
+/// A name as a reader expects it: quoted only where SQL needs that.
+fn shown(name: &str) -> String {
+    let plain = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '_';
+    let is_plain = name.chars().all(plain) && !name.starts_with(|c: char| c.is_ascii_digit());
+    if is_plain { name.to_owned() } else { quoted(name) }
+}
+
+/// Catalogs from which `pg_dump` makes a schema, by their key; a row that is written anew has another `xmin`.
+/// Whatever belongs to temporary objects is left out, or every query that needs a temporary table would count.
+const VERSIONED: &[(&str, &str, &str)] = &[
+    ("pg_attribute", "attrelid, attnum", "attrelid NOT IN (TABLE temporary)"),
+    ("pg_attrdef", "oid", "adrelid NOT IN (TABLE temporary)"),
+    ("pg_constraint", "oid", "conrelid NOT IN (TABLE temporary)"),
+    ("pg_index", "indexrelid", "indrelid NOT IN (TABLE temporary)"),
+    ("pg_inherits", "inhrelid, inhseqno", "inhrelid NOT IN (TABLE temporary)"),
+    ("pg_rewrite", "oid", "ev_class NOT IN (TABLE temporary)"),
+    ("pg_trigger", "oid", "tgrelid NOT IN (TABLE temporary)"),
+    ("pg_sequence", "seqrelid", "seqrelid NOT IN (TABLE temporary)"),
+    ("pg_type", "oid", "typnamespace NOT IN (TABLE passing)"),
+    ("pg_proc", "oid", "pronamespace NOT IN (TABLE passing)"),
+    ("pg_namespace", "oid", "oid NOT IN (TABLE passing)"),
+    ("pg_aggregate", "aggfnoid::pg_catalog.oid", "true"),
+    ("pg_am", "oid", "true"),
+    ("pg_amop", "oid", "true"),
+    ("pg_amproc", "oid", "true"),
+    ("pg_cast", "oid", "true"),
+    ("pg_collation", "oid", "true"),
+    ("pg_conversion", "oid", "true"),
+    ("pg_default_acl", "oid", "true"),
+    ("pg_description", "objoid, classoid, objsubid", "true"),
+    ("pg_enum", "oid", "true"),
+    ("pg_event_trigger", "oid", "true"),
+    ("pg_extension", "oid", "true"),
+    ("pg_foreign_data_wrapper", "oid", "true"),
+    ("pg_foreign_server", "oid", "true"),
+    ("pg_foreign_table", "ftrelid", "true"),
+    ("pg_init_privs", "objoid, classoid, objsubid", "true"),
+    ("pg_language", "oid", "true"),
+    ("pg_opclass", "oid", "true"),
+    ("pg_operator", "oid", "true"),
+    ("pg_opfamily", "oid", "true"),
+    ("pg_partitioned_table", "partrelid", "true"),
+    ("pg_policy", "oid", "true"),
+    ("pg_publication", "oid", "true"),
+    ("pg_publication_rel", "oid", "true"),
+    ("pg_range", "rngtypid", "true"),
+    ("pg_seclabel", "objoid, classoid, objsubid", "true"),
+    ("pg_statistic_ext", "oid", "true"),
+    ("pg_transform", "oid", "true"),
+    ("pg_ts_config", "oid", "true"),
+    ("pg_ts_config_map", "mapcfg, maptokentype, mapseqno", "true"),
+    ("pg_ts_dict", "oid", "true"),
+    ("pg_ts_parser", "oid", "true"),
+    ("pg_ts_template", "oid", "true"),
+];
+
+/// `pg_class` by what shows in a schema: its rows are also written anew by TRUNCATE, REINDEX and the like.
+const CLASS: &str = "SELECT 'pg_class', count(*), sum(pg_catalog.hashtextextended(
+        (c.oid, c.relname, c.relnamespace, c.reltype, c.reloftype, c.relowner, c.relam, c.relkind, c.relpersistence,
+         c.reltablespace, c.relchecks, c.relrowsecurity, c.relforcerowsecurity, c.relreplident, c.relispartition,
+         c.relacl, c.reloptions, c.relpartbound)::text, 0))
+    FROM pg_catalog.pg_class c WHERE c.relpersistence <> 't'";
+
+/// What changes whenever the schema of the session's database changes.
+pub(super) async fn fingerprint(session: &Session) -> anyhow::Result<Vec<String>> {
+    let mut query = format!(
+        "WITH temporary AS (SELECT oid FROM pg_catalog.pg_class WHERE relpersistence = 't'),
+              passing AS (SELECT oid FROM pg_catalog.pg_namespace WHERE nspname ~ '^pg_(toast_)?temp_')
+         SELECT pg_catalog.concat_ws(' ', name, rows, digest) FROM ({CLASS}"
+    );
+    for (catalog, key, filter) in VERSIONED {
+        write!(
+            query,
+            " UNION ALL SELECT '{catalog}', count(*), sum(pg_catalog.hashtextextended((xmin, {key})::text, 0))
+              FROM pg_catalog.{catalog} WHERE {filter}"
+        )?;
+    }
+    query.push_str(") AS parts (name, rows, digest) ORDER BY 1");
+    Ok(session.rows(&query, &[]).await?.iter().map(|row| row.get(0)).collect())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_condition_of_an_extension_loses_its_where() {
+        for (clause, expected) in
+            [("WHERE NOT standard", Some("NOT standard")), ("where(a)", Some("(a)")), ("", None), (" WHERE ", None)]
+        {
+            assert_eq!(condition(clause).as_deref(), expected, "{clause:?}");
+        }
+    }
+
+    #[test]
+    fn names_are_quoted_for_readers_where_sql_needs_it() {
+        for (name, expected) in
+            [("plain_1", "plain_1"), ("Mixed", "\"Mixed\""), ("1st", "\"1st\""), ("a\"b", "\"a\"\"b\"")]
+        {
+            assert_eq!(shown(name), expected);
+        }
+    }
+}

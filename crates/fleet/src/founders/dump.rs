@@ -1,0 +1,174 @@
+//! The schema of a database, by `pg_dump`.
+//!
+//! It goes into a file without a name, bounded in size, that lasts as long as the lease or a download of it.
+
+use std::fs::File;
+use std::os::unix::fs::FileExt as _;
+use std::path::PathBuf;
+use std::process::Stdio;
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::{Context as _, anyhow};
+use bytes::Bytes;
+use cluster::service::ByteStream;
+use pgerror::{PgError, SqlState};
+use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWriteExt as _};
+use tokio::process::Command;
+use tokio::time::timeout;
+
+use super::types::Mode;
+use crate::Server;
+use crate::private::Installation;
+
+/// A longer schema is refused.
+const SCHEMA_BYTES_MAX: u64 = 1024 * 1024 * 1024;
+
+/// A `pg_dump` that waits longer for a lock fails, and the point is taken anew.
+const LOCK_WAIT_MS: u32 = 5000;
+
+/// A `pg_dump` that takes longer is ended. In a pause, that has an earlier deadline.
+const DUMP_DEADLINE: Duration = Duration::from_secs(180);
+
+/// What is kept of what `pg_dump` says on standard error.
+const SAID_MAX: u64 = 16 * 1024;
+
+/// What of that is told.
+const TOLD_MAX: usize = 600;
+
+/// A download is read in pieces of this size.
+const PIECE: usize = 128 * 1024;
+
+/// `pg_dump` as it is installed here.
+pub(super) struct Program {
+    path: PathBuf,
+    /// As it says it: `15.18`.
+    pub(super) version: String,
+}
+
+impl Program {
+    /// Finds the newest one, which must not be older than the server.
+    pub(super) async fn find(server_version: i32) -> anyhow::Result<Self> {
+        let found = tokio::task::spawn_blocking(Installation::find).await.context("look for pg_dump")?;
+        let found = found.map_err(|error| {
+            PgError::new(SqlState::UNDEFINED_FILE, "pg_dump was not found beside the server")
+                .detail(format!("{}.", capitalized(&error.to_string())))
+        })?;
+        let path = found.program("pg_dump");
+        let asked = Command::new(&path).arg("--version").kill_on_drop(true).output();
+        let output = timeout(Duration::from_secs(10), asked).await.context("ask pg_dump for its version")??;
+        // "pg_dump (PostgreSQL) 15.18 (Debian 15.18-0+deb12u1)"
+        let text = String::from_utf8_lossy(&output.stdout).into_owned();
+        let version = text.split_ascii_whitespace().nth(2).context("read the version of pg_dump")?.to_owned();
+        let major: i32 = version.chars().take_while(char::is_ascii_digit).collect::<String>().parse().unwrap_or(0);
+        let server_major = server_version / 10_000;
+        if major < server_major {
+            let message = format!("pg_dump {version} is older than the server ({server_major})");
+            return Err(PgError::new(SqlState::OBJECT_NOT_IN_PREREQUISITE_STATE, message)
+                .hint(format!("Install the client programs of PostgreSQL {server_major} on the node's host."))
+                .into());
+        }
+        Ok(Self { path, version })
+    }
+
+    /// Writes the schema of `database`. A `snapshot` is only ever given on a primary.
+    pub(super) async fn run(
+        &self,
+        server: &Server,
+        database: &str,
+        mode: Mode,
+        snapshot: Option<&str>,
+    ) -> anyhow::Result<Schema> {
+        let mut command = Command::new(&self.path);
+        command.args(["--format=custom", "--schema-only", "--no-password"]);
+        command.arg(format!("--lock-wait-timeout={LOCK_WAIT_MS}"));
+        if let Some(snapshot) = snapshot.filter(|_| mode == Mode::Exported) {
+            command.arg(format!("--snapshot={snapshot}"));
+        }
+        command.current_dir("/").env_clear().env("PATH", "/usr/bin:/bin").env("LC_ALL", "C.UTF-8");
+        command.envs(server.environment(database)).env("PGAPPNAME", "backhaul schema");
+        command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped()).kill_on_drop(true);
+        timeout(DUMP_DEADLINE, dump(command, database)).await.map_err(|_| failed(database, "It took too long."))?
+    }
+}
+
+async fn dump(mut command: Command, database: &str) -> anyhow::Result<Schema> {
+    let file = tokio::task::spawn_blocking(tempfile::tempfile).await?.context("make a file for the schema")?;
+    let mut child = command.spawn().context("start pg_dump")?;
+    let out = child.stdout.take().context("read from pg_dump")?;
+    let err = child.stderr.take().context("read from pg_dump")?;
+    let keeping = tokio::fs::File::from_std(file.try_clone().context("write the schema")?);
+    let (bytes, said) = tokio::join!(keep(out, keeping), listen(err));
+    let bytes = bytes?;
+    if bytes > SCHEMA_BYTES_MAX {
+        return Err(failed(database, "The schema is longer than 1 GiB.").into());
+    }
+    let status = child.wait().await.context("wait for pg_dump")?;
+    if !status.success() {
+        tracing::warn!("pg_dump of database {database:?} failed ({status}): {said}");
+        return Err(failed(database, &told(&said)).into());
+    }
+    Ok(Schema { file: Arc::new(file), bytes })
+}
+
+/// Writes what comes into the file, until there is more than is allowed.
+async fn keep(out: impl AsyncRead + Unpin, mut file: tokio::fs::File) -> anyhow::Result<u64> {
+    let bytes = tokio::io::copy(&mut out.take(SCHEMA_BYTES_MAX + 1), &mut file).await.context("keep the schema")?;
+    file.flush().await.context("keep the schema")?;
+    Ok(bytes)
+}
+
+/// Reads everything, so that nobody waits for a full pipe, and keeps the beginning.
+async fn listen(mut err: impl AsyncRead + Unpin) -> String {
+    let mut kept = Vec::new();
+    let read = (&mut err).take(SAID_MAX).read_to_end(&mut kept).await;
+    if read.is_ok() {
+        drop(tokio::io::copy(&mut err, &mut tokio::io::sink()).await);
+    }
+    String::from_utf8_lossy(&kept).trim_end().to_owned()
+}
+
+fn failed(database: &str, detail: &str) -> PgError {
+    let message = format!("pg_dump of database \"{database}\" failed");
+    PgError::new(SqlState::OBJECT_NOT_IN_PREREQUISITE_STATE, message).detail(detail)
+}
+
+fn told(said: &str) -> String {
+    let end = said.char_indices().nth(TOLD_MAX).map_or(said.len(), |(end, _)| end);
+    format!("It said: {}", &said[..end])
+}
+
+fn capitalized(text: &str) -> String {
+    let mut chars = text.chars();
+    chars.next().map_or_else(String::new, |first| first.to_uppercase().chain(chars).collect())
+}
+
+/// A schema that was written.
+#[derive(Clone)]
+pub(super) struct Schema {
+    file: Arc<File>,
+    /// How long it is.
+    pub(super) bytes: u64,
+}
+
+impl Schema {
+    /// Its bytes, from the beginning.
+    pub(super) fn stream(&self) -> ByteStream {
+        let schema = self.clone();
+        Box::pin(futures_util::stream::try_unfold((schema, 0), |(schema, at)| async move {
+            let file = schema.file.clone();
+            let length = usize::try_from(schema.bytes - at).unwrap_or(usize::MAX).min(PIECE);
+            if length == 0 {
+                return Ok(None);
+            }
+            let read = move || {
+                let mut piece = vec![0; length];
+                file.read_exact_at(&mut piece, at).map(|()| Bytes::from(piece))
+            };
+            let piece = tokio::task::spawn_blocking(read).await.map_err(|_| anyhow!("reading was given up"))?;
+            let piece = piece.context("read the schema")?;
+            let at = at + piece.len() as u64;
+            Ok(Some((piece, (schema, at))))
+        }))
+    }
+}

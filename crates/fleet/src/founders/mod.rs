@@ -1,0 +1,192 @@
+//! Founders: sessions that stand for a backup's point.
+//!
+//! A backup reads many tables with many sessions and has to see one state of the database in all of them. So the node
+//! beside a server opens a bounded number of sessions whose snapshots are of the same point, and lends them: a worker
+//! on any node asks it for a span of a table, and gets its rows. How the point is made one is told in `open`, how a
+//! standby is kept from staying paused in `pause`, how sessions are lent in `pool`, and why a span is never read from
+//! another table than the one that was planned in `span`.
+//!
+//! All of it hangs on a *lease*. Whoever opened it renews it; when it is closed, replaced, or not renewed in time,
+//! all its sessions are closed, also those that are lent, so that a backup that was forgotten holds nothing back on
+//! the server.
+
+mod catalog;
+mod dump;
+mod open;
+mod pause;
+mod pool;
+mod session;
+mod span;
+mod types;
+
+use std::collections::{BTreeMap, HashMap};
+use std::sync::{Arc, Mutex, PoisonError, Weak};
+use std::time::Duration;
+
+use anyhow::Context as _;
+use cluster::service::{Boxed, Reply, Service};
+use pgerror::{PgError, SqlState};
+use serde_json::Value;
+use tokio::time::{Instant, sleep_until, timeout};
+use tokio_util::sync::{CancellationToken, DropGuard};
+use tokio_util::task::AbortOnDropHandle;
+use uuid::Uuid;
+
+use self::pool::Pool;
+pub use self::types::*;
+use crate::Server;
+
+/// Leases held on one server at the same time; another one is refused.
+pub const LEASES_MAX: usize = 8;
+
+/// A point that is not taken by then, with the wait for others that are being taken, is given up.
+const OPEN_DEADLINE: Duration = Duration::from_secs(600);
+
+/// A life is not shorter than this, or the answer to opening it could come after its end.
+const LIFE_MIN: Duration = Duration::from_secs(1);
+
+/// Nor longer: a lease that nobody renews must end.
+const LIFE_MAX: Duration = Duration::from_secs(3600);
+
+/// The founders on the server beside this node. Dropped, all of them are closed.
+pub struct Founders {
+    server: Server,
+    leases: Mutex<HashMap<Uuid, Arc<Lease>>>,
+    /// One point at a time: two could not both pause replay.
+    opening: tokio::sync::Mutex<()>,
+    me: Weak<Self>,
+}
+
+struct Lease {
+    life: Duration,
+    ends: Mutex<Instant>,
+    pools: BTreeMap<String, Arc<Pool>>,
+    _end: DropGuard,
+    expiry: Mutex<Option<AbortOnDropHandle<()>>>,
+}
+
+impl Lease {
+    fn renew(&self) {
+        *self.ends.lock().unwrap_or_else(PoisonError::into_inner) = Instant::now() + self.life;
+    }
+
+    fn ends(&self) -> Instant {
+        *self.ends.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Founders {
+    /// The founders of `server`; there are none yet.
+    pub fn new(server: Server) -> Arc<Self> {
+        Arc::new_cyclic(|me| Self {
+            server,
+            leases: Mutex::default(),
+            opening: tokio::sync::Mutex::default(),
+            me: me.clone(),
+        })
+    }
+
+    async fn answer(&self, request: Value) -> anyhow::Result<Reply> {
+        let request: Request = serde_json::from_value(request)
+            .map_err(|_| PgError::new(SqlState::PROTOCOL_VIOLATION, "the request for founders cannot be read"))?;
+        match request {
+            Request::Open(open) => Ok(Reply::Answer(serde_json::to_value(self.open(open).await?)?)),
+            Request::Renew { lease } => {
+                self.lease(lease)?.renew();
+                Ok(Reply::Answer(Value::Null))
+            }
+            Request::Close { lease } => {
+                self.remove(lease);
+                Ok(Reply::Answer(Value::Null))
+            }
+            Request::Schema { lease, database } => Ok(Reply::Download(self.pool(lease, &database)?.schema.stream())),
+            Request::Span(request) => {
+                let pool = self.pool(request.lease, &request.database)?;
+                Ok(Reply::Download(span::read(&pool, &request.what).await?))
+            }
+        }
+    }
+
+    async fn open(&self, request: Open) -> anyhow::Result<Opened> {
+        check(&request)?;
+        timeout(OPEN_DEADLINE, Box::pin(self.open_in_turn(request))).await.map_err(|_| {
+            let message = format!("the backup's point on {} could not be taken in time", self.server.address());
+            PgError::new(SqlState::OBJECT_NOT_IN_PREREQUISITE_STATE, message)
+        })?
+    }
+
+    async fn open_in_turn(&self, request: Open) -> anyhow::Result<Opened> {
+        let _turn = self.opening.lock().await;
+        self.remove(request.lease);
+        if self.leases.lock().unwrap_or_else(PoisonError::into_inner).len() >= LEASES_MAX {
+            let message = format!("{LEASES_MAX} backups read {} already", self.server.address());
+            return Err(PgError::new(SqlState::CONFIGURATION_LIMIT_EXCEEDED, message).into());
+        }
+        let end = CancellationToken::new();
+        // Whatever was opened until an error is closed by this.
+        let guard = end.clone().drop_guard();
+        let taken = open::open(&self.server, &request, &end).await.context("open founders")?;
+        let life = Duration::from_millis(request.life_ms).clamp(LIFE_MIN, LIFE_MAX);
+        let pools = taken.pools.into_iter().map(|pool| (pool.database.clone(), Arc::new(pool))).collect();
+        let ends = Mutex::new(Instant::now() + life);
+        let lease = Arc::new(Lease { life, ends, pools, _end: guard, expiry: Mutex::default() });
+        let expiry = tokio::spawn(expire(self.me.clone(), request.lease, Arc::downgrade(&lease)));
+        *lease.expiry.lock().unwrap_or_else(PoisonError::into_inner) = Some(AbortOnDropHandle::new(expiry));
+        self.leases.lock().unwrap_or_else(PoisonError::into_inner).insert(request.lease, lease);
+        Ok(taken.opened)
+    }
+
+    fn remove(&self, lease: Uuid) {
+        let removed = self.leases.lock().unwrap_or_else(PoisonError::into_inner).remove(&lease);
+        drop(removed);
+    }
+
+    fn lease(&self, lease: Uuid) -> anyhow::Result<Arc<Lease>> {
+        let leases = self.leases.lock().unwrap_or_else(PoisonError::into_inner);
+        let held = leases.get(&lease).cloned();
+        held.ok_or_else(|| point_lost(&self.server.address(), "Its lease has ended.").into())
+    }
+
+    fn pool(&self, lease: Uuid, database: &str) -> anyhow::Result<Arc<Pool>> {
+        let lease = self.lease(lease)?;
+        let pool = lease.pools.get(database).cloned();
+        pool.ok_or_else(|| {
+            let message = format!("database \"{database}\" is not part of the lease");
+            PgError::new(SqlState::UNDEFINED_DATABASE, message).into()
+        })
+    }
+}
+
+impl Service for Founders {
+    fn call(&self, request: Value) -> Boxed<'_, Reply> {
+        Box::pin(self.answer(request))
+    }
+}
+
+fn check(request: &Open) -> anyhow::Result<()> {
+    let count = request.databases.len();
+    let mut names = request.databases.clone();
+    names.sort();
+    names.dedup();
+    if count == 0 || count > DATABASES_MAX || names.len() != count {
+        let message = format!("founders are opened in 1 to {DATABASES_MAX} different databases, not in {count}");
+        return Err(PgError::new(SqlState::INVALID_PARAMETER_VALUE, message).into());
+    }
+    Ok(())
+}
+
+/// Ends a lease that is not renewed.
+async fn expire(founders: Weak<Founders>, id: Uuid, lease: Weak<Lease>) {
+    while let Some(ends) = lease.upgrade().map(|lease| lease.ends()) {
+        if ends <= Instant::now() {
+            let (Some(founders), Some(lease)) = (founders.upgrade(), lease.upgrade()) else { return };
+            let mut leases = founders.leases.lock().unwrap_or_else(PoisonError::into_inner);
+            if leases.get(&id).is_some_and(|held| Arc::ptr_eq(held, &lease)) {
+                leases.remove(&id);
+                tracing::info!("a lease of founders was not renewed and has ended");
+            }
+            return;
+        }
+        sleep_until(ends).await;
+    }
+}

@@ -1,0 +1,413 @@
+//! Taking a point: sessions first, then their snapshots at the same moment, then the plan and the schema.
+//!
+//! How the moment is made one depends on the server. On a standby whose replay may be paused, everything is done in
+//! one pause, so that the schema, the plan and all snapshots are of one WAL position. Where it may not be paused, the
+//! snapshots are taken while the position happens to stand still, and when it never does, there is one founder. On a
+//! primary one session exports its snapshot and the others import it; that is never done on a standby, where an
+//! importer may see wrong rows. Wherever `pg_dump` does not run in a pause, a fingerprint of the catalogs before and
+//! after it proves that the schema it wrote is that of the snapshots.
+//!
+//! Whatever was disturbed is done again, a bounded number of times, with the same sessions.
+
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use anyhow::{Context as _, anyhow};
+use chrono::{DateTime, Utc};
+use cluster::Lsn;
+use futures_util::future::{join_all, try_join_all};
+use futures_util::stream::{self, StreamExt as _, TryStreamExt as _};
+use pgerror::{PgError, SqlState};
+use tokio::time::{sleep, timeout};
+use tokio_util::sync::CancellationToken;
+
+use super::catalog;
+use super::dump::{Program, Schema};
+use super::pause::{PAUSE_WORK, Pause};
+use super::pool::{Anchor, BACK_TO_REST, BEGIN, Crew, Pool, REST, import};
+use super::session::{Session, has_code, quoted};
+use super::types::{DatabasePlan, Mode, Open, Opened, Point, READERS_MAX};
+use crate::Server;
+
+/// Founders opened beyond those that are lent at the same time, in case one is lost. On a primary it is the anchor.
+const SPARES: usize = 1;
+
+/// Sessions that are being opened at the same time.
+const OPENING_AT_ONCE: usize = 8;
+
+/// How often a point is taken anew because the schema changed, `pg_dump` failed or the pause was broken.
+const TRIES: usize = 5;
+
+/// How often a pause is given up because replay holds a lock on a table; each time replay goes on for [`STEP`].
+const LOCK_TRIES: usize = 50;
+
+/// How long replay goes on between two pauses.
+const STEP: Duration = Duration::from_millis(100);
+
+/// How often a moment is sought at which replay stands still by itself.
+const STILL_TRIES: usize = 20;
+
+/// A record in the middle of its replay is finished by then, so that the position would show it.
+const STILL_WAIT: Duration = Duration::from_millis(10);
+
+/// How often a moment is sought at which a primary's databases have equal snapshots.
+const EQUAL_TRIES: usize = 20;
+
+/// Taking the point without a pause fails when it takes longer than this.
+const WORK_DEADLINE: Duration = Duration::from_secs(300);
+
+const FACTS: &str = "
+    SELECT pg_catalog.pg_is_in_recovery(), pg_catalog.current_setting('server_version_num')::int,
+           (SELECT system_identifier FROM pg_catalog.pg_control_system())::text,
+           pg_catalog.has_function_privilege('pg_catalog.pg_wal_replay_pause()', 'EXECUTE')
+           AND pg_catalog.has_function_privilege('pg_catalog.pg_wal_replay_resume()', 'EXECUTE')";
+
+const POSITION: &str = "
+    SELECT pg_catalog.pg_is_in_recovery(),
+           CASE WHEN pg_catalog.pg_is_in_recovery() THEN pg_catalog.pg_last_wal_replay_lsn()
+                ELSE pg_catalog.pg_current_wal_lsn() END::text,
+           pg_catalog.pg_last_wal_receive_lsn()::text,
+           CASE WHEN pg_catalog.pg_is_in_recovery()
+                THEN coalesce((SELECT received_tli FROM pg_catalog.pg_stat_wal_receiver),
+                              (SELECT timeline_id FROM pg_catalog.pg_control_checkpoint()))
+                ELSE ('x' || substr(pg_catalog.pg_walfile_name(pg_catalog.pg_current_wal_lsn()), 1, 8))::bit(32)::int
+           END,
+           pg_catalog.clock_timestamp()";
+
+/// Only replay can hold this mode on a standby. What it has locked and nobody can see yet is in nobody's way.
+const LOCKED: &str = "
+    SELECT n.nspname::text, c.relname::text FROM pg_catalog.pg_locks l
+    JOIN pg_catalog.pg_class c ON c.oid = l.relation
+    JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
+    JOIN pg_catalog.pg_database d ON d.oid = l.database AND d.datname = pg_catalog.current_database()
+    WHERE l.locktype = 'relation' AND l.mode = 'AccessExclusiveLock' AND l.granted AND c.relpersistence <> 't'
+    LIMIT 1";
+
+/// A point that was taken, and the pools of its founders.
+pub(super) struct Taken {
+    pub(super) opened: Opened,
+    pub(super) pools: Vec<Pool>,
+}
+
+/// Why a point has to be taken anew.
+enum Disturbance {
+    /// Replay holds a lock on a table.
+    Locked(PgError),
+    /// The position moved where it had to stand still.
+    Moved,
+    /// Anything else that may be over the next time.
+    Other(anyhow::Error),
+    /// Nothing that another try would mend.
+    Fatal(anyhow::Error),
+}
+
+impl From<anyhow::Error> for Disturbance {
+    fn from(error: anyhow::Error) -> Self {
+        Self::Fatal(error)
+    }
+}
+
+#[derive(Clone, Debug)]
+struct Position {
+    in_recovery: bool,
+    lsn: Lsn,
+    received: Option<Lsn>,
+    timeline: u32,
+    time: DateTime<Utc>,
+}
+
+/// The sessions of one database.
+struct Team {
+    database: String,
+    founders: Vec<Session>,
+    guard: Session,
+    /// The snapshot that the first founder exported.
+    exported: Option<String>,
+}
+
+/// What is done to take the point.
+struct Taking<'a> {
+    server: &'a Server,
+    request: &'a Open,
+    end: &'a CancellationToken,
+    control: Session,
+    program: Program,
+    version: i32,
+    system_identifier: String,
+    teams: Vec<Team>,
+}
+
+/// The position and the snapshots are there.
+struct Moment {
+    position: Position,
+    databases_at_one_point: bool,
+}
+
+/// Takes the point that `request` asks for. The sessions last until `end`.
+pub(super) async fn open(server: &Server, request: &Open, end: &CancellationToken) -> anyhow::Result<Taken> {
+    let control = Session::open(server, server.database(), request.job, end).await?;
+    let facts = control.row(FACTS, &[]).await.context("ask the server what it is")?;
+    let (in_recovery, version, may_pause): (bool, i32, bool) = (facts.get(0), facts.get(1), facts.get(3));
+    let system_identifier = facts.get(2);
+    let program = Program::find(version).await?;
+    let mut taking = Taking { server, request, end, control, program, version, system_identifier, teams: Vec::new() };
+    taking.assemble().await?;
+    match in_recovery {
+        false => taking.unpaused(Mode::Exported).await,
+        true if may_pause && !request.voting => taking.paused().await,
+        true => taking.unpaused(Mode::Still).await,
+    }
+}
+
+impl Taking<'_> {
+    fn readers(&self) -> usize {
+        self.request.readers.clamp(1, READERS_MAX)
+    }
+
+    /// Opens all sessions; none has a transaction yet.
+    async fn assemble(&mut self) -> anyhow::Result<()> {
+        let (server, job, end) = (self.server, self.request.job, self.end);
+        for database in &self.request.databases {
+            // The founders, their spare, and the guard.
+            let count = self.readers() + SPARES + 1;
+            let opening = stream::iter(0..count).map(|_| Session::open(server, database, job, end));
+            let mut founders: Vec<Session> = opening.buffered(OPENING_AT_ONCE).try_collect().await?;
+            let guard = founders.pop().context("open a guard")?;
+            self.teams.push(Team { database: database.clone(), founders, guard, exported: None });
+        }
+        Ok(())
+    }
+
+    /// On a standby whose replay may be paused.
+    async fn paused(mut self) -> anyhow::Result<Taken> {
+        let (mut tries, mut lock_tries) = (0, 0);
+        loop {
+            let pause = Pause::begin(self.server, self.request.job).await?;
+            let work = timeout(PAUSE_WORK, self.in_pause(&pause)).await;
+            pause.end().await;
+            let late = || {
+                Disturbance::Fatal(anyhow!(PgError::new(
+                    SqlState::OBJECT_NOT_IN_PREREQUISITE_STATE,
+                    "the point could not be taken within one pause of replay",
+                )))
+            };
+            match work.unwrap_or_else(|_| Err(late())) {
+                Ok((moment, plans)) => return Ok(self.taken(Mode::Paused, moment, plans)),
+                Err(Disturbance::Locked(error)) if lock_tries >= LOCK_TRIES => return Err(error.into()),
+                Err(Disturbance::Locked(_)) => lock_tries += 1,
+                Err(Disturbance::Fatal(error)) => return Err(error),
+                Err(other) if tries >= TRIES => return Err(given_up(other)),
+                Err(_) => tries += 1,
+            }
+            self.stand_down().await?;
+            sleep(STEP).await;
+        }
+    }
+
+    async fn in_pause(&mut self, pause: &Pause) -> Result<(Moment, Plans), Disturbance> {
+        for team in &self.teams {
+            if let Some(row) = team.guard.rows(LOCKED, &[]).await?.first() {
+                let table = format!("{}.{}", row.get::<_, &str>(0), row.get::<_, &str>(1));
+                let message = format!("table \"{table}\" is locked by a change of the schema that has not ended");
+                return Err(Disturbance::Locked(PgError::new(SqlState::LOCK_NOT_AVAILABLE, message)));
+            }
+        }
+        let position = self.position().await?;
+        try_join_all(self.teams.iter().flat_map(|team| &team.founders).map(begin)).await?;
+        try_join_all(self.teams.iter().flat_map(|team| &team.founders).map(hold)).await?;
+        let plans = self.plans(Mode::Paused).await?;
+        let after = self.position().await?;
+        if after.lsn != position.lsn || !after.in_recovery || !pause.still_stands().await? {
+            return Err(Disturbance::Moved);
+        }
+        Ok((Moment { position, databases_at_one_point: true }, plans))
+    }
+
+    /// On a primary, or a standby whose replay is not paused: the moment is sought, the schema is proven.
+    async fn unpaused(mut self, mode: Mode) -> anyhow::Result<Taken> {
+        for number in 1.. {
+            let work = timeout(WORK_DEADLINE, self.try_unpaused(mode)).await;
+            match work.context("take the point in time")? {
+                Ok((mode, moment, plans)) => return Ok(self.taken(mode, moment, plans)),
+                Err(Disturbance::Fatal(error)) => return Err(error),
+                Err(other) if number >= TRIES => return Err(given_up(other)),
+                Err(_) => {}
+            }
+            self.stand_down().await?;
+            sleep(STEP).await;
+        }
+        Err(anyhow!("the tries are bounded"))
+    }
+
+    async fn try_unpaused(&mut self, mode: Mode) -> Result<(Mode, Moment, Plans), Disturbance> {
+        let (mode, moment) = match mode {
+            Mode::Exported => (mode, self.export().await?),
+            _ => match self.stand_still().await? {
+                Some(moment) => (Mode::Still, moment),
+                None => (Mode::Single, self.alone().await?),
+            },
+        };
+        let firsts = || self.teams.iter().filter_map(|team| Some((team.founders.first()?, &team.guard)));
+        let before = try_join_all(firsts().map(|(founder, _)| catalog::fingerprint(founder))).await?;
+        let plans = self.plans(mode).await?;
+        let after = try_join_all(firsts().map(|(_, guard)| catalog::fingerprint(guard))).await?;
+        if let Some((team, _)) = self.teams.iter().zip(before.iter().zip(&after)).find(|(_, (a, b))| a != b) {
+            let message = format!("the schema of database {} kept changing", quoted(&team.database));
+            let changed = PgError::new(SqlState::OBJECT_NOT_IN_PREREQUISITE_STATE, message);
+            return Err(Disturbance::Other(changed.hint("Back it up when no DDL runs.").into()));
+        }
+        if self.position().await?.in_recovery != moment.position.in_recovery {
+            return Err(Disturbance::Other(anyhow!("the server was promoted while the point was taken")));
+        }
+        Ok((mode, moment, plans))
+    }
+
+    /// All snapshots at a moment at which replay stands still by itself, if there is one.
+    async fn stand_still(&mut self) -> anyhow::Result<Option<Moment>> {
+        for _ in 0..STILL_TRIES {
+            try_join_all(self.teams.iter().flat_map(|team| &team.founders).map(begin)).await?;
+            let before = self.position().await?;
+            try_join_all(self.teams.iter().flat_map(|team| &team.founders).map(hold)).await?;
+            sleep(STILL_WAIT).await;
+            let after = self.position().await?;
+            // Where more has come than was replayed, a record may be in the middle of its replay.
+            if before.lsn == after.lsn && after.received.is_none_or(|received| received <= after.lsn) {
+                return Ok(Some(Moment { position: after, databases_at_one_point: true }));
+            }
+            self.stand_down().await?;
+            sleep(STEP).await;
+        }
+        Ok(None)
+    }
+
+    /// One founder per database.
+    async fn alone(&mut self) -> anyhow::Result<Moment> {
+        for team in &mut self.teams {
+            team.founders.truncate(1);
+        }
+        try_join_all(self.teams.iter().flat_map(|team| &team.founders).map(begin)).await?;
+        try_join_all(self.teams.iter().flat_map(|team| &team.founders).map(hold)).await?;
+        Ok(Moment { position: self.position().await?, databases_at_one_point: self.teams.len() == 1 })
+    }
+
+    /// The first founder of each database exports its snapshot, the others import it. A snapshot belongs to one
+    /// database; those of several are at one point when they are equal.
+    async fn export(&mut self) -> anyhow::Result<Moment> {
+        let mut tries = 0;
+        let (position, databases_at_one_point) = loop {
+            let firsts = || self.teams.iter().filter_map(|team| team.founders.first());
+            try_join_all(firsts().map(begin)).await?;
+            let asked = firsts().map(|first| first.row("SELECT pg_catalog.pg_current_snapshot()::text", &[]));
+            let rows = try_join_all(asked).await?;
+            let snapshots: Vec<&str> = rows.iter().map(|row| row.get(0)).collect();
+            let are_equal = snapshots.windows(2).all(|pair| pair[0] == pair[1]);
+            tries += 1;
+            if are_equal || tries >= EQUAL_TRIES {
+                break (self.position().await?, are_equal);
+            }
+            self.stand_down().await?;
+        };
+        for team in &mut self.teams {
+            let Some((first, others)) = team.founders.split_first() else { continue };
+            let snapshot: String = first.row("SELECT pg_catalog.pg_export_snapshot()", &[]).await?.get(0);
+            first.run(REST).await?;
+            try_join_all(others.iter().map(|other| import(other, &snapshot))).await?;
+            team.exported = Some(snapshot);
+        }
+        Ok(Moment { position, databases_at_one_point })
+    }
+
+    /// The plan and the schema of every database, in the order of the request.
+    async fn plans(&self, mode: Mode) -> Result<Plans, Disturbance> {
+        let mut plans = Vec::new();
+        for team in &self.teams {
+            let first = team.founders.first().context("ask a founder for the plan")?;
+            let read = catalog::plan(first, mode != Mode::Exported).await;
+            // A sequence that is dropped after the snapshot is still listed in it, and cannot be read.
+            let gone = |error: &anyhow::Error| mode != Mode::Paused && has_code(error, &[SqlState::UNDEFINED_TABLE]);
+            let mut plan = read.map_err(|error| match gone(&error) {
+                true => Disturbance::Other(error),
+                false => Disturbance::Fatal(error.context(format!("plan database {:?}", team.database))),
+            })?;
+            // Ends the locks that reading took.
+            first.run(BACK_TO_REST).await?;
+            let dumped = self.program.run(self.server, &team.database, mode, team.exported.as_deref()).await;
+            let schema = dumped.map_err(Disturbance::Other)?;
+            plan.schema_bytes = schema.bytes;
+            plan.dump_version.clone_from(&self.program.version);
+            plans.push((plan, schema));
+        }
+        Ok(plans)
+    }
+
+    async fn position(&self) -> anyhow::Result<Position> {
+        let row = self.control.row(POSITION, &[]).await.context("ask the server for its WAL position")?;
+        let lsn = |text: Option<&str>| text.and_then(|text| text.parse::<Lsn>().ok());
+        Ok(Position {
+            in_recovery: row.get(0),
+            lsn: lsn(row.get(1)).context("read the WAL position")?,
+            received: lsn(row.get(2)),
+            timeline: row.get::<_, i32>(3).unsigned_abs(),
+            time: row.get(4),
+        })
+    }
+
+    /// Ends all transactions, to begin anew.
+    async fn stand_down(&mut self) -> anyhow::Result<()> {
+        for team in &mut self.teams {
+            team.exported = None;
+        }
+        let sessions = self.teams.iter().flat_map(|team| &team.founders);
+        join_all(sessions.map(|session| session.run("ROLLBACK"))).await.into_iter().collect()
+    }
+
+    fn taken(self, mode: Mode, moment: Moment, plans: Plans) -> Taken {
+        let readers = if mode == Mode::Single { 1 } else { self.readers() };
+        let point = Point {
+            lsn: moment.position.lsn,
+            timeline: moment.position.timeline,
+            time: moment.position.time,
+            in_recovery: moment.position.in_recovery,
+            mode,
+            server_version: self.version,
+            system_identifier: self.system_identifier,
+            readers,
+            databases_at_one_point: moment.databases_at_one_point,
+        };
+        let mut databases = Vec::new();
+        let mut pools = Vec::new();
+        for (mut team, (plan, schema)) in self.teams.into_iter().zip(plans) {
+            let anchor = team.exported.map(|snapshot| Anchor { session: team.founders.remove(0), snapshot });
+            let crew = Crew { founders: team.founders, anchor, guard: team.guard };
+            let tables: BTreeMap<_, _> = plan.tables.iter().map(|table| (table.oid, table.clone())).collect();
+            let (server, job, end) = (self.server.clone(), self.request.job, self.end.clone());
+            pools.push(Pool::new(server, job, team.database, tables, schema, end, crew));
+            databases.push(plan);
+        }
+        Taken { opened: Opened { point, databases }, pools }
+    }
+}
+
+type Plans = Vec<(DatabasePlan, Schema)>;
+
+/// Begins a founder's transaction.
+async fn begin(session: &Session) -> anyhow::Result<()> {
+    session.run(BEGIN).await
+}
+
+/// Takes a founder's snapshot.
+async fn hold(session: &Session) -> anyhow::Result<()> {
+    session.run("SELECT 1").await?;
+    session.run(REST).await
+}
+
+fn given_up(disturbance: Disturbance) -> anyhow::Error {
+    match disturbance {
+        Disturbance::Locked(error) => error.into(),
+        Disturbance::Other(error) | Disturbance::Fatal(error) => error,
+        Disturbance::Moved => {
+            let message = "replay on the server was resumed by somebody else while the point was taken";
+            PgError::new(SqlState::OBJECT_NOT_IN_PREREQUISITE_STATE, message).into()
+        }
+    }
+}

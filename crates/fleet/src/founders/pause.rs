@@ -1,0 +1,206 @@
+//! Pausing a standby's replay, and never leaving it paused.
+//!
+//! A standby that stays paused falls behind for good, so there are three ways back. The ordinary one is [`Pause::end`].
+//! A pause that is dropped instead, because whoever opened founders went away, ends in the background. And should this
+//! process die, the server resumes by itself: what pauses is one statement that pauses, sleeps and resumes, and it
+//! runs to its end without a client.
+//!
+//! A pause of somebody else's is left alone. (Should one begin while ours lasts, PostgreSQL cannot tell the two apart.)
+
+use std::time::{Duration, Instant};
+
+use anyhow::bail;
+use pgerror::{PgError, SqlState};
+use tokio::task::JoinHandle;
+use tokio::time::{sleep, timeout};
+use tokio_postgres::CancelToken;
+use tokio_util::sync::CancellationToken;
+
+use super::session::{Session, cancel, has_code};
+use crate::Server;
+
+/// The server resumes by itself after this.
+const SWITCH: Duration = Duration::from_secs(60);
+
+/// What is done in a pause has to be done by then, so that the switch never acts while it is.
+pub(super) const PAUSE_WORK: Duration = Duration::from_secs(45);
+
+/// Replay pauses between two records; one that waits for a conflicting query longer than this is not waited for.
+const PAUSED_WAIT: Duration = Duration::from_secs(10);
+
+/// Time between two questions whether replay is paused.
+const POLL: Duration = Duration::from_millis(5);
+
+/// Sessions on which resuming is tried; after that it is left to the switch.
+const RESUME_TRIES: usize = 3;
+
+/// One such try, and the wait for the cancelled switch.
+const RESUME_DEADLINE: Duration = Duration::from_secs(10);
+
+const NOT_PAUSED: &str = "not paused";
+
+/// The statement that pauses and sleeps.
+struct Switch {
+    cancel: CancelToken,
+    /// Whether it ran to its end, and so has resumed; `None` once that was asked.
+    task: Option<JoinHandle<bool>>,
+    /// Whether it has been seen to take effect.
+    seen: bool,
+}
+
+impl Switch {
+    fn is_over(&self) -> bool {
+        self.task.as_ref().is_none_or(JoinHandle::is_finished)
+    }
+}
+
+/// A pause of ours.
+pub(super) struct Pause {
+    server: Server,
+    job: i64,
+    /// Taken when the pause is ended.
+    held: Option<(Session, Switch)>,
+}
+
+impl Pause {
+    /// Pauses replay, and waits until it stands.
+    pub(super) async fn begin(server: &Server, job: i64) -> anyhow::Result<Self> {
+        let end = CancellationToken::new();
+        let control = Session::open(server, server.database(), job, &end).await?;
+        if state(&control).await? != NOT_PAUSED {
+            let message = "replay on the server is paused by somebody else";
+            return Err(PgError::new(SqlState::OBJECT_NOT_IN_PREREQUISITE_STATE, message)
+                .hint("Resume it with pg_wal_replay_resume(), or let the backup read another server.")
+                .into());
+        }
+        let sleeper = Session::open(server, server.database(), job, &end).await?;
+        // With the check of its client on, the statement would end with this process, and not resume.
+        sleeper.run("SET client_connection_check_interval = 0").await?;
+        let statement = format!(
+            "SELECT pg_catalog.pg_wal_replay_pause(), pg_catalog.pg_sleep({}), pg_catalog.pg_wal_replay_resume()",
+            SWITCH.as_secs()
+        );
+        let cancel = sleeper.client.cancel_token();
+        let task = tokio::spawn(async move {
+            // The whole session, or its connection would be closed here.
+            let sleeper = sleeper;
+            sleeper.client.batch_execute(&statement).await.is_ok()
+        });
+        let held = Some((control, Switch { cancel, task: Some(task), seen: false }));
+        let mut pause = Self { server: server.clone(), job, held };
+        match pause.stands().await {
+            Ok(()) => Ok(pause),
+            Err(error) => {
+                pause.end().await;
+                Err(error)
+            }
+        }
+    }
+
+    /// Waits until replay is paused.
+    async fn stands(&mut self) -> anyhow::Result<()> {
+        let Some((control, switch)) = &mut self.held else { return Ok(()) };
+        let deadline = Instant::now() + PAUSED_WAIT;
+        loop {
+            if switch.is_over() {
+                bail!("the statement that pauses replay was ended by the server");
+            }
+            let state = state(control).await?;
+            switch.seen |= state != NOT_PAUSED;
+            if state == "paused" {
+                return Ok(());
+            }
+            if Instant::now() > deadline {
+                let message = "replay on the server did not pause in time";
+                return Err(PgError::new(SqlState::OBJECT_NOT_IN_PREREQUISITE_STATE, message)
+                    .detail("It may be waiting for a query that conflicts with it.")
+                    .into());
+            }
+            sleep(POLL).await;
+        }
+    }
+
+    /// Whether it has lasted without a break until now.
+    pub(super) async fn still_stands(&self) -> anyhow::Result<bool> {
+        let Some((control, switch)) = &self.held else { return Ok(false) };
+        Ok(!switch.is_over() && state(control).await? == "paused")
+    }
+
+    /// Resumes replay.
+    pub(super) async fn end(mut self) {
+        if let Some((control, switch)) = self.held.take() {
+            finish(&self.server, self.job, control, switch).await;
+        }
+    }
+}
+
+impl Drop for Pause {
+    fn drop(&mut self) {
+        let Some((control, switch)) = self.held.take() else { return };
+        let (server, job) = (self.server.clone(), self.job);
+        // Without a runtime the process is ending, and the switch does it.
+        if let Ok(runtime) = tokio::runtime::Handle::try_current() {
+            runtime.spawn(async move { finish(&server, job, control, switch).await });
+        }
+    }
+}
+
+/// Resumes first and cancels the switch only then: in between, it would still resume if this process died.
+async fn finish(server: &Server, job: i64, control: Session, mut switch: Switch) {
+    let end = CancellationToken::new();
+    let mut session = Some(control);
+    for _ in 0..RESUME_TRIES {
+        let control = match session.take() {
+            Some(session) => session,
+            None => match Session::open(server, server.database(), job, &end).await {
+                Ok(session) => session,
+                Err(_) => continue,
+            },
+        };
+        match timeout(RESUME_DEADLINE, resume(&control, &mut switch)).await {
+            Ok(Ok(())) => {
+                cancel(switch.cancel).await;
+                return;
+            }
+            Ok(Err(error)) => tracing::warn!("replay could not be resumed: {error:#}"),
+            Err(_) => tracing::warn!("replay could not be resumed in time"),
+        }
+    }
+    tracing::error!("replay is left to be resumed by the server itself, within {} seconds", SWITCH.as_secs());
+}
+
+async fn resume(control: &Session, switch: &mut Switch) -> anyhow::Result<()> {
+    loop {
+        if switch.is_over() {
+            let resumed = match switch.task.take() {
+                Some(task) => task.await.unwrap_or(false),
+                None => false,
+            };
+            if resumed {
+                return Ok(());
+            }
+            break;
+        }
+        match state(control).await {
+            Ok(state) if state == NOT_PAUSED && switch.seen => return Ok(()),
+            // The switch may be on its way to the server still; resumed before it arrives, it would pause after all.
+            Ok(state) if state == NOT_PAUSED => sleep(POLL).await,
+            Ok(_) => break,
+            Err(error) if is_promoted(&error) => return Ok(()),
+            Err(error) => return Err(error),
+        }
+    }
+    match control.run("SELECT pg_catalog.pg_wal_replay_resume()").await {
+        Err(error) if !is_promoted(&error) => Err(error),
+        _ => Ok(()),
+    }
+}
+
+/// "recovery is not in progress": promotion has ended the pause.
+fn is_promoted(error: &anyhow::Error) -> bool {
+    has_code(error, &[SqlState::OBJECT_NOT_IN_PREREQUISITE_STATE])
+}
+
+async fn state(control: &Session) -> anyhow::Result<String> {
+    Ok(control.row("SELECT pg_catalog.pg_get_wal_replay_pause_state()", &[]).await?.get(0))
+}

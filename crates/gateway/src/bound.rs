@@ -1,0 +1,94 @@
+//! A Bind message, read: which statement, which portal, and the values in whichever format the client sent them.
+
+use pgerror::{PgError, SqlState};
+use sql::ParameterType;
+
+use crate::frame::{cut_i16, cut_i32, cut_string};
+use crate::local::utf8;
+
+/// What a Bind message says.
+pub(crate) struct Bound<'b> {
+    pub(crate) portal: &'b [u8],
+    pub(crate) name: &'b [u8],
+    pub(crate) values: Vec<Given<'b>>,
+    /// The formats of the result's columns: none, one for all, or one for each.
+    pub(crate) formats: Vec<i16>,
+}
+
+/// A value as the client gave it.
+pub(crate) struct Given<'b> {
+    binary: bool,
+    bytes: Option<&'b [u8]>,
+}
+
+impl<'b> Bound<'b> {
+    /// `None` when the message is cut short.
+    pub(crate) fn read(mut body: &'b [u8]) -> Option<Self> {
+        let portal = cut_string(&mut body)?;
+        let name = cut_string(&mut body)?;
+        let given = formats(&mut body)?;
+        let mut values = Vec::new();
+        for index in 0..usize::try_from(cut_i16(&mut body)?).ok()? {
+            let bytes = match cut_i32(&mut body)? {
+                -1 => None,
+                length => {
+                    let (bytes, rest) = body.split_at_checked(usize::try_from(length).ok()?)?;
+                    body = rest;
+                    Some(bytes)
+                }
+            };
+            let format = if given.len() == 1 { given.first() } else { given.get(index) };
+            values.push(Given { binary: format == Some(&1), bytes });
+        }
+        let formats = formats(&mut body)?;
+        Some(Self { portal, name, values, formats })
+    }
+}
+
+fn formats(body: &mut &[u8]) -> Option<Vec<i16>> {
+    (0..cut_i16(body)?).map(|_| cut_i16(body)).collect()
+}
+
+impl Given<'_> {
+    /// The value as text; `None` is NULL.
+    ///
+    /// # Errors
+    ///
+    /// 22P03 for bytes that are no number, 22021 for a text that is not UTF-8.
+    pub(crate) fn text(&self, parameter: ParameterType) -> Result<Option<String>, PgError> {
+        let Some(bytes) = self.bytes else { return Ok(None) };
+        if !self.binary || parameter == ParameterType::Text {
+            return Ok(Some(utf8(bytes)?.to_owned()));
+        }
+        // A driver sends a number in the type it finds for it.
+        let number = match *bytes {
+            [a, b] => i64::from(i16::from_be_bytes([a, b])),
+            [a, b, c, d] => i64::from(i32::from_be_bytes([a, b, c, d])),
+            [a, b, c, d, e, f, g, h] => i64::from_be_bytes([a, b, c, d, e, f, g, h]),
+            _ => {
+                let message = "incorrect binary data format in bind parameter";
+                return Err(PgError::new(SqlState::INVALID_BINARY_REPRESENTATION, message));
+            }
+        };
+        Ok(Some(number.to_string()))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn values_are_read_in_either_format() {
+        let mut body = b"\0s\0".to_vec();
+        body.extend([0, 2, 0, 1, 0, 0, 0, 3]);
+        body.extend([0, 0, 0, 4, 0, 0, 0, 7, 0, 0, 0, 2, b'4', b'2', 0xff, 0xff, 0xff, 0xff, 0, 1, 0, 1]);
+        let bound = Bound::read(&body).unwrap();
+        let texts: Vec<_> = bound.values.iter().map(|value| value.text(ParameterType::Int8).unwrap()).collect();
+        assert_eq!((bound.name, bound.formats), (&b"s"[..], vec![1]));
+        assert_eq!(texts, [Some("7".to_owned()), Some("42".to_owned()), None]);
+        for short in 0..body.len() {
+            assert!(Bound::read(&body[..short]).is_none(), "{short}");
+        }
+    }
+}

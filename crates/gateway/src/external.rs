@@ -1,0 +1,106 @@
+//! External connections: names for stores.
+
+use std::time::Duration;
+
+use backup::Requester;
+use cluster::NodeId;
+use futures_util::future::join_all;
+use pgerror::{PgError, SqlState};
+use serde_json::json;
+use sql::{Statement, Text};
+use storage::Uri;
+
+use crate::Gateway;
+use crate::answer::{Answer, Column, Kind, Value};
+
+pub(crate) const COLUMNS: [Column; 3] = [
+    Column { name: "connection_name", kind: Kind::Text },
+    Column { name: "connection_uri", kind: Kind::Text },
+    Column { name: "connection_type", kind: Kind::Text },
+];
+
+/// A node that has not reached a store by then has not reached it.
+const PROBE_DEADLINE: Duration = Duration::from_secs(20);
+
+/// Runs one of the statements about external connections.
+pub(crate) async fn run(gateway: &Gateway, statement: &Statement, requester: &Requester) -> anyhow::Result<Answer> {
+    let connections = gateway.backups.connections()?;
+    let session = gateway.backups.jobs.ledger().session().await?;
+    match statement {
+        Statement::CreateExternalConnection { name, uri, if_not_exists } => {
+            check_superuser(requester)?;
+            let uri = Uri::parse(text(uri)?)?;
+            let notice = reach(gateway, &uri).await?;
+            connections.create(&session, text(name)?, &uri, &requester.user, *if_not_exists).await?;
+            Ok(Answer { rows: Vec::new(), notices: vec![notice] })
+        }
+        Statement::DropExternalConnection { name } => {
+            let name = text(name)?;
+            let listed = connections.list(&session, Some(name)).await?;
+            if listed.iter().any(|listed| !requester.superuser && listed.owner != requester.user) {
+                let message = format!("must be owner of external connection {name}");
+                return Err(PgError::new(SqlState::INSUFFICIENT_PRIVILEGE, message).into());
+            }
+            connections.drop(&session, name).await?;
+            Ok(Answer { rows: Vec::new(), notices: Vec::new() })
+        }
+        Statement::ShowExternalConnections { name } => {
+            let name = name.as_ref().map(text).transpose()?;
+            let mut listed = connections.list(&session, name).await?;
+            listed.retain(|listed| requester.superuser || listed.owner == requester.user);
+            let row = |listed: storage::Listed| {
+                let texts = [listed.name, listed.uri_redacted, "STORAGE".to_owned()];
+                texts.map(|text| Value::Text(Some(text))).to_vec()
+            };
+            Ok(Answer { rows: listed.into_iter().map(row).collect(), notices: Vec::new() })
+        }
+        other => anyhow::bail!("{} is not about external connections", other.tag()),
+    }
+}
+
+fn text(text: &Text) -> anyhow::Result<&str> {
+    text.literal().ok_or_else(|| anyhow::anyhow!("a statement runs with a parameter that is not bound"))
+}
+
+fn check_superuser(requester: &Requester) -> Result<(), PgError> {
+    if requester.superuser {
+        return Ok(());
+    }
+    // CockroachDB's text; the privilege has no other form here yet.
+    let message = "only users with the EXTERNALCONNECTION system privilege are allowed to CREATE EXTERNAL CONNECTION";
+    Err(PgError::new(SqlState::INSUFFICIENT_PRIVILEGE, message).hint("Ask a superuser to make it."))
+}
+
+/// Which nodes reach the store: one is enough, since a filter may keep the others from it for good.
+async fn reach(gateway: &Gateway, uri: &Uri) -> anyhow::Result<PgError> {
+    let view = gateway.cluster.view();
+    let nodes: Vec<NodeId> =
+        view.nodes.values().filter(|known| known.reachable).filter_map(|known| known.info.node_id).collect();
+    let request = json!({ "uri": uri.exposed() });
+    let probes = nodes
+        .iter()
+        .map(|node| async { (*node, gateway.peers.call::<()>(*node, backup::PROBE, &request, PROBE_DEADLINE).await) });
+    let (mut reached, mut missed, mut last) = (Vec::new(), Vec::new(), None);
+    for (node, outcome) in join_all(probes).await {
+        match outcome {
+            Ok(()) => reached.push(node.to_string()),
+            Err(error) => {
+                missed.push(node.to_string());
+                last = Some(error);
+            }
+        }
+    }
+    match last {
+        Some(error) if reached.is_empty() => Err(error),
+        _ => {
+            let mut notice = PgError::new(
+                SqlState::SUCCESSFUL_COMPLETION,
+                format!("the store is reached by nodes {}", reached.join(", ")),
+            );
+            if !missed.is_empty() {
+                notice = notice.detail(format!("It is not reached by nodes {}.", missed.join(", ")));
+            }
+            Ok(notice)
+        }
+    }
+}

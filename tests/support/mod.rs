@@ -5,6 +5,7 @@
 
 pub mod demo;
 pub mod fleet;
+pub mod store;
 pub mod wire;
 
 use std::path::Path;

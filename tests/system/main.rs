@@ -2,6 +2,8 @@
 
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on panics")]
 
+mod backup; // what BACKUP promises: where it runs, what clients are told, what is in it
+mod backup_faults; // deaths in the middle, stores that fail, statements that cannot be
 mod clients; // every client takes every node for PostgreSQL: psql and its friends
 mod demo; // what `backhaul demo` promises: its fleet, its ends, its refusals
 mod drivers; // the same for application drivers

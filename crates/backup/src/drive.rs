@@ -208,7 +208,10 @@ impl Shard<'_> {
             let message = format!("node {} is gone, and with it the backup's point", self.point.node);
             return Err(Invalidated(PgError::new(SqlState::CONNECTION_FAILURE, message)).into());
         }
-        if tries < TRIES_MAX && (connection || storage::is_transient(&error)) {
+        // What a store or a lock refuses now it may grant later; across nodes only the code tells.
+        let passing = [SqlState::IO_ERROR, SqlState::LOCK_NOT_AVAILABLE, SqlState::OBJECT_IN_USE];
+        let may_pass = said.is_some_and(|said| passing.contains(&said.code)) || storage::is_transient(&error);
+        if tries < TRIES_MAX && (connection || may_pass) {
             tokio::time::sleep(Duration::from_millis(200) * 2_u32.pow(tries)).await;
             return Ok(());
         }

@@ -3,7 +3,7 @@
 //! Read in this order. [`plan`] judges a statement before anything exists: filter, databases, rights, URI. A job is
 //! made, and on whichever node coordinates it, [`resume`] tells the story step by step: the lock, a point for each
 //! shard ([`point`]), spans cut from tables ([`spans`]) and dealt to workers ([`assign`]), their export watched
-//! ([`drive`]), the manifest written and sealed ([`manifest`], [`seal`]). What a worker does with one span is
+//! ([`drive`]), tables that keep changing held still ([`hold`]), the manifest written and sealed ([`manifest`], [`seal`]). What a worker does with one span is
 //! [`export`]. What is in a backup, and under which names, is [`layout`]; how it opens without us is [`restore_text`].
 //!
 //! **What a crash leaves.** Objects are written once and under names that carry the claim, so two coordinators of one
@@ -16,6 +16,7 @@
 mod assign;
 mod drive;
 mod export;
+mod hold;
 mod layout;
 mod manifest;
 mod plan;

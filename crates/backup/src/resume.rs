@@ -9,7 +9,7 @@ use bytes::{Bytes, BytesMut};
 use chrono::{DateTime, Utc};
 use cluster::service::Boxed;
 use cluster::{Filter, NodeId, Peers};
-use fleet::founders::{FOUNDERS, Request};
+use fleet::founders::{DatabasePlan, FOUNDERS, Request, SequencePlan, TablePlan, is_point_lost};
 use futures_util::StreamExt as _;
 use jobs::{Resumer, Run};
 use pgerror::{PgError, SqlState};
@@ -21,7 +21,7 @@ use crate::drive::{self, Finished, Invalidated, Shard};
 use crate::export::sha256;
 use crate::manifest::{FORMAT, FileEntry, Manifest, NodeWork, ShardPart};
 use crate::point::{self, ShardPoint};
-use crate::{layout, seal, spans};
+use crate::{hold, layout, seal, spans};
 
 /// The type of these jobs.
 pub const JOB_TYPE: &str = "BACKUP";
@@ -189,6 +189,8 @@ impl Story<'_> {
 
     /// Exports one shard, at another point when the first one is spoilt.
     async fn shard(&self, mut point: ShardPoint, progress: (f64, f64)) -> anyhow::Result<ShardPart> {
+        let mut spoilt: BTreeMap<(String, u32), TablePlan> = BTreeMap::new();
+        let mut _held = None;
         loop {
             let (attempt, node, lease) = (point.attempt, point.node, point.lease);
             let error = match self.read(&point, progress).await {
@@ -200,6 +202,16 @@ impl Story<'_> {
             point::close(self.peers, node, lease).await;
             if attempt + 1 >= POINTS_MAX {
                 return Err(reason.into());
+            }
+            let tables = hold::table_of(&reason, &point.opened.databases);
+            spoilt.extend(tables.map(|(database, table)| ((database, table.oid), table)));
+            if attempt + 1 >= hold::SPOILT_MAX && !spoilt.is_empty() {
+                let tables: Vec<_> = spoilt.iter().map(|((name, _), table)| (name.clone(), table.clone())).collect();
+                // What was held before goes when the new locks are there.
+                match hold::hold(self.peers, &point.shard, &tables).await {
+                    Ok(locks) => _held = Some(locks),
+                    Err(error) => tracing::warn!(job = %self.run.id, "tables could not be held: {error:#}"),
+                }
             }
             let databases = self.payload.shards.get(&point.shard).cloned().unwrap_or_default();
             point = self.new_point(&point.shard, &databases, attempt + 1).await?;
@@ -215,23 +227,46 @@ impl Story<'_> {
         let finished: Vec<Finished> = self.run.kept_under(&drive::key(point)).await?;
         let shard = Shard { run: self.run, peers: self.peers, point, uri: &self.uri, filter: &self.filter, progress };
         let files = shard.export(&spans::cut(&point.opened.databases), finished).await?;
+        let mut databases = point.opened.databases.clone();
+        if !point.opened.point.in_recovery {
+            for database in &mut databases {
+                self.later_sequences(point, database).await?;
+            }
+        }
         Ok(ShardPart {
             shard: point.shard.clone(),
             read_from: point.node,
             point: point.opened.point.clone(),
-            databases: point.opened.databases.clone(),
+            databases,
             schemas,
             files,
         })
     }
 
+    /// On a primary sequences go on while rows are read, and rows of the point may use what was given out just after
+    /// it was taken: of both values the one that is further along is kept.
+    async fn later_sequences(&self, point: &ShardPoint, database: &mut DatabasePlan) -> anyhow::Result<()> {
+        let request = Request::Sequences { lease: point.lease, database: database.name.clone() };
+        let later: Vec<SequencePlan> =
+            self.peers.call(point.node, FOUNDERS, &request, SCHEMA_DEADLINE).await.map_err(lost)?;
+        for sequence in &mut database.sequences {
+            let same = |other: &&SequencePlan| (&other.schema, &other.name) == (&sequence.schema, &sequence.name);
+            let Some(other) = later.iter().find(same) else { continue };
+            let ahead = if sequence.increment < 0 {
+                other.last_value < sequence.last_value
+            } else {
+                other.last_value > sequence.last_value
+            };
+            if ahead || other.last_value == sequence.last_value && other.is_called {
+                *sequence = other.clone();
+            }
+        }
+        Ok(())
+    }
+
     /// Moves a schema from the founders' node, which need not reach the store, to the store.
     async fn schema(&self, point: &ShardPoint, database: &str) -> anyhow::Result<FileEntry> {
         let request = Request::Schema { lease: point.lease, database: database.to_owned() };
-        let lost = |error: anyhow::Error| match PgError::of(&error) {
-            Some(said) if fleet::founders::is_point_lost(said) => Invalidated(said.clone()).into(),
-            _ => error,
-        };
         let asked = self.peers.download(point.node, FOUNDERS, &request, SCHEMA_DEADLINE).await;
         let mut stream = asked.map_err(lost)?;
         let mut dump = BytesMut::new();
@@ -284,6 +319,14 @@ impl Story<'_> {
             }
         }
         nodes
+    }
+}
+
+/// A point that is gone is no reason to fail: another one is taken.
+fn lost(error: anyhow::Error) -> anyhow::Error {
+    match PgError::of(&error) {
+        Some(said) if is_point_lost(said) => Invalidated(said.clone()).into(),
+        _ => error,
     }
 }
 

@@ -46,7 +46,14 @@ impl Fleet {
         if with_standby {
             let mut standby = instance(fleet._dir.path(), "standby");
             let mut settings = settings;
-            settings.push(("max_standby_streaming_delay".to_owned(), "2s".to_owned()));
+            // A conflict with a snapshot is what these tests are not about.
+            for (name, value) in [
+                ("max_standby_streaming_delay", "2s"),
+                ("hot_standby_feedback", "on"),
+                ("wal_receiver_status_interval", "1s"),
+            ] {
+                settings.push((name.to_owned(), value.to_owned()));
+            }
             standby.clone_from(&fleet.primary.conninfo("root"), "standby", &settings).unwrap();
             standby.start("root", &fleet._dir.path().join("standby.log")).await.unwrap();
             fleet.standby = Some(standby);
@@ -71,8 +78,10 @@ impl Fleet {
         client.batch_execute(statements).await.unwrap();
     }
 
-    /// Waits until the standby has replayed all that the primary has written.
+    /// Waits until the standby has replayed all that the primary has done, also what is not committed yet.
     async fn caught_up(&self) {
+        // A commit, without which the last of what was done would stay in memory for long.
+        self.on_primary("SELECT pg_logical_emit_message(true, '', '')").await;
         let lsn = ask(&self.primary(), "postgres", "SELECT pg_current_wal_lsn()").await;
         let query = format!("SELECT pg_last_wal_replay_lsn() >= '{lsn}'");
         until(&self.standby(), &query, "t").await;
@@ -260,6 +269,9 @@ async fn one_point(fleet: &Fleet, server: Server, mode: Mode) {
     let history = rows(&founders, lease, whole(table(&opened, "history"))).await;
     let highest = history.iter().map(|row| row.split('\t').next().unwrap().parse::<i64>().unwrap()).max().unwrap();
     assert!(opened.databases[0].sequences[0].last_value >= highest);
+    let request = Request::Sequences { lease, database: "shop".to_owned() };
+    let Reply::Answer(now) = call(&founders, &request).await.unwrap() else { panic!("not an answer") };
+    assert!(now[0]["last_value"].as_i64().unwrap() > opened.databases[0].sequences[0].last_value, "{now}");
     writers.iter().for_each(tokio::task::JoinHandle::abort);
 }
 
@@ -377,6 +389,8 @@ async fn a_table_that_changed_behind_the_point_is_never_read() {
     let fleet = Fleet::start(true, GUARDED).await;
     let (founders, lease) = (Founders::new(fleet.standby()), Uuid::new_v4());
     let opened = opened(&founders, open(lease, 2)).await;
+    // By then the primary knows which rows the founders still see.
+    sleep(Duration::from_millis(2500)).await;
     fleet.in_database("shop", CHANGES).await;
     fleet.in_database("shop", "VACUUM FULL shrunk").await;
     fleet.caught_up().await;
@@ -581,4 +595,34 @@ async fn several_databases_share_a_point_and_ddl_meanwhile_does_not_show() {
         assert!(opened.point.mode == Mode::Exported || opened.point.databases_at_one_point);
     }
     ddl.abort();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_schema_that_changes_between_snapshot_and_dump_is_dumped_again() {
+    let fleet = Fleet::start(false, "CREATE TABLE t (a int CHECK (a > 0))").await;
+    for duration in [Duration::from_millis(300), Duration::from_secs(1)] {
+        let primary = fleet.primary();
+        let ddl = tokio::spawn(async move {
+            let (client, _connection) = primary.session_in("shop").await.unwrap();
+            let begun = Instant::now();
+            while begun.elapsed() < duration {
+                client.batch_execute("ALTER TABLE t RENAME a TO b").await.unwrap();
+                sleep(Duration::from_millis(5)).await;
+                client.batch_execute("ALTER TABLE t RENAME b TO a").await.unwrap();
+                sleep(Duration::from_millis(5)).await;
+            }
+        });
+        let (founders, lease) = (Founders::new(fleet.primary()), Uuid::new_v4());
+        let opened = opened(&founders, open(lease, 1)).await;
+        let request = Request::Schema { lease, database: "shop".to_owned() };
+        let schema = drain(stream(&founders, &request).await).await.unwrap();
+        let file = tempfile::NamedTempFile::new().unwrap();
+        std::fs::write(file.path(), schema).unwrap();
+        let pg_restore = Installation::find().unwrap().program("pg_restore");
+        let output = std::process::Command::new(pg_restore).arg("--file=-").arg(file.path()).output().unwrap();
+        let text = String::from_utf8(output.stdout).unwrap();
+        let column = &table(&opened, "t").columns[0];
+        assert!(text.contains(&format!("CHECK (({column} > 0))")) && text.contains(&format!("    {column} integer")));
+        ddl.await.unwrap();
+    }
 }

@@ -74,8 +74,9 @@ fn check_superuser(requester: &Requester) -> Result<(), PgError> {
 /// Which nodes reach the store: one is enough, since a filter may keep the others from it for good.
 async fn reach(gateway: &Gateway, uri: &Uri) -> anyhow::Result<PgError> {
     let view = gateway.cluster.view();
-    let nodes: Vec<NodeId> =
+    let mut nodes: Vec<NodeId> =
         view.nodes.values().filter(|known| known.reachable).filter_map(|known| known.info.node_id).collect();
+    nodes.sort_unstable();
     let request = json!({ "uri": uri.exposed() });
     let probes = nodes
         .iter()

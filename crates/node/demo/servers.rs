@@ -56,5 +56,9 @@ fn settings(node: &PlannedNode, nodes: &[PlannedNode]) -> Settings {
     if node.part == Part::Leaseholder && !voting.is_empty() {
         settings.push(("synchronous_standby_names".to_owned(), format!("ANY 1 ({})", voting.join(", "))));
     }
+    if node.part != Part::Leaseholder {
+        // Long reads on a standby are not ended for rows that the primary no longer needs.
+        settings.push(("hot_standby_feedback".to_owned(), "on".to_owned()));
+    }
     settings
 }

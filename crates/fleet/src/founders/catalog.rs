@@ -96,7 +96,9 @@ pub(super) async fn plan(founder: &Session, in_recovery: bool) -> anyhow::Result
         }
     }
     plan.tables.sort_by_key(|table| std::cmp::Reverse(table.bytes));
-    sequences(founder, in_recovery, &mut plan).await?;
+    let (sequences, skipped) = sequences(founder, in_recovery).await?;
+    plan.sequences = sequences;
+    plan.skipped.extend(skipped);
     let views =
         format!("SELECT n.nspname::text, c.relname::text, c.relispopulated {OWN} AND c.relkind = 'm' ORDER BY 1, 2");
     let view = |row: &Row| MaterializedViewPlan { schema: row.get(0), name: row.get(1), populated: row.get(2) };
@@ -185,13 +187,17 @@ fn condition(clause: &str) -> Option<String> {
 }
 
 /// Sequences do not know snapshots: they are read as they are now, which is never behind the rows of the snapshot.
-async fn sequences(founder: &Session, in_recovery: bool, plan: &mut DatabasePlan) -> anyhow::Result<()> {
+pub(super) async fn sequences(
+    session: &Session,
+    in_recovery: bool,
+) -> anyhow::Result<(Vec<SequencePlan>, Vec<Skipped>)> {
+    let (mut sequences, mut skipped) = (Vec::new(), Vec::new());
     let query = format!("SELECT {SEQUENCE_COLUMNS} {OWN} AND c.relkind = 'S' ORDER BY 1, 2");
     let mut listed = Vec::new();
-    for row in founder.rows(&query, &[]).await? {
+    for row in session.rows(&query, &[]).await? {
         let (schema, name): (String, String) = (row.get(0), row.get(1));
         if in_recovery && row.get::<_, &str>(2) == "u" {
-            plan.skipped.push(Skipped {
+            skipped.push(Skipped {
                 object: format!("{}.{}", shown(&schema), shown(&name)),
                 kind: "sequence".to_owned(),
                 reason: "it is unlogged, and a standby does not have its value".to_owned(),
@@ -208,8 +214,8 @@ async fn sequences(founder: &Session, in_recovery: bool, plan: &mut DatabasePlan
             write!(query, "{union}SELECT {number}, last_value, is_called FROM {}.{}", quoted(schema), quoted(name))?;
         }
         query.push_str(" ORDER BY 1");
-        for (row, (schema, name, increment)) in founder.rows(&query, &[]).await?.iter().zip(some) {
-            plan.sequences.push(SequencePlan {
+        for (row, (schema, name, increment)) in session.rows(&query, &[]).await?.iter().zip(some) {
+            sequences.push(SequencePlan {
                 schema: schema.clone(),
                 name: name.clone(),
                 last_value: row.get(1),
@@ -218,7 +224,7 @@ async fn sequences(founder: &Session, in_recovery: bool, plan: &mut DatabasePlan
             });
         }
     }
-    Ok(())
+    Ok((sequences, skipped))
 }
 
 /// A name as a reader expects it: quoted only where SQL needs that.

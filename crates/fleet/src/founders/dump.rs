@@ -46,6 +46,18 @@ pub(super) struct Program {
     pub(super) version: String,
 }
 
+/// A dump by an older program leaves out what it does not know, so it refuses; better before than in the middle.
+fn check_version(version: &str, server_version: i32) -> Result<(), PgError> {
+    let major: i32 = version.chars().take_while(char::is_ascii_digit).collect::<String>().parse().unwrap_or(0);
+    let server_major = server_version / 10_000;
+    if major >= server_major {
+        return Ok(());
+    }
+    let message = format!("pg_dump {version} is older than the server ({server_major})");
+    Err(PgError::new(SqlState::OBJECT_NOT_IN_PREREQUISITE_STATE, message)
+        .hint(format!("Install the client programs of PostgreSQL {server_major} on the node's host.")))
+}
+
 impl Program {
     /// Finds the newest one, which must not be older than the server.
     pub(super) async fn find(server_version: i32) -> anyhow::Result<Self> {
@@ -60,14 +72,7 @@ impl Program {
         // "pg_dump (PostgreSQL) 15.18 (Debian 15.18-0+deb12u1)"
         let text = String::from_utf8_lossy(&output.stdout).into_owned();
         let version = text.split_ascii_whitespace().nth(2).context("read the version of pg_dump")?.to_owned();
-        let major: i32 = version.chars().take_while(char::is_ascii_digit).collect::<String>().parse().unwrap_or(0);
-        let server_major = server_version / 10_000;
-        if major < server_major {
-            let message = format!("pg_dump {version} is older than the server ({server_major})");
-            return Err(PgError::new(SqlState::OBJECT_NOT_IN_PREREQUISITE_STATE, message)
-                .hint(format!("Install the client programs of PostgreSQL {server_major} on the node's host."))
-                .into());
-        }
+        check_version(&version, server_version)?;
         Ok(Self { path, version })
     }
 
@@ -170,5 +175,21 @@ impl Schema {
             let at = at + piece.len() as u64;
             Ok(Some((piece, (schema, at))))
         }))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_older_pg_dump_is_refused() {
+        for (version, server, refused) in
+            [("15.18", 150_018, false), ("17.1", 150_000, false), ("14.9", 150_000, true), ("18beta1", 190_000, true)]
+        {
+            assert_eq!(check_version(version, server).is_err(), refused, "{version} for {server}");
+        }
+        let told = check_version("14.9", 150_000).unwrap_err();
+        assert_eq!(told.message, "pg_dump 14.9 is older than the server (15)");
     }
 }

@@ -100,6 +100,12 @@ impl Founders {
                 Ok(Reply::Answer(Value::Null))
             }
             Request::Schema { lease, database } => Ok(Reply::Download(self.pool(lease, &database)?.schema.stream())),
+            Request::Sequences { lease, database } => {
+                let guard = self.pool(lease, &database)?.guard().await?;
+                let in_recovery = guard.row("SELECT pg_catalog.pg_is_in_recovery()", &[]).await?.get(0);
+                let (sequences, _) = catalog::sequences(&guard, in_recovery).await?;
+                Ok(Reply::Answer(serde_json::to_value(sequences)?))
+            }
             Request::Span(request) => {
                 let pool = self.pool(request.lease, &request.database)?;
                 Ok(Reply::Download(span::read(&pool, &request.what).await?))

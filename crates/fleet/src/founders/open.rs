@@ -362,7 +362,9 @@ impl Taking<'_> {
     }
 
     fn taken(self, mode: Mode, moment: Moment, plans: Plans) -> Taken {
-        let readers = if mode == Mode::Single { 1 } else { self.readers() };
+        // Fewer once a try has ended with one founder for each database.
+        let founders = self.teams.iter().map(|team| team.founders.len()).min().unwrap_or(1);
+        let readers = self.readers().min(founders);
         let point = Point {
             lsn: moment.position.lsn,
             timeline: moment.position.timeline,

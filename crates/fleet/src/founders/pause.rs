@@ -65,6 +65,11 @@ pub(super) struct Pause {
 impl Pause {
     /// Pauses replay, and waits until it stands.
     pub(super) async fn begin(server: &Server, job: i64) -> anyhow::Result<Self> {
+        Self::begin_for(server, job, SWITCH).await
+    }
+
+    /// The same, with another life of the switch.
+    async fn begin_for(server: &Server, job: i64, switch: Duration) -> anyhow::Result<Self> {
         let end = CancellationToken::new();
         let control = Session::open(server, server.database(), job, &end).await?;
         if state(&control).await? != NOT_PAUSED {
@@ -78,7 +83,7 @@ impl Pause {
         sleeper.run("SET client_connection_check_interval = 0").await?;
         let statement = format!(
             "SELECT pg_catalog.pg_wal_replay_pause(), pg_catalog.pg_sleep({}), pg_catalog.pg_wal_replay_resume()",
-            SWITCH.as_secs()
+            switch.as_secs()
         );
         let cancel = sleeper.client.cancel_token();
         let task = tokio::spawn(async move {
@@ -203,4 +208,68 @@ fn is_promoted(error: &anyhow::Error) -> bool {
 
 async fn state(control: &Session) -> anyhow::Result<String> {
     Ok(control.row("SELECT pg_catalog.pg_get_wal_replay_pause_state()", &[]).await?.get(0))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::PermissionsExt as _;
+    use std::path::Path;
+
+    use super::*;
+    use crate::private::{Installation, Instance, RunAs, Settings};
+
+    fn instance(dir: &Path, name: &str) -> Instance {
+        std::fs::create_dir_all(dir.join(name)).unwrap();
+        Instance::new(Installation::find().unwrap(), RunAs::choose().unwrap(), &dir.join(name)).unwrap()
+    }
+
+    async fn stop(instance: &mut Instance) {
+        let child = instance.child().unwrap();
+        child.start_kill().unwrap();
+        child.wait().await.unwrap();
+    }
+
+    async fn ask(server: &Server) -> String {
+        let session = Session::open(server, "postgres", 0, &CancellationToken::new()).await.unwrap();
+        state(&session).await.unwrap()
+    }
+
+    #[tokio::test]
+    async fn the_server_resumes_by_itself_when_nobody_is_left_to_do_it() {
+        let dir = tempfile::tempdir().unwrap();
+        std::fs::set_permissions(dir.path(), std::fs::Permissions::from_mode(0o711)).unwrap();
+        let (mut primary, mut standby) = (instance(dir.path(), "primary"), instance(dir.path(), "standby"));
+        primary.init("root", &Settings::new()).unwrap();
+        primary.start("root", &dir.path().join("primary.log")).await.unwrap();
+        // A server that looks after its clients while a statement runs must not end this one with its client.
+        let checks = vec![("client_connection_check_interval".to_owned(), "50ms".to_owned())];
+        standby.clone_from(&primary.conninfo("root"), "standby", &checks).unwrap();
+        standby.start("root", &dir.path().join("standby.log")).await.unwrap();
+        let server = standby.server("root").unwrap();
+
+        let mut pause = Pause::begin_for(&server, 0, Duration::from_secs(2)).await.unwrap();
+        assert!(pause.still_stands().await.unwrap());
+        // As if this process had been killed: the connections are gone, and nothing was said.
+        let (control, switch) = pause.held.take().unwrap();
+        switch.task.unwrap().abort();
+        drop(control);
+        sleep(Duration::from_millis(500)).await;
+        assert_eq!(ask(&server).await, "paused");
+        let deadline = Instant::now() + Duration::from_secs(10);
+        while ask(&server).await != NOT_PAUSED {
+            assert!(Instant::now() < deadline, "replay stays paused");
+            sleep(POLL).await;
+        }
+
+        // A switch that an operator ends leaves the pause to us.
+        let pause = Pause::begin(&server, 0).await.unwrap();
+        cancel(pause.held.as_ref().unwrap().1.cancel.clone()).await;
+        while pause.still_stands().await.unwrap() {
+            sleep(POLL).await;
+        }
+        pause.end().await;
+        assert_eq!(ask(&server).await, NOT_PAUSED);
+        stop(&mut standby).await;
+        stop(&mut primary).await;
+    }
 }

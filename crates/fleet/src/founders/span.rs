@@ -108,9 +108,16 @@ async fn lock(founder: &Session, table: &TablePlan) -> anyhow::Result<()> {
     let statement =
         format!("SET LOCAL lock_timeout = '{LOCK_WAIT}'; LOCK TABLE ONLY {} IN ACCESS SHARE MODE", qualified(table));
     let gone = [SqlState::UNDEFINED_TABLE, SqlState::INVALID_SCHEMA_NAME, SqlState::WRONG_OBJECT_TYPE];
-    founder.run(&statement).await.map_err(|error| match has_code(&error, &gone) {
-        true => changed(table, "No table has its name now."),
-        false => error.context("lock the table"),
+    founder.run(&statement).await.map_err(|error| {
+        if has_code(&error, &gone) {
+            return changed(table, "No table has its name now.");
+        }
+        if has_code(&error, &[SqlState::LOCK_NOT_AVAILABLE]) {
+            let message = format!("table \"{}.{}\" is locked by somebody else", table.schema, table.name);
+            let said = PgError::new(SqlState::LOCK_NOT_AVAILABLE, message);
+            return said.detail(format!("It was not free within {LOCK_WAIT}.")).into();
+        }
+        error.context("lock the table")
     })
 }
 

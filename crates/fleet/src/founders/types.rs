@@ -36,6 +36,14 @@ pub enum Request {
         /// The database.
         database: String,
     },
+    /// The sequences of one database as they are now, for a primary, whose sequences go on while rows are read.
+    /// Answered with a list of [`SequencePlan`].
+    Sequences {
+        /// The lease.
+        lease: Uuid,
+        /// The database.
+        database: String,
+    },
     /// Rows. Answered with bytes: COPY's text format in UTF-8.
     Span(SpanRequest),
 }

@@ -1,0 +1,332 @@
+//! What BACKUP promises: where it runs, what clients are told, and what is in it.
+
+use std::path::PathBuf;
+use std::process::{Child, Stdio};
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use crate::support::demo::{Demo, directory, psql};
+use crate::support::fleet::Server;
+use crate::support::store::{LocalBackup, S3, files_in};
+use crate::support::{both, postgres_program, run, until};
+
+const WEST: &str = "EXECUTION LOCALITY = 'region=us-west-1'";
+
+/// Every node's external I/O directory.
+fn extern_dirs(demo: &Demo) -> Vec<PathBuf> {
+    (1..=demo.nodes.len()).map(|number| demo.node_dir(number).join("extern")).collect()
+}
+
+/// The data files in a node's external I/O directory.
+fn data_files(demo: &Demo, number: usize) -> usize {
+    let files = files_in(&demo.node_dir(number).join("extern"));
+    files.iter().filter(|file| file.to_string_lossy().ends_with(".copy.zst")).count()
+}
+
+/// A DETACHED backup from node `number`; gives the job's id.
+#[track_caller]
+fn detached(demo: &Demo, number: usize, statement: &str) -> String {
+    let id = demo.ask(number, statement);
+    assert!(id.parse::<i64>().is_ok(), "{id}");
+    id
+}
+
+/// Waits for a job, and gives its columns.
+#[track_caller]
+fn completed(demo: &Demo, number: usize, job: &str) -> Vec<String> {
+    let row = demo.ask(number, &format!("SHOW JOB WHEN COMPLETE {job}"));
+    let columns: Vec<String> = row.split('|').map(str::to_owned).collect();
+    assert_eq!(columns.len(), 19, "{row}");
+    columns
+}
+
+#[track_caller]
+fn succeeded(demo: &Demo, number: usize, job: &str) -> Vec<String> {
+    let columns = completed(demo, number, job);
+    assert_eq!((columns[5].as_str(), columns[12].as_str()), ("succeeded", ""), "{columns:?}");
+    columns
+}
+
+#[test]
+fn a_detached_backup_runs_in_the_chosen_region_only() {
+    let demo = Demo::start(&[]);
+    let job = detached(&demo, 1, &format!("BACKUP DATABASE movr INTO 'nodelocal://self/b' WITH {WEST}, DETACHED"));
+    let columns = succeeded(&demo, 2, &job);
+    assert!(["3", "4"].contains(&columns[13].as_str()), "{columns:?}");
+    let counts: Vec<usize> = (1..=4).map(|number| data_files(&demo, number)).collect();
+    assert!(counts[0] == 0 && counts[1] == 0 && counts[2] > 0 && counts[3] > 0, "{counts:?}");
+
+    // The id was told before any span was exported, and the manifest names who has which file.
+    let registry = psql(&demo.nodes[0].url.replace("/movr", "/backhaul"))
+        .args([
+            "-Atc",
+            "SELECT bool_and(j.created < i.written) FROM registry.jobs j JOIN registry.job_info i ON i.job_id = j.id",
+        ])
+        .output()
+        .unwrap();
+    assert_eq!(both(&registry).trim(), "t");
+    let backup = LocalBackup::newest(&extern_dirs(&demo), "b");
+    let shard = &backup.manifest["shards"][0];
+    assert_eq!((&shard["read_from"], &shard["point"]["mode"]), (&3.into(), &"Paused".into()));
+    for file in shard["files"].as_array().unwrap() {
+        let node = file["node"].as_u64().unwrap() as usize;
+        let path = file["path"].as_str().unwrap();
+        let name = path.rsplit('/').next().unwrap();
+        let held = files_in(&demo.node_dir(node).join("extern"));
+        assert!(held.iter().any(|file| file.file_name().unwrap() == name), "{path} is not on node {node}");
+    }
+    assert_eq!(backup.rows("rides").len(), 1000);
+    // Nothing is left behind on the server that was read.
+    until("the founders to be gone", || {
+        let left = "SELECT count(*) FROM pg_stat_activity WHERE state LIKE 'idle in transaction%'";
+        let seen =
+            both(&demo.psql_direct(3).args(["-Atc", left, "-c", "SELECT pg_is_wal_replay_paused()"]).output().unwrap());
+        if seen.trim() == "0\nf" { Ok(()) } else { Err(seen) }
+    });
+}
+
+#[test]
+fn an_attached_client_is_told_of_the_relocation() {
+    let demo = Demo::start(&[]);
+    let statement = format!("BACKUP DATABASE movr INTO 'nodelocal://self/b' WITH {WEST}");
+    let told = demo.ask(1, &statement);
+    let job = told.split("execution of job ").nth(1).and_then(|rest| rest.split(' ').next()).unwrap_or_default();
+    let to = told.split("relocated to ").nth(1).and_then(|rest| rest.chars().next());
+    assert!(told.starts_with(&format!("ERROR:  XXUUU: execution of job {job} relocated to ")), "{told}");
+    assert!(matches!(to, Some('3' | '4')), "{told}");
+    assert!(told.contains("DETAIL:  The job goes on there"), "{told}");
+    assert!(told.contains(&format!("HINT:  Use SHOW JOB WHEN COMPLETE {job}")) && told.contains("DETACHED"), "{told}");
+    succeeded(&demo, 1, job);
+
+    // On a node that matches: the row.
+    let row = demo.ask(3, &statement);
+    let columns: Vec<&str> = row.split('|').collect();
+    assert_eq!(columns[1..3], ["succeeded", "1.0"], "{row}");
+    let manifest = LocalBackup::newest(&extern_dirs(&demo), "b").manifest;
+    assert_eq!(manifest["job"].to_string(), columns[0]);
+    let files: Vec<_> = manifest["shards"][0]["files"].as_array().unwrap().iter().collect();
+    let rows: u64 = files.iter().map(|file| file["rows"].as_u64().unwrap()).sum();
+    assert_eq!((columns[3].parse(), columns[4]), (Ok(rows), "0"), "{row}");
+    // No filter: everybody matches, and the leaseholder's node exports what its server holds.
+    let row = demo.ask(4, "BACKUP DATABASE movr INTO 'nodelocal://self/all' WITH EXECUTION LOCALITY = ''");
+    assert_eq!(row.split('|').nth(1), Some("succeeded"), "{row}");
+    let manifest = LocalBackup::newest(&extern_dirs(&demo), "all").manifest;
+    let files = manifest["shards"][0]["files"].as_array().unwrap().clone();
+    assert!(files.iter().all(|file| file["written_by"] == 1), "{files:?}");
+    assert_eq!(manifest["shards"][0]["point"]["mode"], "Exported");
+}
+
+#[test]
+fn only_matching_nodes_reach_an_s3_store_and_its_keys_stay_secret() {
+    let demo = Demo::start(&[]);
+    let (s3, secret) = (S3::start(), "TheSecretKeyThatNobodyMayRead");
+    let door = s3.watched();
+    let uri = format!(
+        "s3://bucket/fleet?AWS_ACCESS_KEY_ID=key&AWS_SECRET_ACCESS_KEY={secret}&AWS_REGION=us-east-1&AWS_ENDPOINT=http://{}",
+        door.address
+    );
+    let job = detached(&demo, 1, &format!("BACKUP DATABASE movr INTO '{uri}' WITH {WEST}, DETACHED"));
+    let shown = succeeded(&demo, 1, &job).join("|");
+    let pids = [3, 4].map(|number: usize| demo.nodes[number - 1].pid);
+    assert_eq!(door.visitors().into_iter().collect::<Vec<_>>(), pids, "who came to the store");
+    let seals = s3.keys("BACKUP_MANIFEST");
+    assert_eq!(seals.len(), 2, "{seals:?}");
+    let latest = s3.keys("metadata/latest/LATEST-");
+    assert!(seals[0].contains(&*s3.object(&latest[0])), "{latest:?} {seals:?}");
+
+    // By its name, the same store; CREATE says who reaches it.
+    let made = demo.ask(2, &format!("CREATE EXTERNAL CONNECTION west AS '{uri}'"));
+    assert!(made.contains("NOTICE:  00000: the store is reached by nodes 1, 2, 3, 4"), "{made}");
+    let named = detached(&demo, 1, &format!("BACKUP DATABASE movr INTO 'external://west/sub' WITH {WEST}, DETACHED"));
+    succeeded(&demo, 1, &named);
+    assert_eq!(s3.keys("fleet/sub/").iter().filter(|key| key.ends_with("BACKUP_MANIFEST")).count(), 1);
+
+    let connections = demo.ask(3, "SHOW EXTERNAL CONNECTIONS");
+    let dump = run(postgres_program("pg_dump").arg(demo.nodes[0].url.replace("/movr", "/backhaul")));
+    let manifest = s3.object(&seals[0]);
+    let logs = (1..=4).map(|n| (n, "node.log")).chain((1..=3).map(|n| (n, "server.log")));
+    let logs: String = logs.map(|(n, name)| std::fs::read_to_string(demo.node_dir(n).join(name)).unwrap()).collect();
+    assert!(connections.contains("AWS_SECRET_ACCESS_KEY=redacted"), "{connections}");
+    for (place, text) in
+        [("SHOW JOB", &shown), ("SHOW", &connections), ("registry", &dump), ("manifest", &manifest), ("logs", &logs)]
+    {
+        assert!(!text.contains(secret), "the secret is in the {place}");
+    }
+}
+
+#[test]
+fn a_filter_that_nobody_matches_makes_no_job() {
+    let demo = Demo::start(&["--no-example-database", "--nodes", "2"]);
+    for (filter, message) in [
+        ("region=mars", "no instances found matching locality filter region=mars"),
+        ("abc", "tier must be in the form \"key=value\" not \"abc\""),
+        ("a=b,", "tier must be in the form \"key=value\" not \"\""),
+        ("=b", "tier must be in the form \"key=value\" not \"=b\""),
+        ("a=b=c", "tier must be in the form \"key=value\" not \"a=b=c\""),
+    ] {
+        for detached in ["", ", DETACHED"] {
+            let statement = format!(
+                "BACKUP DATABASE postgres INTO 'nodelocal://self/b' WITH EXECUTION LOCALITY = '{filter}'{detached}"
+            );
+            let told = demo.ask(2, &statement);
+            assert!(told.starts_with(&format!("ERROR:  XXUUU: {message}")), "{told}");
+        }
+    }
+    assert_eq!(demo.ask(1, "SHOW JOBS"), "");
+}
+
+/// A client that writes until it is dropped: every transaction keeps the sums of two tables equal.
+struct Writers {
+    bench: Child,
+}
+
+impl Writers {
+    fn start(demo: &Demo) -> Self {
+        let make = "CREATE TABLE debit (id int PRIMARY KEY, amount bigint NOT NULL);
+             CREATE TABLE credit (id int PRIMARY KEY, amount bigint NOT NULL);
+             INSERT INTO debit SELECT i, 0 FROM generate_series(1, 20000) i;
+             INSERT INTO credit SELECT i, 0 FROM generate_series(1, 20000) i";
+        run(demo.psql_direct(1).args(["-v", "ON_ERROR_STOP=1", "-c", make]));
+        let script = demo.dir.path().join("transfer.sql");
+        // More than 64 subtransactions, so that snapshots on standbys overflow.
+        std::fs::write(
+            &script,
+            "\\set d random(1, 20000)\n\\set c random(1, 20000)\nBEGIN;
+             UPDATE debit SET amount = amount + 1 WHERE id = :d;
+             DO $$ BEGIN FOR i IN 1..70 LOOP BEGIN INSERT INTO promo_codes VALUES (gen_random_uuid()::text);
+             EXCEPTION WHEN division_by_zero THEN END; END LOOP; END $$;
+             UPDATE credit SET amount = amount + 1 WHERE id = :c;\nEND;\n",
+        )
+        .unwrap();
+        let mut command = postgres_program("pgbench");
+        command.args(["-n", "-c", "4", "-T", "120", "-f"]).arg(&script).arg(demo.direct_url(1));
+        let bench = command.stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
+        let writers = Self { bench };
+        until("the writers to write", || {
+            let seen = demo.ask(1, "SELECT sum(amount) > 20 FROM debit");
+            if seen == "t" { Ok(()) } else { Err(seen) }
+        });
+        writers
+    }
+}
+
+impl Drop for Writers {
+    fn drop(&mut self) {
+        let _ = self.bench.kill();
+        let _ = self.bench.wait();
+    }
+}
+
+#[test]
+fn rows_are_those_of_one_point() {
+    let demo = Demo::start(&[]);
+    let _writers = Writers::start(&demo);
+    // The asynchronous standby, the primary, and the synchronous standby, which is never paused.
+    let east = |zone: &str| format!("region=us-east-1,zone={zone}");
+    for (place, mode) in
+        [("region=us-west-1".to_owned(), Some("Paused")), (east("a"), Some("Exported")), (east("b"), None)]
+    {
+        let path = format!("{mode:?}");
+        let statement = format!(
+            "BACKUP DATABASE movr INTO 'nodelocal://self/{path}' WITH EXECUTION LOCALITY = '{place}', DETACHED"
+        );
+        succeeded(&demo, 1, &detached(&demo, 1, &statement));
+        let backup = LocalBackup::newest(&extern_dirs(&demo), &path);
+        let sum = |table: &str| {
+            let rows = backup.rows(table);
+            assert_eq!(rows.len(), 20_000, "{table} from {place}");
+            rows.iter().map(|row| row.split('\t').nth(1).unwrap().parse::<i64>().unwrap()).sum::<i64>()
+        };
+        assert_eq!(sum("debit"), sum("credit"), "from {place}");
+        assert_eq!(backup.rows("promo_codes").len() as i64, 70 * sum("debit"), "from {place}");
+        if let Some(mode) = mode {
+            assert_eq!(backup.manifest["shards"][0]["point"]["mode"], mode);
+        }
+    }
+}
+
+#[test]
+fn ddl_during_an_export_never_costs_a_row() {
+    let demo = Demo::start(&[]);
+    run(demo.psql_direct(1).args(["-c", "CREATE TABLE t AS SELECT i AS a, -i AS b FROM generate_series(1, 1000) i"]));
+    let done = AtomicBool::new(false);
+    /// Ends the changes however the test ends.
+    struct Done<'d>(&'d AtomicBool);
+    impl Drop for Done<'_> {
+        fn drop(&mut self) {
+            self.0.store(true, Ordering::Relaxed);
+        }
+    }
+    // Whatever happens to it, at every moment t has 1000 rows and a = -b.
+    let changes = [
+        "BEGIN; CREATE TEMP TABLE k ON COMMIT DROP AS SELECT * FROM t; TRUNCATE t; INSERT INTO t SELECT * FROM k; END",
+        "BEGIN; ALTER TABLE t DROP COLUMN b; ALTER TABLE t ADD COLUMN b int; UPDATE t SET b = -a; END",
+        "BEGIN; ALTER TABLE t RENAME a TO x; ALTER TABLE t RENAME b TO a; ALTER TABLE t RENAME x TO b; END",
+        "BEGIN; CREATE TABLE u AS SELECT a, b FROM t; ALTER TABLE t RENAME TO v; ALTER TABLE u RENAME TO t; DROP TABLE v; END",
+        "ALTER TABLE t ALTER a TYPE bigint, ALTER b TYPE bigint",
+        "ALTER TABLE t ALTER a TYPE int, ALTER b TYPE int",
+        "VACUUM FULL t",
+    ];
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            let mut round = 0;
+            while !done.load(Ordering::Relaxed) {
+                drop(demo.psql_direct(1).args(["-q", "-c", changes[round % changes.len()]]).output());
+                round += 1;
+            }
+        });
+        let _done = Done(&done);
+        for _ in 0..4 {
+            let statement = format!("BACKUP DATABASE movr INTO 'nodelocal://self/b' WITH {WEST}, DETACHED");
+            let columns = completed(&demo, 1, &detached(&demo, 1, &statement));
+            if columns[5] == "failed" {
+                assert!(columns[12].contains("table \"public.t\""), "{columns:?}");
+                continue;
+            }
+            let backup = LocalBackup::newest(&extern_dirs(&demo), "b");
+            assert_eq!(backup.manifest["job"].to_string(), columns[0]);
+            let rows = backup.rows("t");
+            let sums = rows.iter().map(|row| row.split('\t').map(|n| n.parse::<i64>().unwrap()).sum::<i64>());
+            assert_eq!((rows.len(), sums.filter(|sum| *sum != 0).count()), (1000, 0));
+        }
+    });
+}
+
+#[test]
+fn a_backup_opens_with_stock_tools() {
+    let demo = Demo::start(&[]);
+    let statement = format!("BACKUP DATABASE movr INTO 'nodelocal://self/b' WITH {WEST}, DETACHED");
+    succeeded(&demo, 1, &detached(&demo, 1, &statement));
+    let dir = directory();
+    LocalBackup::newest(&extern_dirs(&demo), "b").gather(&dir.path().join("files"));
+    let target = Server::primary(dir.path(), "target", &Vec::new());
+    let bin = postgres_program("createdb");
+    let path = format!(
+        "{}:{}",
+        std::path::Path::new(bin.get_program()).parent().unwrap().display(),
+        std::env::var("PATH").unwrap()
+    );
+    let conninfo = target.instance.conninfo("root");
+    let host = conninfo.split("host=").nth(1).and_then(|rest| rest.split(' ').next()).unwrap().trim_matches('\'');
+    let mut restore = std::process::Command::new("sh");
+    restore.arg("RESTORE.txt").current_dir(dir.path().join("files"));
+    restore.env("PATH", path).env("PGHOST", host).env("PGUSER", "root").env("TARGET", "movr");
+    if let Some(port) = conninfo.split("port=").nth(1).and_then(|rest| rest.split(' ').next()) {
+        restore.env("PGPORT", port);
+    }
+    run(&mut restore);
+    let url = format!("{conninfo} dbname=movr");
+    for query in [
+        "SELECT count(*), sum(hashtext(r::text)::bigint) FROM rides r",
+        "SELECT count(*), sum(hashtext(u::text)::bigint) FROM users u",
+        "SELECT count(*), sum(hashtext(v::text)::bigint) FROM vehicles v",
+        "SELECT count(*), sum(hashtext(p::text)::bigint) FROM vehicle_positions p",
+        "SELECT count(*), sum(hashtext(i::text)::bigint) FROM billing.\"Invoices\" i",
+        "SELECT count(*), sum(hashtext(c::text)::bigint) FROM contracts c",
+        "SELECT count(*), sum(hashtext(m::text)::bigint) FROM revenue_by_city m",
+        "SELECT count(*), min(md5(lo_get(oid))) FROM pg_largeobject_metadata",
+        "SELECT count(*) FROM pg_constraint WHERE contype = 'f'",
+    ] {
+        let restored = run(psql(&url).args(["-Atc", query]));
+        assert_eq!(restored, run(demo.psql_direct(1).args(["-Atc", query])), "{query}");
+    }
+}

@@ -1,5 +1,5 @@
 // What an application does with node-postgres, printed; run on a server and through a node, the two must print the same.
-// usage: node session.js URL [ours]
+// usage: node session.js URL [ours | backup]
 const { Client, types } = require("pg");
 
 async function main() {
@@ -12,6 +12,16 @@ async function main() {
     show(await client.query({ text: "SHOW LOCALITY", name: "locality" }));
     show(await client.query({ text: "SHOW LOCALITY", rowMode: "array", values: [] }));
     await client.query("SHOW LOCALITY now").catch((e) => console.log(e.code, e.message, e.position, e.hint));
+    return client.end();
+  }
+  if (process.argv[3] === "backup") {
+    const into = "BACKUP DATABASE movr INTO $1 WITH EXECUTION LOCALITY = $2";
+    const where = ["nodelocal://1/d", "region=us-west-1"];
+    const made = await client.query(`${into}, DETACHED`, where);
+    console.log(JSON.stringify(made.fields.map((field) => field.name)), made.command);
+    const done = await client.query("SHOW JOB WHEN COMPLETE $1", [made.rows[0].job_id]);
+    console.log(done.rows[0].job_type, done.rows[0].status, done.rows[0].fraction_completed);
+    await client.query(into, where).catch((e) => console.log(e.code, /^execution of job \d+ relocated to [34]$/.test(e.message)));
     return client.end();
   }
   show(await client.query("SELECT $1::int + 1 AS n, $2::text AS t", [41, "é'\\"]));

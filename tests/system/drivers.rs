@@ -68,3 +68,29 @@ locality 25 [('region=us-west-1,zone=b',)] SHOW
     let error = "42601 at or near \"now\": syntax error 15 try \\h SHOW\n";
     assert_eq!(node_js(&demo.nodes[3].url, &["ours"]), format!("{row}{row}{row}{array}{error}"));
 }
+
+#[test]
+fn drivers_back_up_with_parameters() {
+    let demo = Demo::start(&[]);
+    let row = "['int', 'str', 'str', 'str', 'str', 'str', 'NoneType', 'datetime', 'datetime', 'datetime', 'datetime', \
+               'float', 'str', 'int', 'NoneType', 'datetime', 'NoneType', 'int', 'list']
+True BACKUP succeeded 1.0 True True []
+";
+    let detached = format!("['job_id'] BACKUP\nint 19\n{row}");
+    let columns = "['job_id', 'status', 'fraction_completed', 'rows', 'index_entries', 'bytes']";
+    let expected = format!(
+        "{detached}{detached}['int', 'str', 'float', 'int', 'int', 'int'] {columns}
+XXUUU ERROR True
+(1,) succeeded [] (2,)
+22P02 invalid input syntax for type bigint: \"first\"
+succeeded INTRANS
+('usable',)
+"
+    );
+    for binding in ["python", "binary"] {
+        assert_eq!(python(binding, "backup.py", &demo.nodes[0].url), expected, "{binding}");
+    }
+    let printed = node_js(&demo.nodes[1].url, &["backup"]);
+    let expected = "[\"job_id\"] BACKUP\nBACKUP succeeded 1\nXXUUU true\n";
+    assert_eq!(printed, expected);
+}

@@ -16,6 +16,9 @@ pub(crate) const RESTORE_TEXT: &str = "RESTORE.txt";
 /// What the name of the lock begins with; the job's id follows.
 pub(crate) const LOCK_PREFIX: &str = "BACKUP-LOCK-";
 
+/// What the names of the pointers to backups begin with.
+pub(crate) const LATEST_PREFIX: &str = "metadata/latest/";
+
 /// What a backup's directory holds, for documents and tests.
 pub const COLLECTION_FILES: [&str; 3] = [SEAL, CHECKSUM, RESTORE_TEXT];
 
@@ -47,7 +50,7 @@ pub(crate) fn schema(shard: &str, database: &str, lease: Uuid) -> String {
 /// The newest of these sorts first: the time's complement is in the name (CockroachDB's way).
 pub(crate) fn latest(created: DateTime<Utc>, job: JobId) -> String {
     let complement = !created.timestamp_millis().unsigned_abs();
-    format!("metadata/latest/LATEST-{complement:016x}-{job}")
+    format!("{LATEST_PREFIX}LATEST-{complement:016x}-{job}")
 }
 
 /// A name of PostgreSQL may be anything; that of a file may not.

@@ -2,7 +2,7 @@
 //!
 //! Read in this order. [`plan`] judges a statement before anything exists: filter, databases, rights, URI. A job is
 //! made, and on whichever node coordinates it, [`resume`] tells the story step by step: the lock, a point for each
-//! shard ([`point`]), spans cut from tables ([`spans`]) and dealt to workers ([`assign`]), their export watched
+//! shard ([`point`]), spans cut from tables ([`spans`]) and dealt to workers ([`assign`], [`deal`]), their export watched
 //! ([`drive`]), tables that keep changing held still ([`hold`]), the manifest written and sealed ([`manifest`], [`seal`]). What a worker does with one span is
 //! [`export`]. What is in a backup, and under which names, is [`layout`]; how it opens without us is [`restore_text`].
 //!
@@ -14,6 +14,7 @@
 //! that lends founders may be any node: it reads rows, but never touches the store.
 
 mod assign;
+mod deal;
 mod drive;
 mod export;
 mod hold;

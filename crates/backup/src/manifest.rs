@@ -94,6 +94,23 @@ pub struct NodeWork {
 }
 
 impl Manifest {
+    /// What a file holds, in words.
+    pub fn what(&self, file: &FileEntry) -> String {
+        let Some(what) = &file.what else { return "the schema".to_owned() };
+        let What::Table { oid, from_block, to_block } = what else { return "large objects".to_owned() };
+        let databases =
+            self.shards.iter().filter(|shard| shard.files.contains(file)).flat_map(|shard| &shard.databases);
+        let mut tables =
+            databases.filter(|database| database.name == file.database).flat_map(|database| &database.tables);
+        let table = tables.find(|table| table.oid == *oid);
+        let name = table.map_or_else(|| format!("{oid}"), |table| format!("{}.{}", table.schema, table.name));
+        match to_block {
+            None if *from_block == 0 => format!("table \"{name}\""),
+            None => format!("table \"{name}\" from block {from_block} on"),
+            Some(to_block) => format!("table \"{name}\" from block {from_block} to {to_block}"),
+        }
+    }
+
     /// Rows in all files.
     pub fn rows(&self) -> u64 {
         self.shards.iter().flat_map(|shard| &shard.files).map(|file| file.rows).sum()

@@ -92,7 +92,7 @@ impl Backups {
     }
 
     async fn plan(&self, statement: &Backup, requester: &Requester) -> anyhow::Result<NewJob> {
-        let filter = filter(statement)?;
+        let filter = filter_of(statement.options.execution_locality.as_ref())?;
         // Whoever cannot make a job need not plan one.
         let id = JobId::new(self.jobs.node_id()?);
         let created = Utc::now();
@@ -136,11 +136,8 @@ impl Backups {
                 return Err(PgError::new(SqlState::DUPLICATE_ALIAS, message).into());
             }
         }
-        let query = "SELECT name FROM registry.shards ORDER BY name";
-        let listed = self.jobs.ledger().query(query, &[]).await.context("list the shards")?;
         let mut shards: BTreeMap<String, Vec<String>> = BTreeMap::new();
-        for row in listed {
-            let shard: String = row.get(0);
+        for shard in self.shards().await? {
             let session = self.leaseholder_session(&shard, "postgres").await?;
             let query = "SELECT datname FROM pg_catalog.pg_database WHERE datname = ANY($1) AND datallowconn";
             let found = session.query(query, &[&databases]).await.map_err(spoken).context("look for the databases")?;
@@ -161,6 +158,13 @@ impl Backups {
                 Err(PgError::new(SqlState::UNDEFINED_DATABASE, message).into())
             }
         }
+    }
+
+    /// Every shard that ever joined.
+    pub(crate) async fn shards(&self) -> anyhow::Result<Vec<String>> {
+        let query = "SELECT name FROM registry.shards ORDER BY name";
+        let rows = self.jobs.ledger().query(query, &[]).await.context("list the shards")?;
+        Ok(rows.iter().map(|row| row.get(0)).collect())
     }
 
     async fn leaseholder_session(&self, shard: &str, database: &str) -> anyhow::Result<PeerSession> {
@@ -210,7 +214,7 @@ impl Backups {
     }
 
     /// The store behind the URI, if the requester may use it.
-    async fn resolve(&self, uri: &Uri, requester: &Requester) -> anyhow::Result<Uri> {
+    pub(crate) async fn resolve(&self, uri: &Uri, requester: &Requester) -> anyhow::Result<Uri> {
         let resolved = match uri.connection() {
             None => uri.clone(),
             Some(name) => {
@@ -261,17 +265,17 @@ pub(crate) fn check_use(uri: &Uri, requester: &Requester) -> Result<(), PgError>
         .hint("Ask a superuser to make an external connection, and use external://name."))
 }
 
-fn literal(text: &Text) -> anyhow::Result<&str> {
+pub(crate) fn literal(text: &Text) -> anyhow::Result<&str> {
     text.literal().context("run a statement whose parameters are bound")
 }
 
-fn filter(statement: &Backup) -> anyhow::Result<Filter> {
-    let Some(text) = &statement.options.execution_locality else { return Ok(Filter::default()) };
+pub(crate) fn filter_of(option: Option<&Text>) -> anyhow::Result<Filter> {
+    let Some(text) = option else { return Ok(Filter::default()) };
     let parsed = literal(text)?.parse::<Filter>();
     Ok(parsed.map_err(|error| PgError::new(SqlState::UNCATEGORIZED, error.to_string()))?)
 }
 
-fn finished(job: Job) -> anyhow::Result<Finished> {
+pub(crate) fn finished(job: Job) -> anyhow::Result<Finished> {
     let count =
         |name: &str| job.result.as_ref().and_then(|result| result.get(name)).and_then(Value::as_i64).unwrap_or(0);
     if job.status != "succeeded" {

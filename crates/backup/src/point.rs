@@ -28,6 +28,15 @@ const READERS: usize = 4;
 /// A standby that is this far behind its primary, in bytes of WAL, is passed over.
 const LAG_MAX: u64 = 1024 * 1024 * 1024;
 
+/// Refusals to take a point that may pass: too many leases or sessions, a pause or a lock of somebody else's.
+const PASSING: [SqlState; 5] = [
+    SqlState::CONFIGURATION_LIMIT_EXCEEDED,
+    SqlState::TOO_MANY_CONNECTIONS,
+    SqlState::OBJECT_NOT_IN_PREREQUISITE_STATE,
+    SqlState::LOCK_NOT_AVAILABLE,
+    SqlState::OBJECT_IN_USE,
+];
+
 /// What the next coordinator must know to go on at the same point.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub(crate) struct ShardPoint {
@@ -149,7 +158,8 @@ pub(crate) async fn open(
                 tracing::warn!(job, shard, node = %candidate.node, "no point on this server: {error:#}");
                 // It may have been taken all the same.
                 close(peers, candidate.node, lease).await;
-                last = error;
+                let passes = PgError::of(&error).is_some_and(|said| PASSING.contains(&said.code));
+                last = if passes { error.context(Retryable) } else { error };
             }
         }
     }

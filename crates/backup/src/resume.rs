@@ -11,7 +11,7 @@ use cluster::service::Boxed;
 use cluster::{Filter, NodeId, Peers};
 use fleet::founders::{DatabasePlan, FOUNDERS, Request, SequencePlan, TablePlan, is_point_lost};
 use futures_util::StreamExt as _;
-use jobs::{Resumer, Run};
+use jobs::{LostClaim, Resumer, Run};
 use pgerror::{PgError, SqlState};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
@@ -105,14 +105,26 @@ impl Story<'_> {
         self.lock().await?;
         let body = match seal::recorded(self.run, &self.store).await? {
             Some(body) => body,
-            None => seal::record(self.run, &self.store, &self.export().await?).await?,
+            None => {
+                let exported = self.export().await;
+                if exported.as_ref().is_err_and(|error| !error.is::<LostClaim>() && !jobs::may_pass(error)) {
+                    self.close_points().await?;
+                }
+                seal::record(self.run, &self.store, &exported?).await?
+            }
         };
         let when = (self.payload.subdir.as_str(), self.payload.created);
         let manifest = seal::seal(self.run, &self.store, &self.collection, body, when).await?;
+        self.close_points().await?;
+        Ok(result(&manifest))
+    }
+
+    /// Nothing is read at this job's points any more.
+    async fn close_points(&self) -> anyhow::Result<()> {
         for point in self.run.kept_under::<ShardPoint>("point/").await? {
             point::close(self.peers, point.node, point.lease).await;
         }
-        Ok(result(&manifest))
+        Ok(())
     }
 
     /// The directory is this job's, and stays so.

@@ -4,6 +4,8 @@
 //! argument is a stream is prepared, bound and executed, and the stream travels as CopyData. Backpressure is the
 //! socket's. When the peer goes away in the middle, what produces its bytes is dropped, which cancels it.
 
+use std::time::Duration;
+
 use anyhow::{Context as _, bail};
 use bytes::{Bytes, BytesMut};
 use cluster::service::{ByteStream, PIECE_MAX, Reply, Upload};
@@ -12,12 +14,16 @@ use futures_util::StreamExt as _;
 use pgerror::{PgError, SqlState};
 use sql::Verb;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+use tokio::time::timeout;
 
 use crate::Gateway;
 use crate::answer::{Writer, spoken};
 use crate::frame::cut_string;
 use crate::peer::{FRAME_MAX, frame};
 use crate::pipeline::Transaction;
+
+/// A peer that takes nothing, or gives nothing, for so long is gone: what it holds here others wait for.
+const STALL_DEADLINE: Duration = Duration::from_secs(120);
 
 /// The part of a peer session that belongs to calls.
 #[derive(Default)]
@@ -142,7 +148,7 @@ async fn download(mut stream: ByteStream, wire: &mut Wire<'_>) -> anyhow::Result
         while !bytes.is_empty() {
             let piece = bytes.split_to(bytes.len().min(PIECE_MAX));
             Writer(&mut wire.out).copy_data(&piece);
-            wire.send().await?;
+            timeout(STALL_DEADLINE, wire.send()).await.map_err(std::io::Error::from)??;
         }
     }
     let mut out = Writer(&mut wire.out);
@@ -155,7 +161,8 @@ async fn receive(mut upload: Box<dyn Upload>, wire: &mut Wire<'_>) -> anyhow::Re
     Writer(&mut wire.out).copy_in_response();
     wire.send().await?;
     loop {
-        match frame(wire.socket, &mut wire.received).await? {
+        let next = timeout(STALL_DEADLINE, frame(wire.socket, &mut wire.received)).await;
+        match next.map_err(std::io::Error::from)?? {
             Some((b'd', bytes)) => upload.write(bytes).await?,
             Some((b'c', _)) => break,
             // As PostgreSQL does while it reads COPY data.

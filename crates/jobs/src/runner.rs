@@ -389,7 +389,8 @@ impl Jobs {
     }
 }
 
-fn may_pass(error: &anyhow::Error) -> bool {
+/// Whether a job that ends with this error is tried again.
+pub fn may_pass(error: &anyhow::Error) -> bool {
     let lost = PgError::of(error).is_some_and(|said| said.code == SqlState::CONNECTION_FAILURE);
     lost || error.downcast_ref::<Retryable>().is_some()
 }

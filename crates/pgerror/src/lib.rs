@@ -100,8 +100,14 @@ impl SqlState {
     pub const SUCCESSFUL_COMPLETION: Self = Self(*b"00000");
     /// Bytes that are no value of their type.
     pub const INVALID_BINARY_REPRESENTATION: Self = Self(*b"22P03");
+    /// Bytes that are not what they were.
+    pub const DATA_CORRUPTED: Self = Self(*b"XX001");
     /// A file that another job has written; CockroachDB's own code.
     pub const FILE_ALREADY_EXISTS: Self = Self(*b"42C01");
+    /// A server that takes no further session.
+    pub const TOO_MANY_CONNECTIONS: Self = Self(*b"53300");
+    /// A database of this name exists.
+    pub const DUPLICATE_DATABASE: Self = Self(*b"42P04");
     /// One name twice in a list.
     pub const DUPLICATE_ALIAS: Self = Self(*b"42712");
 
@@ -117,7 +123,7 @@ impl SqlState {
     }
 
     fn is_internal(self) -> bool {
-        self.0.starts_with(b"XX") && self != Self::UNCATEGORIZED
+        self == Self::INTERNAL_ERROR
     }
 }
 

@@ -128,6 +128,14 @@ impl Uri {
         }
     }
 
+    /// What `nodelocal://self` is on `node`; nothing for any other URI.
+    pub fn on(&self, node: NodeId) -> Option<Self> {
+        match &self.0 {
+            Place::Nodelocal { node: None, path } => Some(Self(Place::Nodelocal { node: Some(node), path: path.clone() })),
+            _ => None,
+        }
+    }
+
     /// The whole text with its secrets, for sealing and for nothing else.
     pub fn exposed(&self) -> String {
         self.text(false)

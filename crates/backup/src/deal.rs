@@ -1,0 +1,183 @@
+//! Pieces of work dealt out to nodes, finished, lost and dealt out again.
+//!
+//! Exports and imports are dealt alike: to nodes that match the filter and answer now, by [`assign`]. A node that goes
+//! is not asked again by this run, and what it had goes to the others; a piece that fails for a reason that may pass
+//! is tried again a few times; anything else ends it all.
+
+use std::collections::{BTreeMap, VecDeque};
+use std::time::Duration;
+
+use cluster::{Filter, NodeId, Peers};
+use futures_util::stream::{FuturesUnordered, StreamExt as _};
+use jobs::{LostClaim, Retryable};
+use pgerror::{PgError, SqlState};
+
+use crate::assign::assign;
+use crate::point::{leaseholder, workers};
+
+/// Pieces that one worker has at a time: while one is being compressed the other is being read.
+const PIECES_AT_ONCE: usize = 2;
+
+/// A piece that fails for reasons that may pass is tried this often.
+const TRIES_MAX: u32 = 4;
+
+/// Where pieces may go.
+pub(crate) struct Deal<'d> {
+    pub(crate) peers: &'d Peers,
+    pub(crate) filter: &'d Filter,
+    /// The shard that they are about.
+    pub(crate) shard: &'d str,
+    /// The node beside the server that is read from, or written to.
+    pub(crate) server: NodeId,
+}
+
+struct Ended<P, R> {
+    worker: NodeId,
+    piece: P,
+    weight: u64,
+    tries: u32,
+    outcome: anyhow::Result<R>,
+}
+
+type Open<P> = Vec<(P, u64, u32)>;
+type Queues<P> = BTreeMap<NodeId, VecDeque<(P, u64, u32)>>;
+
+impl Deal<'_> {
+    /// Has every piece (with its weight in bytes) done once, by `one`; `done` takes note of each.
+    ///
+    /// # Errors
+    ///
+    /// No node that matches is left; `done` fails; `ends` says that a failure is the end, and which; or a piece fails
+    /// for good.
+    pub(crate) async fn run<P, R, F>(
+        &self,
+        pieces: Vec<(P, u64)>,
+        one: impl Fn(NodeId, P) -> F + Sync,
+        ends: impl Fn(&PgError) -> Option<anyhow::Error> + Sync,
+        mut done: impl AsyncDone<P, R>,
+    ) -> anyhow::Result<()>
+    where
+        P: Clone + Send + Sync,
+        R: Send,
+        F: Future<Output = anyhow::Result<R>> + Send,
+    {
+        let mut open: Open<P> = pieces.into_iter().map(|(piece, weight)| (piece, weight, 1)).collect();
+        let mut queues = Queues::new();
+        let mut at_work: BTreeMap<NodeId, usize> = BTreeMap::new();
+        let mut lost: Vec<NodeId> = Vec::new();
+        let mut running = FuturesUnordered::new();
+        loop {
+            if !open.is_empty() {
+                self.deal(&mut open, &lost, &mut queues)?;
+            }
+            for (worker, queue) in &mut queues {
+                let busy = at_work.entry(*worker).or_default();
+                while *busy < PIECES_AT_ONCE
+                    && let Some((piece, weight, tries)) = queue.pop_front()
+                {
+                    *busy += 1;
+                    running.push(self.watched(*worker, piece.clone(), weight, tries, one(*worker, piece)));
+                }
+            }
+            let Some(ended) = running.next().await else { return Ok(()) };
+            *at_work.entry(ended.worker).or_default() -= 1;
+            match ended.outcome {
+                Ok(result) => done.done(ended.piece, ended.weight, result).await?,
+                Err(error) => {
+                    let said = PgError::of(&error).cloned();
+                    if let Some(end) = said.as_ref().and_then(&ends) {
+                        return Err(end);
+                    }
+                    self.judge(error, said, ended.worker, ended.tries, &mut lost).await?;
+                    open.push((ended.piece, ended.weight, ended.tries + 1));
+                    if lost.contains(&ended.worker) {
+                        open.extend(queues.remove(&ended.worker).unwrap_or_default());
+                    }
+                }
+            }
+        }
+    }
+
+    /// Deals pieces to the nodes that match and live now.
+    fn deal<P>(&self, open: &mut Open<P>, lost: &[NodeId], queues: &mut Queues<P>) -> anyhow::Result<()> {
+        let view = self.peers.cluster().view();
+        let mut workers = workers(&view, self.filter, self.server);
+        workers.retain(|worker| !lost.contains(&worker.id));
+        if workers.is_empty() {
+            let message = "no healthy sql instances available matching locality requirement";
+            return Err(anyhow::Error::new(PgError::new(SqlState::UNCATEGORIZED, message)).context(Retryable));
+        }
+        let leaseholder = leaseholder(&view, self.shard)?;
+        let weights: Vec<u64> = open.iter().map(|(_, weight, _)| *weight).collect();
+        for (worker, piece) in assign(&weights, &leaseholder, &workers).into_iter().zip(open.drain(..)) {
+            queues.entry(worker).or_default().push_back(piece);
+        }
+        Ok(())
+    }
+
+    async fn watched<P, R>(
+        &self,
+        worker: NodeId,
+        piece: P,
+        weight: u64,
+        tries: u32,
+        work: impl Future<Output = anyhow::Result<R>>,
+    ) -> Ended<P, R> {
+        let outcome = tokio::select! {
+            outcome = work => outcome,
+            () = self.goes(worker) => {
+                let message = format!("node {worker} was lost while it worked");
+                Err(PgError::new(SqlState::CONNECTION_FAILURE, message).into())
+            }
+        };
+        Ended { worker, piece, weight, tries, outcome }
+    }
+
+    /// Returns when `node` does not answer any more.
+    async fn goes(&self, node: NodeId) {
+        let mut views = self.peers.cluster().subscribe();
+        let gone = views.wait_for(|view| !view.node(node).is_some_and(|known| known.reachable)).await;
+        drop(gone);
+    }
+
+    /// Whether `node` answers now.
+    pub(crate) fn is_reachable(&self, node: NodeId) -> bool {
+        self.peers.cluster().view().node(node).is_some_and(|known| known.reachable)
+    }
+
+    /// What a failure means: for the worker, for the piece, or for everything.
+    async fn judge(
+        &self,
+        error: anyhow::Error,
+        said: Option<PgError>,
+        worker: NodeId,
+        tries: u32,
+        lost: &mut Vec<NodeId>,
+    ) -> anyhow::Result<()> {
+        if error.downcast_ref::<LostClaim>().is_some() {
+            return Err(error);
+        }
+        tracing::warn!(shard = self.shard, %worker, "a piece of work failed: {error:#}");
+        let code = said.map(|said| said.code);
+        let connection = code == Some(SqlState::CONNECTION_FAILURE);
+        if connection && !self.is_reachable(worker) {
+            // Its death is not the piece's fault, and each node dies once.
+            lost.push(worker);
+            return Ok(());
+        }
+        // What a store or a lock refuses now it may grant later; across nodes only the code tells.
+        let passing = [SqlState::IO_ERROR, SqlState::LOCK_NOT_AVAILABLE, SqlState::OBJECT_IN_USE];
+        let may_pass = code.is_some_and(|code| passing.contains(&code)) || storage::is_transient(&error);
+        if tries < TRIES_MAX && (connection || may_pass) {
+            tokio::time::sleep(Duration::from_millis(200) * 2_u32.pow(tries)).await;
+            return Ok(());
+        }
+        Err(error)
+    }
+}
+
+/// Takes note of finished pieces.
+pub(crate) trait AsyncDone<P, R>: Send {
+    /// A piece of this weight is finished.
+    fn done(&mut self, piece: P, weight: u64, result: R) -> impl Future<Output = anyhow::Result<()>> + Send;
+}

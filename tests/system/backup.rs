@@ -275,7 +275,7 @@ fn ddl_during_an_export_never_costs_a_row() {
             }
         });
         let _done = Done(&done);
-        for _ in 0..4 {
+        for _ in 0..3 {
             let statement = format!("BACKUP DATABASE movr INTO 'nodelocal://self/b' WITH {WEST}, DETACHED");
             let columns = completed(&demo, 1, &detached(&demo, 1, &statement));
             if columns[5] == "failed" {

@@ -96,6 +96,11 @@ fn an_attached_backup_goes_on_when_its_client_goes() {
     until_writing(&demo, 1);
     client.kill().unwrap();
     client.wait().unwrap();
+    until("its session to end", || {
+        let left = "SELECT count(*) FROM pg_stat_activity WHERE application_name = 'psql' AND pid <> pg_backend_pid()";
+        let seen = both(&demo.psql_direct(1).args(["-Atc", left]).output().unwrap());
+        if seen.trim() == "0" { Ok(()) } else { Err(seen) }
+    });
     let job = demo.ask(2, "SHOW JOBS").split('|').next().unwrap().to_owned();
     assert_eq!(column(&demo, &job, 5, "WHEN COMPLETE"), "succeeded");
     assert_whole(&demo, "k");

@@ -21,6 +21,18 @@ const PIECES_AT_ONCE: usize = 2;
 /// A piece that fails for reasons that may pass is tried this often.
 const TRIES_MAX: u32 = 4;
 
+/// What may pass: a store or a lock that refuses, a conflict with recovery, a server that restarts.
+const PASSING: [SqlState; 8] = [
+    SqlState::IO_ERROR,
+    SqlState::LOCK_NOT_AVAILABLE,
+    SqlState::OBJECT_IN_USE,
+    SqlState::SERIALIZATION_FAILURE,
+    SqlState::DEADLOCK_DETECTED,
+    SqlState::ADMIN_SHUTDOWN,
+    SqlState::CRASH_SHUTDOWN,
+    SqlState::CANNOT_CONNECT_NOW,
+];
+
 /// Where pieces may go.
 pub(crate) struct Deal<'d> {
     pub(crate) peers: &'d Peers,
@@ -29,6 +41,8 @@ pub(crate) struct Deal<'d> {
     pub(crate) shard: &'d str,
     /// The node beside the server that is read from, or written to.
     pub(crate) server: NodeId,
+    /// So many pieces are at work at the same time, however many nodes there are: the server lends no more sessions.
+    pub(crate) at_once: usize,
 }
 
 struct Ended<P, R> {
@@ -73,6 +87,7 @@ impl Deal<'_> {
             for (worker, queue) in &mut queues {
                 let busy = at_work.entry(*worker).or_default();
                 while *busy < PIECES_AT_ONCE
+                    && running.len() < self.at_once.max(1)
                     && let Some((piece, weight, tries)) = queue.pop_front()
                 {
                     *busy += 1;
@@ -166,8 +181,7 @@ impl Deal<'_> {
             return Ok(());
         }
         // What a store or a lock refuses now it may grant later; across nodes only the code tells.
-        let passing = [SqlState::IO_ERROR, SqlState::LOCK_NOT_AVAILABLE, SqlState::OBJECT_IN_USE];
-        let may_pass = code.is_some_and(|code| passing.contains(&code)) || storage::is_transient(&error);
+        let may_pass = code.is_some_and(|code| PASSING.contains(&code)) || storage::is_transient(&error);
         if tries < TRIES_MAX && (connection || may_pass) {
             tokio::time::sleep(Duration::from_millis(200) * 2_u32.pow(tries)).await;
             return Ok(());

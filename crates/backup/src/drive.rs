@@ -3,6 +3,7 @@
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
+use anyhow::bail;
 use cluster::{NodeId, Peers};
 use fleet::founders::{SpanRequest, is_invalidated, is_point_lost};
 use jobs::Run;
@@ -61,13 +62,22 @@ impl Shard<'_> {
     /// [`Invalidated`] at the root; a lost claim; no node left that matches; or a span that fails for good.
     pub(crate) async fn export(&self, spans: &[Span], finished: Vec<Finished>) -> anyhow::Result<Vec<FileEntry>> {
         let total: u64 = spans.iter().map(|span| span.weight.max(1)).sum();
-        let is_open = |span: &&Span| !finished.iter().any(|done| done.number == span.number);
+        // By what it holds and not by its number alone: another version may have cut the tables otherwise.
+        let is = |done: &Finished, span: &Span| {
+            done.number == span.number
+                && done.file.database == span.database
+                && done.file.what.as_ref() == Some(&span.what)
+        };
+        let finished: Vec<Finished> =
+            finished.into_iter().filter(|done| spans.iter().any(|span| is(done, span))).collect();
+        let is_open = |span: &&Span| !finished.iter().any(|done| is(done, span));
         let open: Vec<(Span, u64)> =
             spans.iter().filter(is_open).map(|span| (span.clone(), span.weight.max(1))).collect();
         let done = total - open.iter().map(|(_, weight)| weight).sum::<u64>();
         let mut noted = Noted { shard: self, total, done, finished, reported: Instant::now() };
         let server = self.point.node;
-        let deal = Deal { peers: self.peers, filter: self.filter, shard: &self.point.shard, server };
+        let at_once = self.point.opened.point.readers;
+        let deal = Deal { peers: self.peers, filter: self.filter, shard: &self.point.shard, server, at_once };
         let ends = |said: &PgError| {
             let gone = said.code == SqlState::CONNECTION_FAILURE && !deal.is_reachable(server);
             let spoilt = gone || is_invalidated(said) || is_point_lost(said);
@@ -75,6 +85,9 @@ impl Shard<'_> {
         };
         deal.run(open, |worker, span| self.one(worker, span), ends, &mut noted).await?;
         noted.finished.sort_by_key(|done| done.number);
+        if noted.finished.len() != spans.len() {
+            bail!("{} files were written for {} spans", noted.finished.len(), spans.len());
+        }
         Ok(noted.finished.into_iter().map(|done| done.file).collect())
     }
 

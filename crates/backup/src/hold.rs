@@ -19,6 +19,9 @@ pub(crate) const SPOILT_MAX: u32 = 2;
 /// A lock that is not had by then is not waited for: whoever waits behind it waits, too.
 const LOCK_WAIT: &str = "10s";
 
+/// The leaseholder's answers, its wait for a lock included.
+const STATEMENT_DEADLINE: Duration = Duration::from_secs(20);
+
 /// A standby that has not replayed up to the lock by then is read as it is.
 const REPLAY_DEADLINE: Duration = Duration::from_secs(60);
 
@@ -45,9 +48,11 @@ pub(crate) async fn hold(peers: &Peers, shard: &str, tables: &[(String, TablePla
             "SET idle_in_transaction_session_timeout = 0; SET lock_timeout = '{LOCK_WAIT}'; BEGIN READ ONLY;
              LOCK TABLE ONLY {name} IN ACCESS SHARE MODE"
         );
-        session.batch_execute(&lock).await.map_err(spoken).with_context(|| format!("hold table {name}"))?;
+        let locked = timeout(STATEMENT_DEADLINE, session.batch_execute(&lock)).await;
+        locked.context("hold a table")?.map_err(spoken).with_context(|| format!("hold table {name}"))?;
         let position = "SELECT pg_catalog.pg_current_wal_insert_lsn()::text";
-        let row = session.query_one(position, &[]).await.map_err(spoken).context("read the leaseholder's position")?;
+        let row = timeout(STATEMENT_DEADLINE, session.query_one(position, &[])).await;
+        let row = row.context("read a position")?.map_err(spoken).context("read the leaseholder's position")?;
         reached = reached.max(row.get::<_, &str>(0).parse()?);
         tracing::info!(shard, table = name, "held on the leaseholder while a standby is read");
         sessions.push(session);

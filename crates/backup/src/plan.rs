@@ -6,6 +6,7 @@
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
+use std::time::Duration;
 
 use anyhow::Context as _;
 use chrono::Utc;
@@ -27,6 +28,8 @@ pub struct Requester {
     pub user: String,
     /// Whether that role is a superuser.
     pub superuser: bool,
+    /// The session's `statement_timeout`.
+    pub statement_timeout: Option<Duration>,
 }
 
 /// What became of a BACKUP statement.
@@ -53,6 +56,8 @@ pub struct Finished {
     pub index_entries: i64,
     /// Bytes of the rows, before compression.
     pub bytes: i64,
+    /// What the client should know beside: objects that are not in the backup.
+    pub notices: Vec<String>,
 }
 
 /// Plans backups and makes their jobs.
@@ -183,10 +188,25 @@ impl Backups {
 
     /// A user may back up what they may read: CockroachDB's rules of before the BACKUP privilege.
     async fn check_rights(&self, shard: &str, database: &str, requester: &Requester) -> anyhow::Result<()> {
-        if requester.superuser {
-            return Ok(());
-        }
         let session = self.leaseholder_session(shard, database).await?;
+        let user = requester.user.as_str();
+        // A superuser of the gateway's shard need not be one of another.
+        let role = "SELECT rolsuper FROM pg_catalog.pg_roles WHERE rolname = $1";
+        match session.query_opt(role, &[&user]).await.map_err(spoken).context("look for the user")? {
+            Some(row) if row.get::<_, bool>(0) => return Ok(()),
+            Some(_) => {}
+            None => {
+                let message = format!("role \"{user}\" does not exist in shard \"{shard}\"");
+                return Err(PgError::new(SqlState::INSUFFICIENT_PRIVILEGE, message).into());
+            }
+        }
+        let objects = "
+            SELECT m.oid::text FROM pg_catalog.pg_largeobject_metadata m, pg_catalog.pg_roles r
+            WHERE r.rolname = $1 AND NOT pg_catalog.pg_has_role(r.oid, m.lomowner, 'USAGE')
+              AND NOT EXISTS (SELECT FROM pg_catalog.aclexplode(m.lomacl) a WHERE a.privilege_type = 'SELECT'
+                              AND (a.grantee = 0 OR pg_catalog.pg_has_role(r.oid, a.grantee, 'USAGE')))
+            LIMIT 1";
+        let object = session.query_opt(objects, &[&user]).await.map_err(spoken).context("check large objects")?;
         let query = "
             SELECT c.oid::pg_catalog.regclass::text, pg_catalog.has_table_privilege(r.oid, c.oid, 'SELECT')
             FROM pg_catalog.pg_class c, pg_catalog.pg_roles r
@@ -196,7 +216,6 @@ impl Backups {
               AND (NOT pg_catalog.has_table_privilege(r.oid, c.oid, 'SELECT')
                    OR c.relrowsecurity AND NOT r.rolbypassrls AND NOT pg_catalog.pg_has_role(r.oid, c.relowner, 'USAGE'))
             ORDER BY 1 LIMIT 1";
-        let user = requester.user.as_str();
         let connect = "SELECT pg_catalog.has_database_privilege($1, pg_catalog.current_database(), 'CONNECT')";
         let may_connect: bool = session.query_one(connect, &[&user]).await.map_err(spoken)?.get(0);
         let denied = session.query_opt(query, &[&user]).await.map_err(spoken).context("check the user's rights")?;
@@ -205,7 +224,10 @@ impl Backups {
             (false, _) => ("CONNECT", format!("database {database}")),
             (true, Some((relation, false))) => ("SELECT", format!("relation {relation}")),
             (true, Some((relation, true))) => ("BYPASSRLS", format!("relation {relation}")),
-            (true, None) => return Ok(()),
+            (true, None) => match object {
+                Some(row) => ("SELECT", format!("large object {}", row.get::<_, String>(0))),
+                None => return Ok(()),
+            },
         };
         let message = format!("user {user} does not have {privilege} privilege on {object}");
         Err(PgError::new(SqlState::INSUFFICIENT_PRIVILEGE, message)
@@ -281,6 +303,8 @@ pub(crate) fn finished(job: Job) -> anyhow::Result<Finished> {
     if job.status != "succeeded" {
         return Err(job.failure().into());
     }
+    let left_out = job.result.as_ref().and_then(|result| result.get("left_out")).and_then(Value::as_array);
+    let notices = left_out.into_iter().flatten().filter_map(Value::as_str).map(str::to_owned).collect();
     Ok(Finished {
         id: job.id,
         status: job.status.clone(),
@@ -288,5 +312,6 @@ pub(crate) fn finished(job: Job) -> anyhow::Result<Finished> {
         rows: count("rows"),
         index_entries: count("index_entries"),
         bytes: count("bytes"),
+        notices,
     })
 }

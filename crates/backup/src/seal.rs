@@ -26,16 +26,6 @@ struct Recorded {
     sha256: String,
 }
 
-/// The manifest that seals this backup, if there is one: then the job has succeeded, whatever its row says.
-///
-/// # Errors
-///
-/// The store cannot be read, or what is there cannot be.
-pub(crate) async fn sealed(store: &Store) -> anyhow::Result<Option<Manifest>> {
-    let Some(bytes) = store.read(layout::SEAL).await? else { return Ok(None) };
-    read(&bytes).map(Some)
-}
-
 fn read(bytes: &[u8]) -> anyhow::Result<Manifest> {
     let manifest: Manifest = serde_json::from_slice(bytes).context("read the manifest")?;
     if manifest.format != FORMAT {
@@ -85,18 +75,42 @@ pub(crate) async fn seal(
     body: Bytes,
     (subdir, created): (&str, DateTime<Utc>),
 ) -> anyhow::Result<Manifest> {
-    let manifest = read(&body)?;
-    store.create(layout::RESTORE_TEXT, Bytes::from(restore_text::text(&manifest, subdir))).await?;
-    store.create(layout::CHECKSUM, Bytes::from(format!("{}\n", sha256(&body)))).await?;
     // The last look: from here to the seal is one request.
     run.check().await?;
-    let manifest = match store.create(layout::SEAL, body).await? {
-        Created::New => manifest,
-        Created::Exists(other) => match read(&other)? {
-            other if other.job == run.id.0 => other,
-            other => bail!("job {} has sealed a backup in this directory", other.job),
-        },
-    };
+    if let Created::Exists(other) = store.create(layout::SEAL, body).await? {
+        let other = read(&other)?;
+        if other.job != run.id.0 {
+            bail!("job {} has sealed a backup in this directory", other.job);
+        }
+    }
+    complete(run, store, collection, (subdir, created)).await?.context("find the seal that was just made")
+}
+
+/// If the backup is sealed, writes what belongs to the seal and is made from it, and points LATEST at it. Whoever comes
+/// after a coordinator that died right behind the seal does the same again.
+///
+/// # Errors
+///
+/// The store.
+pub(crate) async fn complete(
+    run: &Run,
+    store: &Store,
+    collection: &Store,
+    (subdir, created): (&str, DateTime<Utc>),
+) -> anyhow::Result<Option<Manifest>> {
+    let Some(body) = store.read(layout::SEAL).await? else { return Ok(None) };
+    let manifest = read(&body)?;
+    if manifest.job != run.id.0 {
+        return Ok(None);
+    }
+    for (path, text) in [
+        (layout::CHECKSUM, format!("{}\n", sha256(&body))),
+        (layout::RESTORE_TEXT, restore_text::text(&manifest, subdir)),
+    ] {
+        let mut writer = store.writer(path).await?;
+        writer.write(Bytes::from(text)).await?;
+        writer.finish().await?;
+    }
     collection.create(&layout::latest(created, run.id), Bytes::from(subdir.to_owned())).await?;
-    Ok(manifest)
+    Ok(Some(manifest))
 }

@@ -86,6 +86,7 @@ mod tests {
             ranges_possible,
             where_clause: None,
             identity,
+            types: None,
         }
     }
 

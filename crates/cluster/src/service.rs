@@ -123,7 +123,7 @@ impl Peers {
                 };
             }
             let session = self.dial(node).await?;
-            let text = session.ask(call(name, &request), deadline).await.map_err(told)?;
+            let text = session.ask(call(name, &request), deadline).await.map_err(|error| told(node, error))?;
             Ok(serde_json::from_str(&text)?)
         };
         let answer = tokio::time::timeout(deadline, asked).await;
@@ -153,11 +153,12 @@ impl Peers {
                 };
             }
             let session = self.dial(node).await?;
-            let stream = session.copy_out(&call(name, &request).to_string()).await.map_err(|e| told(e.into()))?;
+            let stream = session.copy_out(&call(name, &request).to_string()).await;
+            let stream = stream.map_err(|error| told(node, error.into()))?;
             // The session lives as long as its stream.
             let held = stream.map(move |bytes| {
                 let _session = &session;
-                bytes.map_err(|error| told(error.into()))
+                bytes.map_err(|error| told(node, error.into()))
             });
             Ok(Box::pin(held) as ByteStream)
         };
@@ -186,8 +187,9 @@ impl Peers {
                 };
             }
             let session = self.dial(node).await?;
-            let sink = session.copy_in(&call(name, &request).to_string()).await.map_err(|e| told(e.into()))?;
-            Ok(Box::new(RemoteUpload { sink: Box::pin(sink), _session: session }) as Box<dyn Upload>)
+            let sink = session.copy_in(&call(name, &request).to_string()).await;
+            let sink = sink.map_err(|error| told(node, error.into()))?;
+            Ok(Box::new(RemoteUpload { node, sink: Box::pin(sink), _session: session }) as Box<dyn Upload>)
         };
         let upload = tokio::time::timeout(deadline, asked).await.map_err(|_| late(node, deadline))?;
         upload.with_context(|| format!("ask node {node} for {name}"))
@@ -216,6 +218,7 @@ impl Peers {
 }
 
 struct RemoteUpload {
+    node: NodeId,
     sink: Pin<Box<CopyInSink<Bytes>>>,
     _session: PeerSession,
 }
@@ -225,7 +228,7 @@ impl Upload for RemoteUpload {
         Box::pin(async move {
             while !bytes.is_empty() {
                 let piece = bytes.split_to(bytes.len().min(PIECE_MAX));
-                self.sink.send(piece).await.map_err(|error| told(error.into()))?;
+                self.sink.send(piece).await.map_err(|error| told(self.node, error.into()))?;
             }
             Ok(())
         })
@@ -233,7 +236,7 @@ impl Upload for RemoteUpload {
 
     fn finish(mut self: Box<Self>) -> Boxed<'static, ()> {
         Box::pin(async move {
-            self.sink.as_mut().finish().await.map_err(|error| told(error.into()))?;
+            self.sink.as_mut().finish().await.map_err(|error| told(self.node, error.into()))?;
             Ok(())
         })
     }
@@ -251,10 +254,15 @@ fn unreachable(node: NodeId, detail: &str) -> PgError {
     PgError::new(SqlState::CONNECTION_FAILURE, format!("node {node} cannot be reached")).detail(detail)
 }
 
-/// What a node said over the wire, as the error that it was there.
-fn told(error: anyhow::Error) -> anyhow::Error {
-    let said = error.chain().find_map(|cause| cause.downcast_ref::<tokio_postgres::Error>()?.as_db_error());
-    let Some(said) = said else { return error };
+/// What a node said over the wire, as the error that it was there; a connection that broke is an error of its own.
+fn told(node: NodeId, error: anyhow::Error) -> anyhow::Error {
+    let Some(cause) = error.chain().find_map(|cause| cause.downcast_ref::<tokio_postgres::Error>()) else {
+        return error;
+    };
+    let Some(said) = cause.as_db_error() else {
+        tracing::info!("node {node} was lost: {cause}");
+        return unreachable(node, "The connection was lost.").into();
+    };
     let Some(code) = SqlState::parse(said.code().code()) else { return error };
     let mut spoken = PgError::new(code, said.message());
     spoken.detail = said.detail().map(str::to_owned);

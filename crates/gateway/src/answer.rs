@@ -194,7 +194,10 @@ impl Writer<'_> {
 
     /// To the server: who is the client? Answered as [`crate::pipeline`] expects it.
     pub(crate) fn ask(&mut self, extended: bool) {
-        const WHO: &str = "SELECT current_user, pg_catalog.current_setting('is_superuser')";
+        // In hexadecimal digits, because the answer comes in the client's encoding.
+        const WHO: &str = "SELECT pg_catalog.encode(pg_catalog.convert_to(current_user::text, 'UTF8'), 'hex'), \
+                           pg_catalog.current_setting('is_superuser'), \
+                           (SELECT setting FROM pg_catalog.pg_settings WHERE name = 'statement_timeout')";
         if !extended {
             return self.put(&Query::new(WHO.to_owned()));
         }

@@ -1,5 +1,7 @@
 //! What a client sends, frame by frame: passed on, or ours.
 
+use std::time::Duration;
+
 use backup::Requester;
 use bytes::{Bytes, BytesMut};
 use pgerror::{PgError, SqlState};
@@ -164,6 +166,12 @@ impl Session {
         if statements.iter().all(is_for_everybody) {
             return self.start(statements, execute, None);
         }
+        if self.pipeline.transaction() == Transaction::Open
+            && let Some(verb) = statements.iter().find_map(waits_for_a_job)
+        {
+            let tag = if execute.is_some() { b'E' } else { b'Q' };
+            return self.fail(tag, &in_transaction(verb));
+        }
         let extended = execute.is_some();
         Writer(&mut self.to_server).ask(extended);
         self.pipeline.asked(extended);
@@ -180,7 +188,16 @@ impl Session {
                 row = rest;
                 std::str::from_utf8(value).ok().map(str::to_owned)
             };
-            Some(Requester { user: value()?, superuser: value()? == "on" })
+            let user = value()?;
+            let bytes: Option<Vec<u8>> = user
+                .as_bytes()
+                .chunks(2)
+                .map(|digits| u8::from_str_radix(std::str::from_utf8(digits).ok()?, 16).ok())
+                .collect();
+            let (user, superuser) = (String::from_utf8(bytes?).ok()?, value()? == "on");
+            let milliseconds: u64 = value()?.parse().ok()?;
+            let statement_timeout = (milliseconds > 0).then(|| Duration::from_millis(milliseconds));
+            Some(Requester { user, superuser, statement_timeout })
         };
         let requester = read();
         if let Some(asking) = &mut self.asking {
@@ -263,6 +280,21 @@ impl Session {
 /// Whether a statement gives everybody the same.
 fn is_for_everybody(statement: &Statement) -> bool {
     matches!(statement, Statement::ShowLocality | Statement::ShowNodes)
+}
+
+/// The verb of a statement that makes a job and waits for its end.
+fn waits_for_a_job(statement: &Statement) -> Option<&'static str> {
+    match statement {
+        Statement::Backup(backup) if !backup.options.detached => Some(statement.tag()),
+        _ => None,
+    }
+}
+
+fn in_transaction(verb: &str) -> PgError {
+    // CockroachDB's text.
+    let message = format!("{verb} cannot be used inside a multi-statement transaction without DETACHED option");
+    PgError::new(SqlState::UNCATEGORIZED, message)
+        .hint("Give the option DETACHED, or end the transaction first (drivers: use autocommit).")
 }
 
 fn in_failed_transaction() -> PgError {

@@ -73,7 +73,11 @@ impl Gateway {
                 let requester = requester.ok_or_else(|| {
                     PgError::new(SqlState::INTERNAL_ERROR, "the server did not say who the client is")
                 })?;
-                self.run_for(statement, requester).await
+                let work = self.run_for(statement, requester);
+                match requester.statement_timeout {
+                    None => work.await,
+                    Some(limit) => tokio::time::timeout(limit, work).await.unwrap_or_else(|_| Err(timed_out().into())),
+                }
             }
         };
         done.map_err(|error| spoken(&error))
@@ -83,7 +87,7 @@ impl Gateway {
         match statement {
             Statement::Backup(backup) => {
                 let outcome = self.backups.run(backup, requester).await?;
-                Ok(Answer { rows: vec![outcome_row(outcome)], notices: Vec::new() })
+                Ok(outcome_answer(outcome))
             }
             Statement::ShowJobs(which) => self.show_jobs(which, requester).await,
             other => external::run(self, other, requester).await,
@@ -111,8 +115,25 @@ impl Gateway {
     }
 }
 
+fn timed_out() -> PgError {
+    // PostgreSQL's own words.
+    PgError::new(SqlState::QUERY_CANCELED, "canceling statement due to statement timeout")
+        .hint("A job that was made goes on; SHOW JOBS lists it.")
+}
+
 fn one_text(text: String) -> Answer {
     Answer { rows: vec![vec![Value::Text(Some(text))]], notices: Vec::new() }
+}
+
+fn outcome_answer(outcome: Outcome) -> Answer {
+    let notices = match &outcome {
+        Outcome::Detached(_) => Vec::new(),
+        Outcome::Finished(done) => {
+            let notice = |text: &String| PgError::new(SqlState::SUCCESSFUL_COMPLETION, text.clone());
+            done.notices.iter().map(notice).collect()
+        }
+    };
+    Answer { rows: vec![outcome_row(outcome)], notices }
 }
 
 fn outcome_row(outcome: Outcome) -> Vec<Value> {
@@ -149,6 +170,6 @@ fn job_row(job: Job) -> Vec<Value> {
         Value::UtcTime(job.last_run),
         Value::UtcTime(job.next_run),
         Value::Int8(Some(job.num_runs)),
-        Value::Texts(Vec::new()),
+        Value::Texts(job.execution_errors),
     ]
 }

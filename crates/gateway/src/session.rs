@@ -160,6 +160,10 @@ impl Session {
                 outcome = finished(&mut self.running), if self.outcome.is_none() => self.outcome = Some(outcome),
                 read = client_in.read_buf(&mut self.from_client.bytes), if may_read_client => {
                     client_open = matches!(read, Ok(read) if read > 0);
+                    if !client_open && self.running.is_some() {
+                        // Nobody waits for it any more, and what it waits for may take hours; a job goes on.
+                        break Ok(());
+                    }
                 }
                 read = server_in.read_buf(&mut self.from_server.bytes), if may_read_server => {
                     server_open = matches!(read, Ok(read) if read > 0);

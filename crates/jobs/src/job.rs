@@ -98,13 +98,15 @@ pub struct Job {
     pub next_run: Option<DateTime<Utc>>,
     /// How often it was begun.
     pub num_runs: i64,
+    /// What went wrong on the way, the latest last.
+    pub execution_errors: Vec<String>,
     /// What its resumer gave back at the end, or the parts of the error that it ended with.
     pub result: Option<Value>,
 }
 
 /// The columns that [`Job::of`] reads.
 pub(crate) const COLUMNS: &str = "id, job_type, description, statement, user_name, status, running_status, created, \
-    started, finished, modified, fraction_completed, error, coordinator_id, last_run, next_run, num_runs, result";
+    started, finished, modified, fraction_completed, error, coordinator_id, last_run, next_run, num_runs, result, execution_errors";
 
 impl Job {
     /// Why it did not succeed, as the error that its resumer ended with.
@@ -138,6 +140,7 @@ impl Job {
             next_run: row.get(15),
             num_runs: row.get(16),
             result: row.get(17),
+            execution_errors: row.get(18),
         }
     }
 }

@@ -11,7 +11,7 @@ use anyhow::{Context as _, bail};
 use cluster::registry::DATABASE;
 use cluster::{Cluster, Dialer, PeerSession, Purpose, spoken};
 use pgerror::{PgError, SqlState};
-use tokio::sync::watch;
+use tokio::sync::{Notify, watch};
 use tokio::time::{sleep, timeout};
 use tokio_postgres::Row;
 use tokio_postgres::types::ToSql;
@@ -35,6 +35,8 @@ type Parameters<'p> = &'p [&'p (dyn ToSql + Sync)];
 struct Shared {
     session: watch::Sender<Option<Arc<PeerSession>>>,
     bell: watch::Sender<u64>,
+    /// Rung when a statement was not answered in time.
+    late: Notify,
 }
 
 /// The handle; clones share one connection.
@@ -43,7 +45,8 @@ pub struct Ledger(Arc<Shared>);
 
 impl Default for Ledger {
     fn default() -> Self {
-        Self(Arc::new(Shared { session: watch::Sender::default(), bell: watch::Sender::default() }))
+        let (session, bell, late) = (watch::Sender::default(), watch::Sender::default(), Notify::new());
+        Self(Arc::new(Shared { session, bell, late }))
     }
 }
 
@@ -82,6 +85,7 @@ impl Ledger {
                     Ok(()) => self.ring(),
                     Err(_) => bail!("the connection to the registry was lost"),
                 },
+                () = self.0.late.notified() => bail!("the registry did not answer in time"),
                 moved = views.wait_for(|view| view.registry().is_some_and(|(node, _)| node.instance != beside)) => {
                     moved?;
                     bail!("the registry has moved to another server");
@@ -122,12 +126,16 @@ impl Ledger {
         let session = self.session().await?;
         match timeout(STATEMENT_DEADLINE, session.query(statement, parameters)).await {
             Ok(Ok(rows)) => Ok(rows),
-            Ok(Err(error)) if error.as_db_error().is_none() => {
-                tracing::info!("the registry was lost in a statement: {error:#}");
+            Ok(Err(error)) if is_passing(&error) => {
+                tracing::info!("the registry was lost in a statement: {:#}", spoken(error));
                 Err(unreachable().into())
             }
             Ok(Err(error)) => Err(spoken(error)),
-            Err(_) => Err(unreachable().into()),
+            Err(_) => {
+                // A connection on which nothing comes back is not used again; `attend` opens another one.
+                self.0.late.notify_one();
+                Err(unreachable().into())
+            }
         }
     }
 
@@ -137,6 +145,16 @@ impl Ledger {
             tracing::info!("could not ring for a job: {error:#}");
         }
     }
+}
+
+/// Whether the registry's server, or the node beside it, was lost or is being lost: the connection broke, it stops, it
+/// is not the primary any more, or it did not get to the statement in time.
+fn is_passing(error: &tokio_postgres::Error) -> bool {
+    let Some(code) = error.code().map(tokio_postgres::error::SqlState::code) else { return true };
+    code.starts_with("08")
+        || code.starts_with("57P")
+        || code.starts_with("53")
+        || ["25006", "55P03", "57014", "40001", "40P01"].contains(&code)
 }
 
 fn unreachable() -> PgError {

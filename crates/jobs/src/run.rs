@@ -26,6 +26,9 @@ impl fmt::Display for Retryable {
     }
 }
 
+/// So many of the latest errors of a job are shown; CockroachDB's number.
+const ERRORS_MAX: i32 = 3;
+
 /// A job under this node's claim.
 #[derive(Clone)]
 pub struct Run {
@@ -101,6 +104,21 @@ impl Run {
             UPDATE registry.jobs SET fraction_completed = $3, running_status = $4, modified = clock_timestamp()
             WHERE id = $1 AND claim_id = $2 AND status = 'running' RETURNING id";
         self.guarded(write, &[&self.id.0, &self.claim, &fraction, &doing]).await
+    }
+
+    /// Shows that something went wrong that the job goes on after: in `execution_errors`, and as what it does now.
+    ///
+    /// # Errors
+    ///
+    /// As [`Run::keep`].
+    pub async fn note(&self, error: &anyhow::Error) -> anyhow::Result<()> {
+        let write = "
+            UPDATE registry.jobs SET running_status = 'trying again: ' || $3, modified = clock_timestamp(),
+                   execution_errors = (execution_errors || (to_char(clock_timestamp() AT TIME ZONE 'UTC',
+                       'YYYY-MM-DD HH24:MI:SS') || ' ' || $3))[greatest(1, cardinality(execution_errors) + 2 - $4):]
+            WHERE id = $1 AND claim_id = $2 AND status = 'running' RETURNING id";
+        let (words, _) = words(error);
+        self.guarded(write, &[&self.id.0, &self.claim, &words, &ERRORS_MAX]).await
     }
 
     /// Whether the claim still is this run's, asked of the registry.

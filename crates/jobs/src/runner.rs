@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeMap, HashSet};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, bail};
 use cluster::registry::{Registry, Session, Standing};
@@ -25,9 +25,13 @@ const TICK: Duration = Duration::from_secs(1);
 /// So many unclaimed jobs are taken at once; the next look takes more.
 const CLAIMS_AT_ONCE: i64 = 10;
 
-/// A job that fails in a way that may pass is begun again this often, with waits that double from the first one.
-const TRIES_MAX: u32 = 6;
+/// A job that fails in a way that may pass is begun again for so long, with waits that double up to the longest.
+const RETRY_FOR: Duration = Duration::from_secs(300);
 const FIRST_WAIT: Duration = Duration::from_millis(500);
+const LONGEST_WAIT: Duration = Duration::from_secs(10);
+
+/// A job that was begun so often, on whichever nodes, fails: it may be what ends its coordinators.
+const RUNS_MAX: i64 = 60;
 
 /// A job that no node may run is tried again this often, and fails when there was none for so long.
 const UNMATCHED_WAIT: &str = "2 seconds";
@@ -89,7 +93,11 @@ impl Jobs {
 
     /// From now on jobs of this type can run here.
     pub fn register(&self, job_type: &str, resumer: Arc<dyn Resumer>) {
-        self.0.resumers.lock().unwrap_or_else(PoisonError::into_inner).insert(job_type.to_owned(), resumer);
+        self.resumers().insert(job_type.to_owned(), resumer);
+    }
+
+    fn resumers(&self) -> MutexGuard<'_, BTreeMap<String, Arc<dyn Resumer>>> {
+        self.0.resumers.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     pub(crate) fn cluster(&self) -> &Cluster {
@@ -215,7 +223,7 @@ impl Jobs {
         let claim = "
             WITH free AS (
                 SELECT j.id FROM registry.jobs j
-                WHERE j.status = 'running' AND coalesce(j.next_run <= clock_timestamp(), true)
+                WHERE j.status = 'running' AND j.job_type = ANY($4) AND coalesce(j.next_run <= clock_timestamp(), true)
                   AND NOT EXISTS (SELECT FROM registry.sessions s
                                   WHERE s.id = j.claim_session AND s.expires_at > clock_timestamp())
                 ORDER BY j.created DESC LIMIT $3 FOR UPDATE SKIP LOCKED)
@@ -223,12 +231,19 @@ impl Jobs {
                    modified = clock_timestamp()
             FROM free WHERE j.id = free.id
               AND EXISTS (SELECT FROM registry.sessions WHERE id = $1 AND expires_at > clock_timestamp())";
-        self.0.ledger.query(claim, &[&session.id, &session.node_id.0, &CLAIMS_AT_ONCE]).await?;
+        let types: Vec<String> = self.resumers().keys().cloned().collect();
+        self.0.ledger.query(claim, &[&session.id, &session.node_id.0, &CLAIMS_AT_ONCE, &types]).await?;
         let mine = "
             SELECT id, job_type, filter, prefers, payload, sealed, claim_id FROM registry.jobs
             WHERE claim_session = $1 AND status = 'running'";
         for row in self.0.ledger.query(mine, &[&session.id]).await? {
-            let claimed = claimed(&row)?;
+            let claimed = match claimed(&row) {
+                Ok(claimed) => claimed,
+                Err(error) => {
+                    tracing::warn!(job = row.get::<_, i64>(0), "a job's row cannot be read: {error:#}");
+                    continue;
+                }
+            };
             if let Some(held) = self.hold(claimed.claim) {
                 tokio::spawn(self.clone().attend(claimed, held, session.id));
             }
@@ -285,7 +300,7 @@ impl Jobs {
     }
 
     async fn run_to_its_end(&self, claimed: &Claimed) -> anyhow::Result<()> {
-        let resumer = self.0.resumers.lock().unwrap_or_else(PoisonError::into_inner).get(&claimed.job_type).cloned();
+        let resumer = self.resumers().get(&claimed.job_type).cloned();
         let Some(resumer) = resumer else { bail!("no resumer for jobs of type {}", claimed.job_type) };
         let run = Run {
             id: claimed.id,
@@ -295,29 +310,39 @@ impl Jobs {
             ledger: self.0.ledger.clone(),
         };
         let mut wait = FIRST_WAIT;
-        for tries in 1.. {
-            self.begin(claimed).await?;
+        let begun = Instant::now();
+        loop {
+            if !self.begin(claimed).await? {
+                let message = format!("the job was begun {RUNS_MAX} times and never came to its end");
+                return self.fail(claimed, &PgError::new(SqlState::UNCATEGORIZED, message).into()).await;
+            }
             let error = match resumer.resume(run.clone()).await {
                 Ok(result) => return self.succeed(claimed, &result).await,
                 Err(error) if error.downcast_ref::<LostClaim>().is_some() => return Err(error),
                 Err(error) => error,
             };
-            if !may_pass(&error) || tries >= TRIES_MAX {
+            if !may_pass(&error) || begun.elapsed() >= RETRY_FOR {
                 return self.fail(claimed, &error).await;
             }
             tracing::warn!(job = %claimed.id, "job is tried again: {error:#}");
+            if let Err(lost) = run.note(&error).await
+                && lost.downcast_ref::<LostClaim>().is_some()
+            {
+                return Err(lost);
+            }
             sleep(wait).await;
-            wait *= 2;
+            wait = LONGEST_WAIT.min(wait * 2);
         }
-        Ok(())
     }
 
-    async fn begin(&self, claimed: &Claimed) -> anyhow::Result<()> {
+    /// False when it has been begun too often.
+    async fn begin(&self, claimed: &Claimed) -> anyhow::Result<bool> {
         let write = "
             UPDATE registry.jobs SET started = coalesce(started, clock_timestamp()), last_run = clock_timestamp(),
                    num_runs = num_runs + 1, next_run = NULL, unmatched_since = NULL, modified = clock_timestamp()
-            WHERE id = $1 AND claim_id = $2 AND status = 'running' RETURNING id";
-        self.last_word(write, &[&claimed.id.0, &claimed.claim]).await
+            WHERE id = $1 AND claim_id = $2 AND status = 'running' RETURNING num_runs";
+        let rows = self.last_word(write, &[&claimed.id.0, &claimed.claim]).await?;
+        Ok(rows.first().is_some_and(|row| row.get::<_, i64>(0) <= RUNS_MAX))
     }
 
     async fn succeed(&self, claimed: &Claimed, result: &Value) -> anyhow::Result<()> {
@@ -348,11 +373,11 @@ impl Jobs {
         &self,
         statement: &str,
         parameters: &[&(dyn tokio_postgres::types::ToSql + Sync)],
-    ) -> anyhow::Result<()> {
+    ) -> anyhow::Result<Vec<Row>> {
         loop {
             match self.0.ledger.query(statement, parameters).await {
                 Ok(rows) if rows.is_empty() => return Err(LostClaim.into()),
-                Ok(_) => return Ok(()),
+                Ok(rows) => return Ok(rows),
                 Err(error) if may_pass(&error) => {
                     tracing::info!("the registry is away: {error:#}");
                     sleep(FIRST_WAIT).await;

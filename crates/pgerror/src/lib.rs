@@ -108,6 +108,12 @@ impl SqlState {
     pub const TOO_MANY_CONNECTIONS: Self = Self(*b"53300");
     /// A database of this name exists.
     pub const DUPLICATE_DATABASE: Self = Self(*b"42P04");
+    /// A snapshot that can no longer be kept: a conflict with recovery, say.
+    pub const SERIALIZATION_FAILURE: Self = Self(*b"40001");
+    /// Two transactions that wait for each other.
+    pub const DEADLOCK_DETECTED: Self = Self(*b"40P01");
+    /// A server that restarts after a crash.
+    pub const CRASH_SHUTDOWN: Self = Self(*b"57P02");
     /// One name twice in a list.
     pub const DUPLICATE_ALIAS: Self = Self(*b"42712");
 

@@ -131,7 +131,9 @@ impl Uri {
     /// What `nodelocal://self` is on `node`; nothing for any other URI.
     pub fn on(&self, node: NodeId) -> Option<Self> {
         match &self.0 {
-            Place::Nodelocal { node: None, path } => Some(Self(Place::Nodelocal { node: Some(node), path: path.clone() })),
+            Place::Nodelocal { node: None, path } => {
+                Some(Self(Place::Nodelocal { node: Some(node), path: path.clone() }))
+            }
             _ => None,
         }
     }

@@ -24,7 +24,8 @@ CREATE TABLE registry.jobs (
     num_runs           bigint NOT NULL DEFAULT 0,
     last_run           timestamptz,
     next_run           timestamptz,
-    unmatched_since    timestamptz
+    unmatched_since    timestamptz,
+    execution_errors   text[] NOT NULL DEFAULT '{}'
 );
 CREATE INDEX jobs_unfinished ON registry.jobs (created DESC) WHERE finished IS NULL;
 COMMENT ON TABLE registry.jobs IS 'Every job; a row is written through its claim only, but for its creation and control requests.';

@@ -165,6 +165,8 @@ fn rights_are_those_of_the_client_s_role() {
     let demo = Demo::start(&[]);
     let make = "CREATE ROLE plain LOGIN; CREATE ROLE reader LOGIN; GRANT pg_read_all_data TO reader";
     run(demo.psql_direct(1).args(["-v", "ON_ERROR_STOP=1", "-c", make]));
+    let objects = "DO $$ DECLARE o oid; BEGIN FOR o IN SELECT oid FROM pg_largeobject_metadata LOOP
+                   EXECUTE format('GRANT SELECT ON LARGE OBJECT %s TO reader', o); END LOOP; END $$";
     let ask = |user: &str, statement: &str| {
         let url = demo.nodes[3].url.replace("root@", &format!("{user}@"));
         let told =
@@ -175,6 +177,10 @@ fn rights_are_those_of_the_client_s_role() {
     let told = ask("plain", statement);
     assert!(told.contains("42501: user plain does not have SELECT privilege on relation"), "{told}");
     assert!(told.contains("usable"), "{told}");
+    // pg_read_all_data does not reach large objects.
+    let told = ask("reader", statement);
+    assert!(told.contains("42501: user reader does not have SELECT privilege on large object"), "{told}");
+    run(demo.psql_direct(1).args(["-v", "ON_ERROR_STOP=1", "-c", objects]));
     let told = ask("reader", statement);
     assert!(told.contains("42501: only users with the admin role or the EXTERNALIOIMPLICITACCESS"), "{told}");
     let told = ask("reader", "CREATE EXTERNAL CONNECTION c AS 'nodelocal://1/c'");

@@ -11,7 +11,7 @@ use cluster::service::Boxed;
 use cluster::{Filter, NodeId, Peers};
 use fleet::founders::{DatabasePlan, FOUNDERS, Request, SequencePlan, TablePlan, is_point_lost};
 use futures_util::StreamExt as _;
-use jobs::{LostClaim, Resumer, Retryable, Run};
+use jobs::{LostClaim, Resumer, Run};
 use pgerror::{PgError, SqlState};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
@@ -87,10 +87,7 @@ impl Resume {
             uri: uri.exposed(),
             payload,
         };
-        let told = story.tell().await.map_err(|error| match storage::is_transient(&error) {
-            true => error.context(Retryable),
-            false => error,
-        });
+        let told = story.tell().await;
         if told.as_ref().is_err_and(|error| !error.is::<LostClaim>() && !jobs::may_pass(error)) {
             story.give_up().await;
         }

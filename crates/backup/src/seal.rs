@@ -7,7 +7,7 @@
 use anyhow::{Context as _, bail};
 use bytes::Bytes;
 use chrono::{DateTime, Utc};
-use jobs::Run;
+use jobs::{Retryable, Run};
 use serde::{Deserialize, Serialize};
 use storage::{Created, Store};
 
@@ -77,7 +77,7 @@ pub(crate) async fn seal(
 ) -> anyhow::Result<Manifest> {
     // The last look: from here to the seal is one request.
     run.check().await?;
-    if let Created::Exists(other) = store.create(layout::SEAL, body).await? {
+    if let Created::Exists(other) = store.create(layout::SEAL, body).await.map_err(once_sealed)? {
         let other = read(&other)?;
         if other.job != run.id.0 {
             bail!("job {} has sealed a backup in this directory", other.job);
@@ -103,14 +103,32 @@ pub(crate) async fn complete(
     if manifest.job != run.id.0 {
         return Ok(None);
     }
+    finish(run, store, collection, &manifest, &body, (subdir, created)).await.map_err(once_sealed)?;
+    Ok(Some(manifest))
+}
+
+/// At the seal and behind it a store that does not answer is asked for longer than anywhere else: it may hold a whole
+/// backup already.
+fn once_sealed(error: anyhow::Error) -> anyhow::Error {
+    if storage::is_transient(&error) { error.context(Retryable) } else { error }
+}
+
+async fn finish(
+    run: &Run,
+    store: &Store,
+    collection: &Store,
+    manifest: &Manifest,
+    body: &[u8],
+    (subdir, created): (&str, DateTime<Utc>),
+) -> anyhow::Result<()> {
     for (path, text) in [
-        (layout::CHECKSUM, format!("{}\n", sha256(&body))),
-        (layout::RESTORE_TEXT, restore_text::text(&manifest, subdir)),
+        (layout::CHECKSUM, format!("{}\n", sha256(body))),
+        (layout::RESTORE_TEXT, restore_text::text(manifest, subdir)),
     ] {
         let mut writer = store.writer(path).await?;
         writer.write(Bytes::from(text)).await?;
         writer.finish().await?;
     }
     collection.create(&layout::latest(created, run.id), Bytes::from(subdir.to_owned())).await?;
-    Ok(Some(manifest))
+    Ok(())
 }

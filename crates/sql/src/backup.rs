@@ -6,8 +6,18 @@
 use pgerror::PgError;
 use sqlparser::tokenizer::Token;
 
+use crate::collection;
 use crate::cursor::Cursor;
+use crate::options::{Given, Known, Value, options};
 use crate::statement::{Backup, BackupOptions, Text};
+use crate::targets::{Verb, as_of, databases};
+
+const BACKUP: Verb = Verb {
+    name: "BACKUP",
+    ends: &["INTO", "TO"],
+    not_all: "Name the databases: BACKUP DATABASE name, name INTO 'uri'.",
+    not_tables: "Back up the whole database: BACKUP DATABASE name INTO 'uri'.",
+};
 
 const NO_HISTORY: &str = "PostgreSQL keeps no history of rows.";
 
@@ -15,246 +25,69 @@ const NO_HISTORY: &str = "PostgreSQL keeps no history of rows.";
 const NO_BACKUP_TO: &str =
     "The `BACKUP TO` syntax is no longer supported. Please use `BACKUP INTO` to create a backup collection.";
 
-/// What may follow the name of an option.
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum Value {
-    /// Nothing, `= TRUE`, or `= FALSE`: `DETACHED`, which must be known before parameters have values.
-    Switch,
-    /// Nothing, or `=` an expression.
-    Condition,
-    /// `=` a text.
-    Text,
-    /// `=` a text, or several in parentheses.
-    Texts,
-    /// Nothing.
-    Nothing,
-}
-
-/// An option of CockroachDB's.
-struct Known {
-    name: &'static [&'static str],
-    value: Value,
-    /// What it is told twice for.
-    twice: &'static str,
-}
-
-const DETACHED: usize = 0;
-const EXECUTION_LOCALITY: usize = 1;
-const REVISION_HISTORY: usize = 2;
-
-/// Ours first; an alias has the `twice` of its option.
 const OPTIONS: [Known; 10] = [
-    Known { name: &["detached"], value: Value::Switch, twice: "detached option specified multiple times" },
-    Known {
-        name: &["execution", "locality"],
-        value: Value::Text,
-        twice: "execution locality option specified multiple times",
-    },
-    Known {
-        name: &["revision_history"],
-        value: Value::Condition,
-        twice: "revision_history option specified multiple times",
-    },
-    Known {
-        name: &["encryption_passphrase"],
-        value: Value::Text,
-        twice: "encryption_passphrase specified multiple times",
-    },
-    Known { name: &["kms"], value: Value::Texts, twice: "kms specified multiple times" },
-    Known {
-        name: &["incremental_location"],
-        value: Value::Texts,
-        twice: "incremental_location option specified multiple times",
-    },
-    Known {
-        name: &["include_all_virtual_clusters"],
-        value: Value::Condition,
-        twice: "include_all_virtual_clusters specified multiple times",
-    },
-    Known {
-        name: &["include_all_secondary_tenants"],
-        value: Value::Condition,
-        twice: "include_all_virtual_clusters specified multiple times",
-    },
-    Known {
-        name: &["updates_cluster_monitoring_metrics"],
-        value: Value::Condition,
-        twice: "updates_cluster_monitoring_metrics option specified multiple times",
-    },
-    Known {
-        name: &["strict", "storage", "locality"],
-        value: Value::Nothing,
-        twice: "strict storage locality option specified multiple times",
-    },
+    Known::ours("detached", Value::Switch, "detached option"),
+    Known::ours("execution locality", Value::Text, "execution locality option"),
+    Known::not_yet("revision_history", Value::Condition, "revision_history option").never(
+        NO_HISTORY,
+        "Leave the option out; PostgreSQL's WAL archive leads to the points in time between two backups.",
+    ),
+    Known::not_yet("encryption_passphrase", Value::Text, "encryption_passphrase"),
+    Known::not_yet("kms", Value::Texts, "kms"),
+    Known::not_yet("incremental_location", Value::Texts, "incremental_location option"),
+    Known::not_yet("include_all_virtual_clusters", Value::Condition, "include_all_virtual_clusters"),
+    Known::not_yet("include_all_secondary_tenants", Value::Condition, "include_all_virtual_clusters"),
+    Known::not_yet("updates_cluster_monitoring_metrics", Value::Condition, "updates_cluster_monitoring_metrics option"),
+    Known::not_yet("strict storage locality", Value::Nothing, "strict storage locality option"),
 ];
 
 pub(crate) fn backup(cursor: &mut Cursor<'_>) -> Result<Backup, PgError> {
     cursor.expect_words(&["BACKUP"])?;
-    let databases = targets(cursor)?;
+    let databases = databases(cursor, &BACKUP)?;
     if cursor.eat_word("TO") {
         cursor.texts()?;
         return Err(cursor.wrong_before(NO_BACKUP_TO));
     }
     cursor.expect_words(&["INTO"])?;
     let into = destination(cursor)?;
-    as_of(cursor)?;
-    let options = options(cursor)?;
-    Ok(Backup { databases, into, options })
-}
-
-/// The databases; none where something else is named, which is refused.
-fn targets(cursor: &mut Cursor<'_>) -> Result<Vec<String>, PgError> {
-    if cursor.at_word("INTO") || cursor.at_word("TO") {
-        let refusal = cursor.unsupported("BACKUP of a whole cluster is not supported yet");
-        cursor.refuse(refusal.hint("Name the databases: BACKUP DATABASE name, name INTO 'uri'."));
-        return Ok(Vec::new());
-    }
-    if cursor.eat_word("DATABASE") {
-        let mut names = vec![cursor.name()?];
-        while cursor.eat(&Token::Comma) {
-            names.push(cursor.name()?);
-        }
-        return Ok(names);
-    }
-    let refusal = cursor.unsupported("BACKUP VIRTUAL CLUSTER is not supported").detail("PostgreSQL has none.");
-    let named_tenant =
-        !matches!(cursor.second(), Token::Comma | Token::Period) && !cursor.at_words(&["TENANT", "INTO"]);
-    if cursor.eat_words(&["VIRTUAL", "CLUSTER"]) || (named_tenant && cursor.eat_word("TENANT")) {
-        cursor.refuse(refusal);
-        if !cursor.eat_number() {
-            cursor.text()?;
-        }
-        return Ok(Vec::new());
-    }
-    tables(cursor)?;
-    Ok(Vec::new())
-}
-
-/// `[TABLE] a, b.*`, refused.
-fn tables(cursor: &mut Cursor<'_>) -> Result<(), PgError> {
-    let refusal = cursor.unsupported("BACKUP TABLE is not supported yet");
-    cursor.refuse(refusal.hint("Back up the whole database: BACKUP DATABASE name INTO 'uri'."));
-    cursor.eat_word("TABLE");
-    loop {
-        while !cursor.eat(&Token::Mul) {
-            cursor.name()?;
-            if !cursor.eat(&Token::Period) {
-                break;
-            }
-        }
-        if !cursor.eat(&Token::Comma) {
-            return Ok(());
+    as_of(
+        cursor,
+        &BACKUP,
+        NO_HISTORY,
+        "Leave AS OF SYSTEM TIME out: a backup shows its databases as they are when it begins.",
+    )?;
+    let mut chosen = BackupOptions::default();
+    for option in options(cursor, BACKUP.name, &OPTIONS)? {
+        match option {
+            ("detached", given) => chosen.detached = matches!(given, Given::Yes),
+            ("execution locality", Given::Text(filter)) => chosen.execution_locality = Some(filter),
+            _ => {}
         }
     }
+    Ok(Backup { databases, into, options: chosen })
 }
 
 /// What follows `INTO`.
 fn destination(cursor: &mut Cursor<'_>) -> Result<Text, PgError> {
     let hint = "Take a full backup: BACKUP DATABASE name INTO 'uri'.";
-    let latest = cursor.unsupported("BACKUP INTO LATEST IN is not supported yet").hint(hint);
-    let subdirectory = cursor.unsupported("BACKUP INTO a named subdirectory is not supported yet").hint(hint);
+    let begun = cursor.here();
     if cursor.eat_words(&["LATEST", "IN"]) {
-        cursor.refuse(latest);
+        cursor.refuse(cursor.unsupported_at(begun, "BACKUP INTO LATEST IN is not supported yet").hint(hint));
         return collection(cursor);
     }
     let list = cursor.at(&Token::LParen);
     let into = collection(cursor)?;
     if !list && cursor.eat_word("IN") {
-        cursor.refuse(subdirectory);
+        let refusal = cursor.unsupported_at(begun, "BACKUP INTO a named subdirectory is not supported yet");
+        cursor.refuse(refusal.hint(hint));
         return collection(cursor);
     }
     Ok(into)
 }
 
-/// The URI of the collection. Several are a backup that is spread over stores by locality, which is refused.
 fn collection(cursor: &mut Cursor<'_>) -> Result<Text, PgError> {
-    let refusal = cursor.unsupported("BACKUP INTO several URIs is not supported yet");
-    let mut uris = cursor.texts()?;
-    if uris.len() > 1 {
-        cursor.refuse(refusal.hint("Name one URI; EXECUTION LOCALITY decides where the backup runs."));
-    }
-    Ok(uris.swap_remove(0))
-}
-
-fn as_of(cursor: &mut Cursor<'_>) -> Result<(), PgError> {
-    if cursor.at_word("AS") {
-        let refusal = cursor.unsupported("BACKUP AS OF SYSTEM TIME is not supported").detail(NO_HISTORY);
-        cursor.refuse(
-            refusal.hint("Leave AS OF SYSTEM TIME out: a backup shows its databases as they are when it begins."),
-        );
-        cursor.expect_words(&["AS", "OF", "SYSTEM", "TIME"])?;
-        cursor.expression()?;
-    }
-    Ok(())
-}
-
-fn options(cursor: &mut Cursor<'_>) -> Result<BackupOptions, PgError> {
-    let mut options = BackupOptions::default();
-    if !cursor.eat_word("WITH") {
-        return Ok(options);
-    }
-    let listed = cursor.eat_word("OPTIONS");
-    if listed {
-        cursor.expect(&Token::LParen)?;
-    }
-    let mut told = Vec::new();
-    loop {
-        option(cursor, &mut options, &mut told)?;
-        if !cursor.eat(&Token::Comma) {
-            break;
-        }
-    }
-    if listed {
-        cursor.expect(&Token::RParen)?;
-    }
-    Ok(options)
-}
-
-/// One option; `told` are the `twice` of those before it.
-fn option(cursor: &mut Cursor<'_>, options: &mut BackupOptions, told: &mut Vec<&'static str>) -> Result<(), PgError> {
-    // The first word decides, so that an error is at the second when that one is wrong.
-    let Some(which) = OPTIONS.iter().position(|known| cursor.at_word(known.name[0])) else {
-        return Err(cursor.unexpected());
-    };
-    let known = &OPTIONS[which];
-    let mut refusal = cursor.unsupported(format!("BACKUP option {} is not supported yet", known.name.join(" ")));
-    if which == REVISION_HISTORY {
-        refusal.message = "BACKUP option revision_history is not supported".to_owned();
-        refusal = refusal
-            .detail(NO_HISTORY)
-            .hint("Leave the option out; PostgreSQL's WAL archive leads to the points in time between two backups.");
-    }
-    cursor.expect_words(known.name)?;
-    // CockroachDB's parser looks one token ahead only where the option could go on, and names the last it has seen.
-    let mut looks_ahead = known.value == Value::Condition;
-    let mut asked = true;
-    match known.value {
-        Value::Switch if !cursor.eat(&Token::Eq) => (looks_ahead, options.detached) = (true, true),
-        Value::Switch if cursor.eat_word("TRUE") => options.detached = true,
-        Value::Switch if cursor.eat_word("FALSE") => options.detached = false,
-        Value::Switch => return Err(cursor.unexpected()),
-        Value::Condition => asked = !cursor.eat(&Token::Eq) || !cursor.expression()?,
-        Value::Text => {
-            cursor.expect(&Token::Eq)?;
-            let text = cursor.text()?;
-            if which == EXECUTION_LOCALITY {
-                options.execution_locality = Some(text);
-            }
-        }
-        Value::Texts => {
-            cursor.expect(&Token::Eq)?;
-            cursor.texts()?;
-        }
-        Value::Nothing => {}
-    }
-    if told.contains(&known.twice) {
-        return Err(if looks_ahead { cursor.wrong_here(known.twice) } else { cursor.wrong_before(known.twice) });
-    }
-    told.push(known.twice);
-    if asked && ![DETACHED, EXECUTION_LOCALITY].contains(&which) {
-        cursor.refuse(refusal);
-    }
-    Ok(())
+    let hint = "Name one URI; EXECUTION LOCALITY decides where the backup runs.";
+    collection::collection(cursor, "BACKUP INTO", hint)
 }
 
 #[cfg(test)]

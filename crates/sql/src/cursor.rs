@@ -49,7 +49,12 @@ impl<'t> Cursor<'t> {
 
     /// An error about something that is understood and not available, here.
     pub(crate) fn unsupported(&self, what: impl Into<String>) -> PgError {
-        PgError::new(SqlState::FEATURE_NOT_SUPPORTED, what).at(self.position(self.here()))
+        self.unsupported_at(self.here(), what)
+    }
+
+    /// The same at a token that [`Cursor::here`] gave, for what is known only when more has been read.
+    pub(crate) fn unsupported_at(&self, index: Option<usize>, what: impl Into<String>) -> PgError {
+        PgError::new(SqlState::FEATURE_NOT_SUPPORTED, what).at(self.position(index))
     }
 
     /// A syntax error at the next token.

@@ -18,19 +18,27 @@
 //! Nothing here is async and nothing here does I/O.
 
 mod backup;
+mod collection;
 mod cursor;
 mod external;
 mod names;
+mod options;
 mod parameters;
 mod parser;
+mod restore;
 mod scan;
 mod show;
+mod show_backup;
 mod statement;
 mod syntax;
+mod targets;
 mod verb;
 
 pub use parameters::ParameterType;
 pub use parser::parse;
 pub use scan::is_ours;
-pub use statement::{Backup, BackupOptions, Number, ShowJobs, Statement, Text};
+pub use statement::{
+    Backup, BackupOptions, Number, Restore, RestoreOptions, ShowBackup, ShowBackupOptions, ShowBackupWhat, ShowJobs,
+    Statement, Subdir, Text,
+};
 pub use verb::Verb;

@@ -7,7 +7,9 @@ use std::num::IntErrorKind;
 
 use pgerror::{PgError, SqlState};
 
-use crate::statement::{Backup, BackupOptions, Number, ShowJobs, Statement, Text};
+use crate::statement::{
+    Backup, BackupOptions, Number, Restore, RestoreOptions, ShowBackup, ShowJobs, Statement, Subdir, Text,
+};
 
 /// The type of a parameter.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -56,6 +58,12 @@ impl Statement {
                 let options = BackupOptions { execution_locality, ..options };
                 Self::Backup(Backup { databases, into: text(into)?, options })
             }
+            Self::Restore(restore) => Self::Restore(bind_restore(restore, values)?),
+            Self::ShowBackups { collection } => Self::ShowBackups { collection: text(collection)? },
+            Self::ShowBackup(ShowBackup { what, from, collection, options }) => {
+                let (from, collection) = (bind_subdir(from, values)?, text(collection)?);
+                Self::ShowBackup(ShowBackup { what, from, collection, options })
+            }
             Self::ShowJobs(ShowJobs::All) => Self::ShowJobs(ShowJobs::All),
             Self::ShowJobs(ShowJobs::These { ids, when_complete }) => {
                 let ids = ids.into_iter().map(|id| bind_number(id, values)).collect::<Result<_, _>>()?;
@@ -76,6 +84,12 @@ impl Statement {
         let texts: Vec<&Text> = match self {
             Self::ShowLocality | Self::ShowNodes | Self::ShowJobs(_) => Vec::new(),
             Self::Backup(backup) => [&backup.into].into_iter().chain(&backup.options.execution_locality).collect(),
+            Self::Restore(Restore { from, collection, options, .. }) => {
+                let options = options.new_db_name.iter().chain(&options.execution_locality);
+                named(from).chain([collection]).chain(options).collect()
+            }
+            Self::ShowBackups { collection } => vec![collection],
+            Self::ShowBackup(ShowBackup { from, collection, .. }) => named(from).chain([collection]).collect(),
             Self::CreateExternalConnection { name, uri, .. } => vec![name, uri],
             Self::DropExternalConnection { name } => vec![name],
             Self::ShowExternalConnections { name } => name.iter().collect(),
@@ -94,6 +108,14 @@ impl Statement {
         });
         texts.chain(ids).collect()
     }
+}
+
+fn named(subdir: &Subdir) -> impl Iterator<Item = &Text> {
+    match subdir {
+        Subdir::Latest => None,
+        Subdir::Named(text) => Some(text),
+    }
+    .into_iter()
 }
 
 fn deduce(uses: &[(usize, ParameterType)]) -> Result<Vec<ParameterType>, PgError> {
@@ -118,6 +140,25 @@ fn bind_text(text: Text, values: &[Option<String>]) -> Result<Text, PgError> {
     let Text::Placeholder(n) = text else { return Ok(text) };
     let null = || PgError::new(SqlState::NULL_VALUE_NOT_ALLOWED, format!("parameter ${n} must not be NULL"));
     Ok(Text::Literal(value(n, values)?.ok_or_else(null)?.to_owned()))
+}
+
+/// A value may well be `latest`.
+fn bind_subdir(subdir: Subdir, values: &[Option<String>]) -> Result<Subdir, PgError> {
+    match subdir {
+        Subdir::Latest => Ok(Subdir::Latest),
+        Subdir::Named(text) => bind_text(text, values).map(Subdir::new),
+    }
+}
+
+fn bind_restore(restore: Restore, values: &[Option<String>]) -> Result<Restore, PgError> {
+    let Restore { database, from, collection, options } = restore;
+    let text = |text| bind_text(text, values);
+    let options = RestoreOptions {
+        new_db_name: options.new_db_name.map(text).transpose()?,
+        execution_locality: options.execution_locality.map(text).transpose()?,
+        ..options
+    };
+    Ok(Restore { database, from: bind_subdir(from, values)?, collection: text(collection)?, options })
 }
 
 fn bind_number(number: Number, values: &[Option<String>]) -> Result<Number, PgError> {
@@ -167,6 +208,10 @@ mod tests {
             ("SHOW JOBS", vec![]),
             ("BACKUP DATABASE a INTO $1 WITH EXECUTION LOCALITY = $2, DETACHED", vec![Text, Text]),
             ("BACKUP DATABASE a INTO ($2) WITH EXECUTION LOCALITY = $1", vec![Text, Text]),
+            ("RESTORE DATABASE a FROM $2 IN $1 WITH new_db_name=$3, execution locality=$4", vec![Text; 4]),
+            ("RESTORE DATABASE a FROM LATEST IN ($1)", vec![Text]),
+            ("SHOW BACKUPS IN $1", vec![Text]),
+            ("SHOW BACKUP FILES FROM $1 IN $2 WITH check_files", vec![Text; 2]),
             ("CREATE EXTERNAL CONNECTION $1 AS $1", vec![Text]),
             ("SHOW JOBS WHEN COMPLETE VALUES ($2), (7), ($1)", vec![Int8, Int8]),
         ] {
@@ -194,6 +239,15 @@ mod tests {
             ),
             ("SHOW JOBS VALUES ($2), ($1), (3)", [Some(" -5 "), None], "SHOW JOBS VALUES (NULL), (-5), (3)"),
             ("CREATE EXTERNAL CONNECTION $2 AS $1", [Some("u"), Some("N")], "CREATE EXTERNAL CONNECTION 'N' AS 'u'"),
+            (
+                "RESTORE DATABASE a FROM $1 IN $2 WITH new_db_name = $2, execution locality = $1, detached",
+                [Some("x=y"), Some("B")],
+                "RESTORE DATABASE a FROM 'x=y' IN 'B' WITH new_db_name = 'B', execution locality = 'x=y', detached",
+            ),
+            ("RESTORE DATABASE a FROM $1 IN $2", [Some("Latest"), Some("u")], "RESTORE DATABASE a FROM LATEST IN 'u'"),
+            ("SHOW BACKUPS IN $1", [Some("x"), None], "SHOW BACKUPS IN 'x'"),
+            ("SHOW BACKUP SCHEMAS FROM $2 IN $1", [Some("x"), Some("/2")], "SHOW BACKUP SCHEMAS FROM '/2' IN 'x'"),
+            ("SHOW BACKUP LATEST IN $1", [Some("x"), None], "SHOW BACKUP LATEST IN 'x'"),
             ("DROP EXTERNAL CONNECTION $1", [Some("x"), None], "DROP EXTERNAL CONNECTION x"),
             ("SHOW EXTERNAL CONNECTION $2", [None, Some("x")], "SHOW EXTERNAL CONNECTION x"),
         ] {
@@ -206,6 +260,8 @@ mod tests {
         for (text, values, code, message) in [
             ("SHOW JOB $1", &[] as &[_], "42P02", "there is no parameter $1"),
             ("BACKUP DATABASE a INTO $1", &[None], "22004", "parameter $1 must not be NULL"),
+            ("RESTORE DATABASE a FROM $1 IN 'x'", &[None], "22004", "parameter $1 must not be NULL"),
+            ("SHOW BACKUP LATEST IN $2", &[None], "42P02", "there is no parameter $2"),
             ("SHOW JOB $1", &[Some("x")], "22P02", "invalid input syntax for type bigint: \"x\""),
             ("SHOW JOB $1", &[Some("")], "22P02", "invalid input syntax for type bigint: \"\""),
             (

@@ -9,13 +9,14 @@ use sqlparser::tokenizer::{Token, Tokenizer};
 use crate::cursor::Cursor;
 use crate::statement::Statement;
 use crate::syntax::Source;
-use crate::{backup, external, show};
+use crate::{backup, external, restore, show};
 
 /// Parses a text that [`crate::is_ours`] accepted into its statements, in order.
 ///
 /// A text may hold several of our statements, which then run one by one. A statement of PostgreSQL among them is
 /// refused (0A000): its server would have to run it as part of one implicit transaction that it never sees whole. So is
-/// a `BACKUP` among several statements (XXUUU), unless it is detached: its job would run while that transaction is open.
+/// a `BACKUP` or a `RESTORE` among several statements (XXUUU), unless it is detached: its job would run while that
+/// transaction is open.
 ///
 /// # Errors
 ///
@@ -40,13 +41,13 @@ pub fn parse(text: &str) -> Result<Vec<Statement>, PgError> {
         let begun = cursor.here();
         let statement = statement(&mut cursor)?;
         cursor.finish()?;
-        if matches!(&statement, Statement::Backup(backup) if !backup.options.detached) {
-            attached.get_or_insert(begun);
+        if waits(&statement) {
+            attached.get_or_insert((statement.tag(), begun));
         }
         statements.push(statement);
     }
     match attached {
-        Some(begun) if statements.len() > 1 => Err(needs_detached(cursor.position(begun))),
+        Some((tag, begun)) if statements.len() > 1 => Err(needs_detached(tag, cursor.position(begun))),
         _ => Ok(statements),
     }
 }
@@ -57,11 +58,16 @@ fn statement(cursor: &mut Cursor<'_>) -> Result<Statement, PgError> {
     }
     cursor.begin();
     if cursor.at_word("EXPLAIN") {
-        cursor.refuse(cursor.unsupported("EXPLAIN BACKUP is not supported yet"));
+        let begun = cursor.here();
         cursor.eat_word("EXPLAIN");
+        // From here on, errors are about what is explained.
+        cursor.begin();
+        cursor.refuse(cursor.unsupported_at(begun, format!("EXPLAIN {} is not supported yet", cursor.topic())));
     }
     if cursor.at_word("BACKUP") {
         backup::backup(cursor).map(Statement::Backup)
+    } else if cursor.at_word("RESTORE") {
+        restore::restore(cursor).map(Statement::Restore)
     } else if cursor.at_word("CREATE") {
         external::create(cursor)
     } else if cursor.at_word("DROP") {
@@ -77,13 +83,20 @@ fn mixed(cursor: &Cursor<'_>) -> PgError {
         .hint("Send each statement on its own.")
 }
 
-fn needs_detached(position: usize) -> PgError {
-    PgError::new(
-        SqlState::UNCATEGORIZED,
-        "BACKUP cannot be used inside a multi-statement transaction without DETACHED option",
-    )
-    .hint("Send the BACKUP on its own, or add WITH DETACHED.")
-    .at(position)
+/// Whether a statement is answered only when its job has ended.
+fn waits(statement: &Statement) -> bool {
+    match statement {
+        Statement::Backup(backup) => !backup.options.detached,
+        Statement::Restore(restore) => !restore.options.detached,
+        _ => false,
+    }
+}
+
+fn needs_detached(tag: &str, position: usize) -> PgError {
+    let text = format!("{tag} cannot be used inside a multi-statement transaction without DETACHED option");
+    PgError::new(SqlState::UNCATEGORIZED, text)
+        .hint(format!("Send the {tag} on its own, or add WITH DETACHED."))
+        .at(position)
 }
 
 #[cfg(test)]
@@ -140,19 +153,16 @@ mod tests {
     }
 
     #[test]
-    fn a_backup_among_others_must_be_detached() {
-        let detached = "BACKUP DATABASE a INTO 'x' WITH DETACHED";
-        assert_eq!(parse(&format!("{detached}; {detached}; SHOW JOBS")).map(|all| all.len()), Ok(3));
-        let error = parse(&format!("{detached}; BACKUP DATABASE b INTO 'x'")).expect_err("attached");
-        assert_eq!(
-            (error.code, error.message.as_str(), error.position),
-            (
-                SqlState::UNCATEGORIZED,
-                "BACKUP cannot be used inside a multi-statement transaction without DETACHED option",
-                Some(43)
-            )
-        );
-        assert!(parse("; BACKUP DATABASE b INTO 'x' ;;").is_ok());
+    fn a_job_among_other_statements_must_be_detached() {
+        for (tag, rest) in [("BACKUP", "DATABASE a INTO 'x'"), ("RESTORE", "DATABASE a FROM LATEST IN 'x'")] {
+            let detached = format!("{tag} {rest} WITH DETACHED");
+            assert_eq!(parse(&format!("{detached}; {detached}; SHOW JOBS")).map(|all| all.len()), Ok(3));
+            assert!(parse(&format!("; {tag} {rest} ;;")).is_ok());
+            let error = parse(&format!("SHOW JOBS; {tag} {rest}; {detached}")).expect_err("attached");
+            assert_eq!((error.code, error.position), (SqlState::UNCATEGORIZED, Some(12)));
+            let text = format!("{tag} cannot be used inside a multi-statement transaction without DETACHED option");
+            assert_eq!(error.message, text);
+        }
     }
 
     #[test]
@@ -160,6 +170,14 @@ mod tests {
         let ids = format!("SHOW JOBS VALUES (1){}", ", (1)".repeat(100_000));
         assert!(parse(&ids).is_ok());
         assert_eq!(parse(&"SHOW JOBS;".repeat(100_000)).map(|all| all.len()), Ok(100_000));
+        for one in [
+            "SHOW JOB 1;",
+            "SHOW BACKUP LATEST IN 'x' WITH as_json;",
+            "BACKUP DATABASE a INTO 'x' WITH detached;",
+            "RESTORE DATABASE a FROM LATEST IN 'x' WITH detached;",
+        ] {
+            assert_eq!(parse(&one.repeat(20_000)).map(|all| all.len()), Ok(20_000));
+        }
         let nested = format!("SHOW JOB {}", "(".repeat(100_000));
         assert_eq!(parse(&nested).map_err(|error| error.position), Err(Some(100_010)));
     }
@@ -171,6 +189,9 @@ mod tests {
             ("SHOW JOBS", "SHOW"),
             ("SHOW EXTERNAL CONNECTIONS", "SHOW"),
             ("BACKUP DATABASE a INTO 'x'", "BACKUP"),
+            ("RESTORE DATABASE a FROM LATEST IN 'x'", "RESTORE"),
+            ("SHOW BACKUPS IN 'x'", "SHOW"),
+            ("SHOW BACKUP LATEST IN 'x'", "SHOW"),
             ("CREATE EXTERNAL CONNECTION a AS 'x'", "CREATE EXTERNAL CONNECTION"),
             ("DROP EXTERNAL CONNECTION a", "DROP EXTERNAL CONNECTION"),
         ] {

@@ -3,13 +3,17 @@
 /// The first words that make a text ours, none the beginning of another. Each is rejected by a bare PostgreSQL (`SHOW`
 /// of an unknown name: 42704, all else: 42601); a test of the whole system proves it for every statement in
 /// `sql-fixtures/`.
-const OURS: [&[&str]; 10] = [
+const OURS: [&[&str]; 14] = [
     &["BACKUP"],
+    &["RESTORE"],
     &["EXPLAIN", "BACKUP"],
+    &["EXPLAIN", "RESTORE"],
     &["SHOW", "LOCALITY"],
     &["SHOW", "NODES"],
     &["SHOW", "JOB"],
     &["SHOW", "JOBS"],
+    &["SHOW", "BACKUP"],
+    &["SHOW", "BACKUPS"],
     &["SHOW", "EXTERNAL", "CONNECTION"],
     &["SHOW", "EXTERNAL", "CONNECTIONS"],
     &["CREATE", "EXTERNAL", "CONNECTION"],
@@ -46,6 +50,7 @@ pub(crate) fn starts_ours<'w>(mut next: impl FnMut() -> Option<&'w [u8]>) -> boo
     }
     false
 }
+
 /// Cuts the next bare word off the front of `text`; `None` when something else comes first.
 fn next_word<'t>(text: &mut &'t [u8]) -> Option<&'t [u8]> {
     *text = skip_blank(text)?;
@@ -110,6 +115,18 @@ mod tests {
             ("\"BACKUP\" INTO 'x'", false),
             ("(BACKUP INTO 'x')", false),
             ("EXPLAIN BACKUP DATABASE a INTO 'x'", true),
+            ("restore DATABASE a FROM LATEST IN 'x'", true),
+            ("RESTORES", false),
+            ("\"RESTORE\" DATABASE a FROM LATEST IN 'x'", false),
+            ("EXPLAIN RESTORE DATABASE a FROM LATEST IN 'x'", true),
+            ("SHOW BACKUP LATEST IN 'x'", true),
+            ("SHOW BACKUP'x'IN'y'", true),
+            ("show backups in 'x'", true),
+            ("SHOW backup.x", false),
+            ("SHOW backups . x", false),
+            ("SHOW \"backup\"", false),
+            ("SHOW backups_x", false),
+            ("EXPLAIN SHOW BACKUP LATEST IN 'x'", false),
             ("EXPLAIN SELECT 1", false),
             ("EXPLAIN (ANALYZE) BACKUP", false),
             ("SHOW JOB 1", true),

@@ -4,8 +4,8 @@ use pgerror::PgError;
 use sqlparser::tokenizer::Token;
 
 use crate::cursor::Cursor;
-use crate::external;
 use crate::statement::{Number, ShowJobs, Statement};
+use crate::{external, show_backup};
 
 /// The words that a subquery begins with.
 const QUERIES: [&str; 4] = ["SELECT", "WITH", "TABLE", "VALUES"];
@@ -20,6 +20,10 @@ pub(crate) fn show(cursor: &mut Cursor<'_>) -> Result<Statement, PgError> {
         job(cursor).map(Statement::ShowJobs)
     } else if cursor.eat_word("JOBS") {
         jobs(cursor).map(Statement::ShowJobs)
+    } else if cursor.eat_word("BACKUPS") {
+        show_backup::backups(cursor)
+    } else if cursor.eat_word("BACKUP") {
+        show_backup::backup(cursor).map(Statement::ShowBackup)
     } else {
         external::show(cursor)
     }
@@ -28,10 +32,10 @@ pub(crate) fn show(cursor: &mut Cursor<'_>) -> Result<Statement, PgError> {
 /// What follows `SHOW JOB`: one id.
 fn job(cursor: &mut Cursor<'_>) -> Result<ShowJobs, PgError> {
     let when_complete = when_complete(cursor)?;
-    let refusal = no_subqueries(cursor);
+    let begun = cursor.here();
     let parentheses = open(cursor);
     if QUERIES.iter().any(|word| cursor.at_word(word)) {
-        return Err(refusal);
+        return Err(no_subqueries(cursor, begun));
     }
     let id = cursor.number()?;
     close(cursor, parentheses)?;
@@ -50,12 +54,12 @@ fn jobs(cursor: &mut Cursor<'_>) -> Result<ShowJobs, PgError> {
         return Err(cursor.unsupported("SHOW JOBS FOR SCHEDULES is not supported yet"));
     }
     let when_complete = when_complete(cursor)?;
-    let refusal = no_subqueries(cursor);
+    let begun = cursor.here();
     let parentheses = open(cursor);
     let ids = if cursor.eat_word("VALUES") {
         values(cursor)?
     } else if QUERIES.iter().any(|word| cursor.at_word(word)) {
-        return Err(refusal);
+        return Err(no_subqueries(cursor, begun));
     } else {
         return Err(cursor.unexpected());
     };
@@ -85,9 +89,9 @@ fn when_complete(cursor: &mut Cursor<'_>) -> Result<bool, PgError> {
     Ok(when)
 }
 
-fn no_subqueries(cursor: &Cursor<'_>) -> PgError {
+fn no_subqueries(cursor: &Cursor<'_>, begun: Option<usize>) -> PgError {
     cursor
-        .unsupported("subqueries in SHOW JOBS are not supported yet")
+        .unsupported_at(begun, "subqueries in SHOW JOBS are not supported yet")
         .hint("List the ids: SHOW JOBS WHEN COMPLETE VALUES (id), (id).")
 }
 

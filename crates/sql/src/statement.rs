@@ -17,6 +17,15 @@ pub enum Statement {
     ShowNodes,
     /// `BACKUP DATABASE … INTO …`: a job that writes a backup.
     Backup(Backup),
+    /// `RESTORE DATABASE … FROM … IN …`: a job that makes a database from a backup.
+    Restore(Restore),
+    /// `SHOW BACKUPS IN uri`: the backups of a collection.
+    ShowBackups {
+        /// The URI of the collection.
+        collection: Text,
+    },
+    /// `SHOW BACKUP … IN …`: what one backup holds.
+    ShowBackup(ShowBackup),
     /// `SHOW JOBS` and its relatives: rows about jobs, now or when they have ended.
     ShowJobs(ShowJobs),
     /// `CREATE EXTERNAL CONNECTION name AS uri`: a name for a store.
@@ -45,7 +54,9 @@ impl Statement {
     pub fn tag(&self) -> &'static str {
         match self {
             Self::ShowLocality | Self::ShowNodes | Self::ShowJobs(_) | Self::ShowExternalConnections { .. } => "SHOW",
+            Self::ShowBackups { .. } | Self::ShowBackup(_) => "SHOW",
             Self::Backup(_) => "BACKUP",
+            Self::Restore(_) => "RESTORE",
             Self::CreateExternalConnection { .. } => "CREATE EXTERNAL CONNECTION",
             Self::DropExternalConnection { .. } => "DROP EXTERNAL CONNECTION",
         }
@@ -80,15 +91,10 @@ impl Backup {
 
     fn print(&self, destination: &str) -> String {
         let names: Vec<_> = self.databases.iter().map(|name| quoted_name(name)).collect();
-        let mut options = Vec::new();
-        if self.options.detached {
-            options.push("detached".to_owned());
-        }
-        if let Some(filter) = &self.options.execution_locality {
-            options.push(format!("execution locality = {}", filter.print()));
-        }
-        let with = if options.is_empty() { "" } else { " WITH " };
-        format!("BACKUP DATABASE {} INTO {destination}{with}{}", names.join(", "), options.join(", "))
+        let BackupOptions { detached, execution_locality } = &self.options;
+        let options =
+            [detached.then(|| "detached".to_owned()), print_option("execution locality", execution_locality.as_ref())];
+        format!("BACKUP DATABASE {} INTO {destination}{}", names.join(", "), print_options(options))
     }
 }
 
@@ -99,6 +105,124 @@ pub struct BackupOptions {
     pub execution_locality: Option<Text>,
     /// `DETACHED`: answer with the job's id at once.
     pub detached: bool,
+}
+
+/// `RESTORE DATABASE a FROM subdir IN uri WITH …`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Restore {
+    /// The database, as named in the backup: folded to lower case unless quoted.
+    pub database: String,
+    /// Which backup of the collection.
+    pub from: Subdir,
+    /// The URI of the collection.
+    pub collection: Text,
+    /// What stands after `WITH`.
+    pub options: RestoreOptions,
+}
+
+impl Restore {
+    /// The statement with its backup resolved, for the description of its job.
+    ///
+    /// `uri` is printed as it is given: it must be redacted already.
+    pub fn description(&self, subdir: &str, uri: &str) -> String {
+        self.print(&quoted_literal(subdir), uri)
+    }
+
+    /// The statement as its user wrote it, in canonical form.
+    ///
+    /// `uri` is printed as it is given: it must be redacted already.
+    pub fn redacted(&self, uri: &str) -> String {
+        self.print(&self.from.print(), uri)
+    }
+
+    fn print(&self, from: &str, uri: &str) -> String {
+        let RestoreOptions { new_db_name, execution_locality, detached } = &self.options;
+        let options = [
+            detached.then(|| "detached".to_owned()),
+            print_option("new_db_name", new_db_name.as_ref()),
+            print_option("execution locality", execution_locality.as_ref()),
+        ];
+        let (name, uri) = (quoted_name(&self.database), quoted_literal(uri));
+        format!("RESTORE DATABASE {name} FROM {from} IN {uri}{}", print_options(options))
+    }
+}
+
+/// The options of a `RESTORE` that we have.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct RestoreOptions {
+    /// `new_db_name`: the name of the database that is made, as it is to be; nothing is folded in it.
+    pub new_db_name: Option<Text>,
+    /// `EXECUTION LOCALITY`: the locality filter of the nodes that may work on it, not yet looked into.
+    pub execution_locality: Option<Text>,
+    /// `DETACHED`: answer with the job's id at once.
+    pub detached: bool,
+}
+
+/// One backup of a collection.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Subdir {
+    /// `LATEST`, as a word, a literal, or the value of a parameter: the newest.
+    Latest,
+    /// Its directory, as it is named; a placeholder may turn out to mean the newest.
+    Named(Text),
+}
+
+impl Subdir {
+    pub(crate) fn new(text: Text) -> Self {
+        match text.literal() {
+            Some(word) if word.eq_ignore_ascii_case("latest") => Self::Latest,
+            _ => Self::Named(text),
+        }
+    }
+
+    fn print(&self) -> String {
+        match self {
+            Self::Latest => quoted_literal("latest"),
+            Self::Named(text) => text.print(),
+        }
+    }
+}
+
+/// `SHOW BACKUP … FROM subdir IN uri WITH …`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ShowBackup {
+    /// What of it to show.
+    pub what: ShowBackupWhat,
+    /// Which backup of the collection.
+    pub from: Subdir,
+    /// The URI of the collection.
+    pub collection: Text,
+    /// What stands after `WITH`.
+    pub options: ShowBackupOptions,
+}
+
+/// What of a backup to show.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ShowBackupWhat {
+    /// Its databases, schemas and tables.
+    Objects,
+    /// `SCHEMAS`: the same, with the statements that create them.
+    Schemas,
+    /// `FILES`: its files.
+    Files,
+}
+
+/// The options of a `SHOW BACKUP` that we have.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct ShowBackupOptions {
+    /// `check_files`: look whether every file is there.
+    pub check_files: bool,
+    /// `as_json`: show the manifest itself.
+    pub as_json: bool,
+}
+
+fn print_option(name: &str, value: Option<&Text>) -> Option<String> {
+    value.map(|value| format!("{name} = {}", value.print()))
+}
+
+fn print_options<const N: usize>(options: [Option<String>; N]) -> String {
+    let told: Vec<String> = options.into_iter().flatten().collect();
+    if told.is_empty() { String::new() } else { format!(" WITH {}", told.join(", ")) }
 }
 
 /// Which jobs to show.
@@ -187,6 +311,30 @@ mod tests {
         );
         backup.options = BackupOptions { execution_locality: Some(Text::Placeholder(2)), detached: false };
         assert_eq!(backup.redacted("u"), "BACKUP DATABASE a, \"B b\" INTO 'u' WITH execution locality = $2");
+    }
+
+    #[test]
+    fn a_restore_is_printed_in_canonical_form() {
+        let mut restore = Restore {
+            database: "B b".to_owned(),
+            from: Subdir::Latest,
+            collection: literal("nodelocal://1/x"),
+            options: RestoreOptions::default(),
+        };
+        assert_eq!(restore.redacted("it's"), "RESTORE DATABASE \"B b\" FROM 'latest' IN 'it''s'");
+        restore.options = RestoreOptions {
+            execution_locality: Some(literal("region=a")),
+            new_db_name: Some(literal("it's")),
+            detached: true,
+        };
+        assert_eq!(
+            restore.description("/2026/11/22-105816.12", "nodelocal://1/x"),
+            "RESTORE DATABASE \"B b\" FROM '/2026/11/22-105816.12' IN 'nodelocal://1/x' \
+             WITH detached, new_db_name = 'it''s', execution locality = 'region=a'"
+        );
+        restore.from = Subdir::Named(Text::Placeholder(1));
+        restore.options = RestoreOptions { new_db_name: Some(Text::Placeholder(2)), ..RestoreOptions::default() };
+        assert_eq!(restore.redacted("u"), "RESTORE DATABASE \"B b\" FROM $1 IN 'u' WITH new_db_name = $2");
     }
 
     #[test]

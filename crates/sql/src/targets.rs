@@ -1,0 +1,77 @@
+//! What a `BACKUP` or a `RESTORE` is of: databases, or something that is refused.
+
+use pgerror::PgError;
+use sqlparser::tokenizer::Token;
+
+use crate::cursor::Cursor;
+
+/// A statement that has targets.
+pub(crate) struct Verb {
+    /// Its first word.
+    pub(crate) name: &'static str,
+    /// What may follow the targets.
+    pub(crate) ends: &'static [&'static str],
+    /// What to do instead of naming nothing.
+    pub(crate) not_all: &'static str,
+    /// What to do instead of naming tables.
+    pub(crate) not_tables: &'static str,
+}
+
+/// The databases; none where something else is named, which is refused.
+pub(crate) fn databases(cursor: &mut Cursor<'_>, verb: &Verb) -> Result<Vec<String>, PgError> {
+    let name = verb.name;
+    if verb.ends.iter().any(|end| cursor.at_word(end)) {
+        let refusal = cursor.unsupported(format!("{name} of a whole cluster is not supported yet"));
+        cursor.refuse(refusal.hint(verb.not_all));
+        return Ok(Vec::new());
+    }
+    if cursor.eat_word("DATABASE") {
+        let mut names = vec![cursor.name()?];
+        while cursor.eat(&Token::Comma) {
+            names.push(cursor.name()?);
+        }
+        return Ok(names);
+    }
+    let begun = cursor.here();
+    let named_tenant = !matches!(cursor.second(), Token::Comma | Token::Period)
+        && !verb.ends.iter().any(|end| cursor.at_words(&["TENANT", end]));
+    if cursor.eat_words(&["VIRTUAL", "CLUSTER"]) || (named_tenant && cursor.eat_word("TENANT")) {
+        let refusal = cursor.unsupported_at(begun, format!("{name} VIRTUAL CLUSTER is not supported"));
+        cursor.refuse(refusal.detail("PostgreSQL has none."));
+        if !cursor.eat_number() {
+            cursor.text()?;
+        }
+        return Ok(Vec::new());
+    }
+    tables(cursor, verb)?;
+    Ok(Vec::new())
+}
+
+/// `[TABLE] a, b.*`, refused.
+fn tables(cursor: &mut Cursor<'_>, verb: &Verb) -> Result<(), PgError> {
+    let refusal = cursor.unsupported(format!("{} TABLE is not supported yet", verb.name));
+    cursor.refuse(refusal.hint(verb.not_tables));
+    cursor.eat_word("TABLE");
+    loop {
+        while !cursor.eat(&Token::Mul) {
+            cursor.name()?;
+            if !cursor.eat(&Token::Period) {
+                break;
+            }
+        }
+        if !cursor.eat(&Token::Comma) {
+            return Ok(());
+        }
+    }
+}
+
+/// `AS OF SYSTEM TIME` and its expression, refused; `hint` says how to do without.
+pub(crate) fn as_of(cursor: &mut Cursor<'_>, verb: &Verb, detail: &str, hint: &str) -> Result<(), PgError> {
+    if cursor.at_word("AS") {
+        let refusal = cursor.unsupported(format!("{} AS OF SYSTEM TIME is not supported", verb.name));
+        cursor.refuse(refusal.detail(detail).hint(hint));
+        cursor.expect_words(&["AS", "OF", "SYSTEM", "TIME"])?;
+        cursor.expression()?;
+    }
+    Ok(())
+}

@@ -22,6 +22,9 @@ use tempfile::TempDir;
 use tokio::time::{sleep, timeout};
 use uuid::Uuid;
 
+#[path = "founders/disturbed.rs"]
+mod disturbed;
+
 const DEADLINE: Duration = Duration::from_secs(30);
 
 /// A primary and, if wanted, an asynchronous standby of it.

@@ -7,10 +7,12 @@
 //!
 //! A finished file is synced and then gets its name in one step: by a hard link when the name must be new (the kernel
 //! refuses a second one, so two writers never both win), by a rename otherwise. The directories above are synced, too;
-//! without that a power loss takes the name back. Symbolic links are followed: they are the operator's own doing.
+//! without that a power loss takes the name back, also for a loser who says that the name was taken. What is made is
+//! for the node's user only: it holds other people's rows. Symbolic links are followed: they are the operator's own doing.
 
-use std::fs::{self, File};
+use std::fs::{self, DirBuilder, File, OpenOptions};
 use std::io::{self, Write as _};
+use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
 
@@ -33,6 +35,14 @@ const PARTS: &str = ".part";
 
 /// An unfinished file that nobody has written to for so long is nobody's any more.
 const PART_AGE_MAX: Duration = Duration::from_secs(24 * 60 * 60);
+
+/// An empty file that has its name for so long, on a file system without hard links, is of a writer that died between
+/// taking the name and giving it to its file; the next one may have it.
+const TAKEN_AGE_MAX: Duration = Duration::from_secs(300);
+
+/// The node's user, and nobody else.
+const FILE_MODE: u32 = 0o600;
+const DIRECTORY_MODE: u32 = 0o700;
 
 /// A collection in a directory of this host.
 #[derive(Clone)]
@@ -166,9 +176,9 @@ struct Part {
 
 impl Part {
     fn new(parts: &Path) -> io::Result<Self> {
-        fs::create_dir_all(parts)?;
+        make(parts)?;
         let path = parts.join(Uuid::new_v4().to_string());
-        let file = File::create_new(&path)?;
+        let file = new_file(&path)?;
         Ok(Self { file, path })
     }
 
@@ -176,28 +186,75 @@ impl Part {
     fn land(self, target: &Path, external: &Path, once: bool) -> io::Result<bool> {
         self.file.sync_all()?;
         let above = target.parent().unwrap_or(external);
-        fs::create_dir_all(above)?;
+        make(above)?;
         let named = if once { self.link(target) } else { fs::rename(&self.path, target) };
-        match named {
-            Err(error) if once && error.kind() == io::ErrorKind::AlreadyExists => return Ok(false),
-            named => named?,
-        }
+        let is_new = match named {
+            Err(error) if once && error.kind() == io::ErrorKind::AlreadyExists => {
+                // Whoever hears of the other file may count on it, so it must not be taken back either.
+                match File::open(target) {
+                    Err(error) if is_absent(&error) => {}
+                    opened => opened?.sync_all()?,
+                }
+                false
+            }
+            named => named.map(|()| true)?,
+        };
         for directory in above.ancestors().take_while(|directory| directory.starts_with(external)) {
             File::open(directory)?.sync_all()?;
         }
-        Ok(true)
+        Ok(is_new)
+    }
+
+    fn link(&self, target: &Path) -> io::Result<()> {
+        match fs::hard_link(&self.path, target) {
+            Err(error) if matches!(error.kind(), io::ErrorKind::Unsupported | io::ErrorKind::PermissionDenied) => {
+                self.take(target)
+            }
+            linked => linked,
+        }
     }
 
     /// Where the file system has no hard links the name is taken by an empty file first, which a reader may see for a
     /// moment; that is still better than two winners.
-    fn link(&self, target: &Path) -> io::Result<()> {
-        match fs::hard_link(&self.path, target) {
-            Err(error) if matches!(error.kind(), io::ErrorKind::Unsupported | io::ErrorKind::PermissionDenied) => {
-                File::create_new(target)?;
-                fs::rename(&self.path, target)
-            }
-            linked => linked,
+    fn take(&self, target: &Path) -> io::Result<()> {
+        match new_file(target) {
+            Err(error) if error.kind() == io::ErrorKind::AlreadyExists && is_left_behind(target) => {}
+            made => drop(made?),
         }
+        fs::rename(&self.path, target).inspect_err(|_| {
+            // Left there, it would keep the name from everybody.
+            if fs::metadata(target).is_ok_and(|metadata| metadata.len() == 0) {
+                drop(fs::remove_file(target));
+            }
+        })
+    }
+}
+
+fn new_file(path: &Path) -> io::Result<File> {
+    OpenOptions::new().write(true).create_new(true).mode(FILE_MODE).open(path)
+}
+
+fn is_left_behind(target: &Path) -> bool {
+    let Ok(metadata) = fs::metadata(target) else { return false };
+    let age = metadata.modified().map(|modified| SystemTime::now().duration_since(modified).unwrap_or_default());
+    metadata.is_file() && metadata.len() == 0 && age.is_ok_and(|age| age > TAKEN_AGE_MAX)
+}
+
+/// Makes a directory and those above it, each of them durable in the one that it is in.
+fn make(directory: &Path) -> io::Result<()> {
+    if directory.is_dir() {
+        return Ok(());
+    }
+    let above = match directory.parent() {
+        Some(above) if above != Path::new("") => above,
+        _ => Path::new("."),
+    };
+    if directory != above {
+        make(above)?;
+    }
+    match DirBuilder::new().mode(DIRECTORY_MODE).create(directory) {
+        Err(error) if error.kind() == io::ErrorKind::AlreadyExists && directory.is_dir() => Ok(()),
+        made => made.and_then(|()| File::open(above)?.sync_all()),
     }
 }
 
@@ -248,5 +305,58 @@ pub(crate) fn sweep(external: &Path) {
         if age.is_ok_and(|age| age > PART_AGE_MAX) {
             drop(fs::remove_file(part.path()));
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::PermissionsExt as _;
+
+    use super::*;
+
+    fn mode(path: &Path) -> u32 {
+        fs::metadata(path).unwrap().permissions().mode() & 0o777
+    }
+
+    fn part(external: &Path, text: &str) -> Part {
+        let mut part = Part::new(&external.join(PARTS)).unwrap();
+        part.file.write_all(text.as_bytes()).unwrap();
+        part
+    }
+
+    #[test]
+    fn what_is_made_is_for_the_node_only() {
+        let dir = tempfile::tempdir().unwrap();
+        let external = dir.path().join("not/there");
+        let target = external.join("a/b/file");
+        for (once, is_new) in [(true, true), (true, false), (false, true)] {
+            assert_eq!(part(&external, "rows").land(&target, &external, once).unwrap(), is_new);
+        }
+        assert_eq!(mode(&target), FILE_MODE);
+        for directory in ["not", "not/there", "not/there/.part", "not/there/a", "not/there/a/b"] {
+            assert_eq!(mode(&dir.path().join(directory)), DIRECTORY_MODE, "{directory}");
+        }
+        assert_eq!(mode(&part(&external, "").path), FILE_MODE);
+        assert_eq!(fs::read_dir(external.join(PARTS)).unwrap().count(), 0);
+    }
+
+    #[test]
+    fn a_name_is_taken_once_without_hard_links_and_never_for_nothing() {
+        let dir = tempfile::tempdir().unwrap();
+        let target = dir.path().join("file");
+        let exists = |taken: io::Result<()>| taken.unwrap_err().kind() == io::ErrorKind::AlreadyExists;
+        part(dir.path(), "first").take(&target).unwrap();
+        assert!(exists(part(dir.path(), "second").take(&target)));
+        assert_eq!(fs::read(&target).unwrap(), b"first");
+        // An empty file may be of somebody who is about to win, until it is old.
+        let empty = File::create(&target).unwrap();
+        assert!(exists(part(dir.path(), "third").take(&target)));
+        empty.set_modified(SystemTime::now() - 2 * TAKEN_AGE_MAX).unwrap();
+        part(dir.path(), "fourth").take(&target).unwrap();
+        assert_eq!(fs::read(&target).unwrap(), b"fourth");
+        fs::remove_file(&target).unwrap();
+        let gone = part(dir.path(), "fifth");
+        fs::remove_file(&gone.path).unwrap();
+        assert!(gone.take(&target).is_err() && !target.exists());
     }
 }

@@ -4,11 +4,13 @@
 //! its instance's role is ever asked, or whoever may name a bucket could read with rights that are not theirs.
 
 use std::collections::BTreeMap;
+use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
 use opendal::layers::{RetryEvent, RetryLayer, TimeoutLayer};
 use opendal::{Operator, services};
 use pgerror::PgError;
+use tokio::time::error::Elapsed;
 use tokio::time::timeout;
 use url::{Url, form_urlencoded};
 
@@ -36,8 +38,30 @@ const DEFAULT_REGION: &str = "us-east-1";
 /// An alias of the first region that names any bucket's region when asked.
 const REGION_ORACLE: &str = "https://s3-external-1.amazonaws.com";
 
-/// Without an answer by then, the default region is tried.
+/// Without an answer by then the store is unreachable: a guess would be refused by the bucket in words that no other
+/// try would mend.
 const REGION_DEADLINE: Duration = Duration::from_secs(10);
+
+/// Buckets whose regions are remembered; with one more all are forgotten.
+const REGIONS_MAX: usize = 1024;
+
+/// The regions that Amazon named. A bucket never moves.
+#[derive(Default)]
+pub(crate) struct Regions(Mutex<BTreeMap<String, String>>);
+
+impl Regions {
+    fn get(&self, bucket: &str) -> Option<String> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).get(bucket).cloned()
+    }
+
+    fn keep(&self, bucket: &str, region: &str) {
+        let mut regions = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if regions.len() >= REGIONS_MAX {
+            regions.clear();
+        }
+        regions.insert(bucket.to_owned(), region.to_owned());
+    }
+}
 
 /// A bucket, a path in it, and how to get there.
 #[derive(Clone, PartialEq, Eq)]
@@ -162,11 +186,11 @@ impl Bucket {
     ///
     /// # Errors
     ///
-    /// The parameters do not make a store.
-    pub(crate) async fn operator(&self, place: &Place) -> anyhow::Result<Operator> {
+    /// The parameters do not make a store, or Amazon does not say where the bucket is.
+    pub(crate) async fn operator(&self, place: &Place, regions: &Regions) -> anyhow::Result<Operator> {
         self.check_segments()?;
         let mut s3 = services::S3::default().bucket(&self.name).root(&format!("/{}", self.path));
-        if let Some(region) = self.region().await {
+        if let Some(region) = self.region(place, regions).await? {
             s3 = s3.region(&region);
         }
         if let Some(endpoint) = self.get(ENDPOINT) {
@@ -188,19 +212,38 @@ impl Bucket {
     }
 
     /// None leaves it to the environment of the node.
-    async fn region(&self) -> Option<String> {
+    async fn region(&self, place: &Place, regions: &Regions) -> anyhow::Result<Option<String>> {
         if let Some(region) = self.get(REGION) {
-            return Some(region.to_owned());
+            return Ok(Some(region.to_owned()));
         }
         let in_environment = || ["AWS_REGION", "AWS_DEFAULT_REGION"].iter().any(|name| std::env::var(name).is_ok());
         if self.is_implicit() && in_environment() {
-            return None;
+            return Ok(None);
         }
         if self.get(ENDPOINT).is_some() {
-            return Some(DEFAULT_REGION.to_owned());
+            return Ok(Some(DEFAULT_REGION.to_owned()));
         }
-        let told = timeout(REGION_DEADLINE, services::S3::detect_region(REGION_ORACLE, &self.name)).await;
-        Some(told.ok().flatten().unwrap_or_else(|| DEFAULT_REGION.to_owned()))
+        let asked = timeout(REGION_DEADLINE, services::S3::detect_region(REGION_ORACLE, &self.name));
+        self.told(place, regions, asked).await.map(Some)
+    }
+
+    /// The region as Amazon has named it, or names it now when `asked`.
+    async fn told(
+        &self,
+        place: &Place,
+        regions: &Regions,
+        asked: impl Future<Output = Result<Option<String>, Elapsed>>,
+    ) -> anyhow::Result<String> {
+        if let Some(region) = regions.get(&self.name) {
+            return Ok(region);
+        }
+        let told = asked.await.map_err(|_| {
+            let seconds = REGION_DEADLINE.as_secs();
+            place.unreachable(&format!("Amazon did not name the bucket's region within {seconds} seconds."))
+        })?;
+        let Some(region) = told else { return Ok(DEFAULT_REGION.to_owned()) };
+        regions.keep(&self.name, &region);
+        Ok(region)
     }
 }
 
@@ -222,7 +265,24 @@ pub(crate) fn guarded(operator: Operator) -> Operator {
 
 #[cfg(test)]
 mod tests {
-    use crate::Uri;
+    use std::future::pending;
+
+    use super::*;
+    use crate::{Uri, is_transient};
+
+    #[tokio::test]
+    async fn a_region_is_asked_for_once_and_never_guessed_when_nobody_answers() {
+        let query = form_urlencoded::parse(b"AUTH=implicit");
+        let (bucket, regions) = (Bucket::parse("b", "/p", query).unwrap(), Regions::default());
+        let place = Place::plain("s3://b/p");
+        let silence = || timeout(Duration::from_millis(1), pending());
+        let error = bucket.told(&place, &regions, silence()).await.unwrap_err();
+        assert!(is_transient(&error), "{error:?}");
+        assert_eq!(bucket.told(&place, &regions, async { Ok(None) }).await.unwrap(), DEFAULT_REGION);
+        let named = async { Ok(Some("eu-north-1".to_owned())) };
+        assert_eq!(bucket.told(&place, &regions, named).await.unwrap(), "eu-north-1");
+        assert_eq!(bucket.told(&place, &regions, silence()).await.unwrap(), "eu-north-1");
+    }
 
     #[test]
     fn parameters_are_known_and_complete_or_refused() {

@@ -20,6 +20,7 @@ use uuid::Uuid;
 use crate::directory::Directory;
 use crate::files::Remote;
 use crate::object::Bucketed;
+use crate::s3::Regions;
 use crate::trouble::{Place, is_transient};
 use crate::uri::{self, Uri, inside};
 use crate::{FIRST_DELAY, TRIES};
@@ -70,19 +71,21 @@ pub enum Created {
 pub struct Stores {
     peers: Peers,
     external_dir: PathBuf,
+    regions: Arc<Regions>,
 }
 
 impl Stores {
     /// For a node whose own files are below `external_dir`, and which reaches others' through `peers`.
     pub fn new(peers: Peers, external_dir: PathBuf) -> Self {
-        Self { peers, external_dir }
+        Self { peers, external_dir, regions: Arc::default() }
     }
 
     /// Opens a store. Nothing is asked of it yet, except that Amazon may be asked for a bucket's region.
     ///
     /// # Errors
     ///
-    /// The URI is of an external connection that was not resolved, or its parameters do not make a store.
+    /// The URI is of an external connection that was not resolved, its parameters do not make a store, or Amazon does not
+    /// say where the bucket is, which may pass.
     pub async fn open(&self, uri: &Uri) -> anyhow::Result<Store> {
         let redacted = uri.redacted();
         match &uri.0 {
@@ -107,7 +110,7 @@ impl Stores {
                     bucket: Some(bucket.name.as_str().into()),
                     secrets: bucket.secrets().into(),
                 };
-                let operator = bucket.operator(&place).await?;
+                let operator = bucket.operator(&place, &self.regions).await?;
                 Ok(Store::over(Bucketed::new(operator, place.clone()), place))
             }
             uri::Place::External { name, .. } => {

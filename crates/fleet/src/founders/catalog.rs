@@ -24,6 +24,36 @@ pub(super) const IDENTITY: &str = "json_build_object(
                                                            'generated', attgenerated) ORDER BY attnum), '[]')
                 FROM pg_catalog.pg_attribute WHERE attrelid = c.oid AND attnum > 0))::text";
 
+/// A table's [`TablePlan::types`], of the row `c` of `pg_class`. COPY prints enums and composites by what these catalogs
+/// hold at the moment, and altering a type takes no lock on the tables that use it. With `xmin`, what was altered and
+/// altered back shows as well.
+pub(super) const TYPES: &str = "CASE WHEN EXISTS (
+    SELECT FROM pg_catalog.pg_attribute WHERE attrelid = c.oid AND attnum > 0 AND NOT attisdropped AND atttypid >= 16384
+) THEN (
+    WITH RECURSIVE inside (type) AS (
+        SELECT atttypid FROM pg_catalog.pg_attribute WHERE attrelid = c.oid AND attnum > 0 AND NOT attisdropped
+        UNION
+        SELECT within.type FROM inside JOIN pg_catalog.pg_type t ON t.oid = inside.type CROSS JOIN LATERAL (
+            SELECT t.typelem UNION ALL SELECT t.typbasetype
+            UNION ALL SELECT rngsubtype FROM pg_catalog.pg_range WHERE t.oid IN (rngtypid, rngmultitypid)
+            UNION ALL SELECT atttypid FROM pg_catalog.pg_attribute
+                      WHERE attrelid = t.typrelid AND attnum > 0 AND NOT attisdropped) within (type)),
+    own AS (SELECT t.* FROM pg_catalog.pg_type t JOIN inside ON t.oid = inside.type WHERE t.oid >= 16384),
+    facts (fact, alterable) AS (
+        SELECT pg_catalog.concat_ws(' ', 'type', oid, typtype, typbasetype, typelem, typrelid, typoutput::oid),
+               typtype IN ('c', 'e')
+        FROM own
+        UNION ALL
+        SELECT pg_catalog.concat_ws(' ', 'label', e.enumtypid, e.oid, e.xmin, e.enumsortorder, e.enumlabel), true
+        FROM own JOIN pg_catalog.pg_enum e ON e.enumtypid = own.oid
+        UNION ALL
+        SELECT pg_catalog.concat_ws(' ', 'attribute', attrelid, attnum, a.xmin, atttypid, attisdropped, attname), true
+        FROM own JOIN pg_catalog.pg_attribute a ON a.attrelid = own.typrelid AND attnum > 0)
+    SELECT pg_catalog.encode(pg_catalog.sha256(pg_catalog.convert_to(
+        pg_catalog.string_agg(fact, E'\\n' ORDER BY fact COLLATE \"C\"), pg_catalog.getdatabaseencoding())), 'hex')
+    FROM facts HAVING pg_catalog.bool_or(alterable)
+) END";
+
 const DATABASE: &str = "
     SELECT d.datname::text, d.oid, pg_catalog.pg_encoding_to_char(d.encoding)::text, d.datcollate::text,
            d.datctype::text, coalesce(to_jsonb(d) ->> 'datlocprovider', 'c'),
@@ -32,7 +62,11 @@ const DATABASE: &str = "
            coalesce((SELECT setconfig FROM pg_catalog.pg_db_role_setting
                      WHERE setdatabase = d.oid AND setrole = 0), '{}'),
            pg_catalog.shobj_description(d.oid, 'pg_database'),
-           (SELECT count(*) FROM pg_catalog.pg_largeobject_metadata)
+           (SELECT count(*) FROM pg_catalog.pg_largeobject_metadata),
+           coalesce((SELECT json_agg(json_build_array(r.rolname, setting) ORDER BY r.rolname, number)
+                     FROM pg_catalog.pg_db_role_setting s JOIN pg_catalog.pg_roles r ON r.oid = s.setrole,
+                          LATERAL unnest(s.setconfig) WITH ORDINALITY AS settings (setting, number)
+                     WHERE s.setdatabase = d.oid), '[]')::text
     FROM pg_catalog.pg_database d WHERE d.datname = pg_catalog.current_database()";
 
 /// Which relations are the user's own: not of the system, not temporary, not an extension's unless it says that their
@@ -58,6 +92,20 @@ const TABLE_COLUMNS: &str = "
 const SEQUENCE_COLUMNS: &str = "
     n.nspname::text, c.relname::text, c.relpersistence::text,
     (SELECT seqincrement FROM pg_catalog.pg_sequence WHERE seqrelid = c.oid)";
+
+/// What `pg_dump` leaves out, or writes without its options, when the role may not read it; only superusers may.
+const UNREADABLE: &str = "
+    SELECT 'subscription', pg_catalog.quote_ident(subname),
+           'only a superuser may read it, and the role of the node is none'
+    FROM pg_catalog.pg_subscription
+    WHERE subdbid = (SELECT oid FROM pg_catalog.pg_database WHERE datname = pg_catalog.current_database())
+      AND NOT (SELECT rolsuper FROM pg_catalog.pg_roles WHERE rolname = current_user)
+    UNION ALL
+    SELECT 'user mapping', pg_catalog.format('for %I on server %I', usename, srvname),
+           'its options, if it has any, may not be read by the role of the node; it is kept without them'
+    FROM pg_catalog.pg_user_mappings
+    WHERE umoptions IS NULL AND NOT (SELECT rolsuper FROM pg_catalog.pg_roles WHERE rolname = current_user)
+    ORDER BY 1, 2";
 
 const EXTENSIONS: &str = "SELECT extname::text, extversion FROM pg_catalog.pg_extension ORDER BY 1";
 
@@ -86,9 +134,9 @@ const TABLESPACES: &str = "
 
 /// Reads the plan of the session's database. What the schema dump adds is left empty.
 pub(super) async fn plan(founder: &Session, in_recovery: bool) -> anyhow::Result<DatabasePlan> {
-    let mut plan = database(&founder.row(DATABASE, &[]).await?);
+    let mut plan = database(&founder.row(DATABASE, &[]).await?)?;
     let order = "ORDER BY pg_catalog.pg_relation_size(c.oid) DESC NULLS LAST, c.oid";
-    let query = format!("SELECT {TABLE_COLUMNS}, {IDENTITY} {OWN} AND c.relkind IN ('r', 'f') {order}");
+    let query = format!("SELECT {TABLE_COLUMNS}, {IDENTITY}, {TYPES} {OWN} AND c.relkind IN ('r', 'f') {order}");
     for row in founder.rows(&query, &[]).await? {
         match table(&row, in_recovery)? {
             Ok(table) => plan.tables.push(table),
@@ -99,6 +147,8 @@ pub(super) async fn plan(founder: &Session, in_recovery: bool) -> anyhow::Result
     let (sequences, skipped) = sequences(founder, in_recovery).await?;
     plan.sequences = sequences;
     plan.skipped.extend(skipped);
+    let unreadable = |row: &Row| Skipped { kind: row.get(0), object: row.get(1), reason: row.get(2) };
+    plan.skipped.extend(founder.rows(UNREADABLE, &[]).await?.iter().map(unreadable));
     let views =
         format!("SELECT n.nspname::text, c.relname::text, c.relispopulated {OWN} AND c.relkind = 'm' ORDER BY 1, 2");
     let view = |row: &Row| MaterializedViewPlan { schema: row.get(0), name: row.get(1), populated: row.get(2) };
@@ -109,11 +159,18 @@ pub(super) async fn plan(founder: &Session, in_recovery: bool) -> anyhow::Result
     Ok(plan)
 }
 
-fn database(row: &Row) -> DatabasePlan {
-    DatabasePlan {
+/// Encodings in which PostgreSQL cannot say which characters the bytes are: it converts them to no other one, or, of
+/// `SQL_ASCII`, refuses on the way out what happens not to be UTF-8.
+const OPAQUE: [&str; 2] = ["SQL_ASCII", "MULE_INTERNAL"];
+
+fn database(row: &Row) -> anyhow::Result<DatabasePlan> {
+    let encoding: String = row.get(2);
+    let is_opaque = OPAQUE.contains(&encoding.as_str());
+    Ok(DatabasePlan {
         name: row.get(0),
         oid: row.get(1),
-        encoding: row.get(2),
+        copy_encoding: if is_opaque { encoding.clone() } else { "UTF8".to_owned() },
+        encoding,
         collate: row.get(3),
         ctype: row.get(4),
         locale_provider: row.get(5),
@@ -121,6 +178,7 @@ fn database(row: &Row) -> DatabasePlan {
         owner: row.get(7),
         acl: row.get(8),
         settings: row.get(9),
+        role_settings: serde_json::from_str(row.get(12))?,
         comment: row.get(10),
         large_objects: row.get(11),
         extensions: Vec::new(),
@@ -130,9 +188,10 @@ fn database(row: &Row) -> DatabasePlan {
         roles: Vec::new(),
         tablespaces: Vec::new(),
         skipped: Vec::new(),
+        warnings: Vec::new(),
         schema_bytes: 0,
         dump_version: String::new(),
-    }
+    })
 }
 
 /// One table, or why it is skipped.
@@ -175,6 +234,7 @@ fn table(row: &Row, in_recovery: bool) -> anyhow::Result<Result<TablePlan, Skipp
         ranges_possible: row.get(9),
         where_clause: row.get::<_, Option<&str>>(10).and_then(condition),
         identity,
+        types: row.get(14),
     }))
 }
 

@@ -113,7 +113,7 @@ async fn dump(mut command: Command, database: &str) -> anyhow::Result<Schema> {
         tracing::warn!("pg_dump of database {database:?} failed ({status}): {said}");
         return Err(failed(database, &told(&said)).into());
     }
-    Ok(Schema { file: Arc::new(file), bytes })
+    Ok(Schema { file: Arc::new(file), bytes, warnings: warnings(&said) })
 }
 
 /// Writes what comes into the file, until there is more than is allowed.
@@ -131,6 +131,15 @@ async fn listen(mut err: impl AsyncRead + Unpin) -> String {
         drop(tokio::io::copy(&mut err, &mut tokio::io::sink()).await);
     }
     String::from_utf8_lossy(&kept).trim_end().to_owned()
+}
+
+/// What is told of a dump that did not fail, line by line.
+fn warnings(said: &str) -> Vec<String> {
+    let bare = |line: &str| {
+        let line = line.trim().trim_start_matches("pg_dump: ").trim_start_matches("warning: ");
+        line.chars().take(TOLD_MAX).collect::<String>()
+    };
+    said.lines().map(bare).filter(|line| !line.is_empty()).collect()
 }
 
 fn failed(database: &str, detail: &str) -> PgError {
@@ -154,6 +163,8 @@ pub(super) struct Schema {
     file: Arc<File>,
     /// How long it is.
     pub(super) bytes: u64,
+    /// What `pg_dump` warned of.
+    pub(super) warnings: Vec<String>,
 }
 
 impl Schema {
@@ -181,6 +192,14 @@ impl Schema {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn warnings_are_kept_line_by_line() {
+        let said =
+            "pg_dump: warning: subscriptions not dumped because current user is not a superuser\n\npg_dump: hint: x";
+        let expected = ["subscriptions not dumped because current user is not a superuser", "hint: x"];
+        assert_eq!(warnings(said), expected);
+    }
 
     #[test]
     fn an_older_pg_dump_is_refused() {

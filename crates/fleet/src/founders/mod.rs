@@ -53,7 +53,7 @@ pub struct Founders {
     server: Server,
     leases: Mutex<HashMap<Uuid, Arc<Lease>>>,
     /// One point at a time: two could not both pause replay.
-    opening: tokio::sync::Mutex<()>,
+    opening: Arc<tokio::sync::Mutex<()>>,
     me: Weak<Self>,
 }
 
@@ -78,12 +78,7 @@ impl Lease {
 impl Founders {
     /// The founders of `server`; there are none yet.
     pub fn new(server: Server) -> Arc<Self> {
-        Arc::new_cyclic(|me| Self {
-            server,
-            leases: Mutex::default(),
-            opening: tokio::sync::Mutex::default(),
-            me: me.clone(),
-        })
+        Arc::new_cyclic(|me| Self { server, leases: Mutex::default(), opening: Arc::default(), me: me.clone() })
     }
 
     async fn answer(&self, request: Value) -> anyhow::Result<Reply> {
@@ -122,7 +117,7 @@ impl Founders {
     }
 
     async fn open_in_turn(&self, request: Open) -> anyhow::Result<Opened> {
-        let _turn = self.opening.lock().await;
+        let turn = Arc::new(self.opening.clone().lock_owned().await);
         self.remove(request.lease);
         if self.leases.lock().unwrap_or_else(PoisonError::into_inner).len() >= LEASES_MAX {
             let message = format!("{LEASES_MAX} backups read {} already", self.server.address());
@@ -131,7 +126,7 @@ impl Founders {
         let end = CancellationToken::new();
         // Whatever was opened until an error is closed by this.
         let guard = end.clone().drop_guard();
-        let taken = open::open(&self.server, &request, &end).await.context("open founders")?;
+        let taken = open::open(&self.server, &request, &end, turn).await.context("open founders")?;
         let life = Duration::from_millis(request.life_ms).clamp(LIFE_MIN, LIFE_MAX);
         let pools = taken.pools.into_iter().map(|pool| (pool.database.clone(), Arc::new(pool))).collect();
         let ends = Mutex::new(Instant::now() + life);

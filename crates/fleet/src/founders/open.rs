@@ -7,15 +7,15 @@
 //! importer may see wrong rows. Wherever `pg_dump` does not run in a pause, a fingerprint of the catalogs before and
 //! after it proves that the schema it wrote is that of the snapshots.
 //!
-//! Whatever was disturbed is done again, a bounded number of times, with the same sessions.
+//! Whatever was disturbed is done again, a bounded number of times, with the same sessions, or others in the place of
+//! those that were ended.
 
-use std::collections::BTreeMap;
 use std::time::Duration;
 
 use anyhow::{Context as _, anyhow};
 use chrono::{DateTime, Utc};
 use cluster::Lsn;
-use futures_util::future::{join_all, try_join_all};
+use futures_util::future::try_join_all;
 use futures_util::stream::{self, StreamExt as _, TryStreamExt as _};
 use pgerror::{PgError, SqlState};
 use tokio::time::{sleep, timeout};
@@ -23,9 +23,9 @@ use tokio_util::sync::CancellationToken;
 
 use super::catalog;
 use super::dump::{Program, Schema};
-use super::pause::{PAUSE_WORK, Pause};
+use super::pause::{PAUSE_WORK, Pause, Turn};
 use super::pool::{Anchor, BACK_TO_REST, BEGIN, Crew, Pool, REST, import};
-use super::session::{Session, has_code, quoted};
+use super::session::{Session, has_code, late, quoted};
 use super::types::{DatabasePlan, Mode, Open, Opened, Point, READERS_MAX};
 use crate::Server;
 
@@ -50,6 +50,12 @@ const STILL_TRIES: usize = 20;
 /// A record in the middle of its replay is finished by then, so that the position would show it.
 const STILL_WAIT: Duration = Duration::from_millis(10);
 
+/// A founder whose transaction has not ended by then has its statement cancelled.
+const STAND_DOWN_DEADLINE: Duration = Duration::from_secs(2);
+
+/// How often ending a founder's transaction is tried; then another session takes its place.
+const STAND_DOWN_TRIES: usize = 2;
+
 /// How often a moment is sought at which a primary's databases have equal snapshots.
 const EQUAL_TRIES: usize = 20;
 
@@ -72,7 +78,7 @@ const POSITION: &str = "
                               (SELECT timeline_id FROM pg_catalog.pg_control_checkpoint()))
                 ELSE ('x' || substr(pg_catalog.pg_walfile_name(pg_catalog.pg_current_wal_lsn()), 1, 8))::bit(32)::int
            END,
-           pg_catalog.clock_timestamp()";
+           pg_catalog.clock_timestamp(), EXISTS (SELECT FROM pg_catalog.pg_stat_wal_receiver)";
 
 /// Only replay can hold this mode on a standby. What it has locked and nobody can see yet is in nobody's way.
 const LOCKED: &str = "
@@ -103,7 +109,14 @@ enum Disturbance {
 
 impl From<anyhow::Error> for Disturbance {
     fn from(error: anyhow::Error) -> Self {
-        Self::Fatal(error)
+        // A session that was ended, perhaps by replay, is opened again.
+        let passing = [
+            SqlState::CONNECTION_FAILURE,
+            SqlState::SERIALIZATION_FAILURE,
+            SqlState::DEADLOCK_DETECTED,
+            SqlState::ADMIN_SHUTDOWN,
+        ];
+        if has_code(&error, &passing) { Self::Other(error) } else { Self::Fatal(error) }
     }
 }
 
@@ -114,6 +127,8 @@ struct Position {
     received: Option<Lsn>,
     timeline: u32,
     time: DateTime<Utc>,
+    /// Whether WAL is being received.
+    receives: bool,
 }
 
 /// The sessions of one database.
@@ -130,6 +145,7 @@ struct Taking<'a> {
     server: &'a Server,
     request: &'a Open,
     end: &'a CancellationToken,
+    turn: Turn,
     control: Session,
     program: Program,
     version: i32,
@@ -144,13 +160,19 @@ struct Moment {
 }
 
 /// Takes the point that `request` asks for. The sessions last until `end`.
-pub(super) async fn open(server: &Server, request: &Open, end: &CancellationToken) -> anyhow::Result<Taken> {
+pub(super) async fn open(
+    server: &Server,
+    request: &Open,
+    end: &CancellationToken,
+    turn: Turn,
+) -> anyhow::Result<Taken> {
     let control = Session::open(server, server.database(), request.job, end).await?;
     let facts = control.row(FACTS, &[]).await.context("ask the server what it is")?;
     let (in_recovery, version, may_pause): (bool, i32, bool) = (facts.get(0), facts.get(1), facts.get(3));
     let system_identifier = facts.get(2);
     let program = Program::find(version).await?;
-    let mut taking = Taking { server, request, end, control, program, version, system_identifier, teams: Vec::new() };
+    let mut taking =
+        Taking { server, request, end, turn, control, program, version, system_identifier, teams: Vec::new() };
     taking.assemble().await?;
     match in_recovery {
         false => taking.unpaused(Mode::Exported).await,
@@ -182,16 +204,17 @@ impl Taking<'_> {
     async fn paused(mut self) -> anyhow::Result<Taken> {
         let (mut tries, mut lock_tries) = (0, 0);
         loop {
-            let pause = Pause::begin(self.server, self.request.job).await?;
+            let pause = Pause::begin(self.server, self.request.job, self.turn.clone()).await?;
             let work = timeout(PAUSE_WORK, self.in_pause(&pause)).await;
+            // Before replay goes on, or it could meet what the founders still hold.
+            let stood_down = if matches!(work, Ok(Ok(_))) { Ok(()) } else { self.stand_down().await };
             pause.end().await;
-            let late = || {
-                Disturbance::Fatal(anyhow!(PgError::new(
-                    SqlState::OBJECT_NOT_IN_PREREQUISITE_STATE,
-                    "the point could not be taken within one pause of replay",
-                )))
+            let Ok(work) = work else {
+                tracing::info!("the point could not be taken within one pause of replay; it is sought without one");
+                stood_down?;
+                return self.unpaused(Mode::Still).await;
             };
-            match work.unwrap_or_else(|_| Err(late())) {
+            match work {
                 Ok((moment, plans)) => return Ok(self.taken(Mode::Paused, moment, plans)),
                 Err(Disturbance::Locked(error)) if lock_tries >= LOCK_TRIES => return Err(error.into()),
                 Err(Disturbance::Locked(_)) => lock_tries += 1,
@@ -199,7 +222,7 @@ impl Taking<'_> {
                 Err(other) if tries >= TRIES => return Err(given_up(other)),
                 Err(_) => tries += 1,
             }
-            self.stand_down().await?;
+            stood_down?;
             sleep(STEP).await;
         }
     }
@@ -227,7 +250,7 @@ impl Taking<'_> {
     async fn unpaused(mut self, mode: Mode) -> anyhow::Result<Taken> {
         for number in 1.. {
             let work = timeout(WORK_DEADLINE, self.try_unpaused(mode)).await;
-            match work.context("take the point in time")? {
+            match work.map_err(|_| late(WORK_DEADLINE))? {
                 Ok((mode, moment, plans)) => return Ok(self.taken(mode, moment, plans)),
                 Err(Disturbance::Fatal(error)) => return Err(error),
                 Err(other) if number >= TRIES => return Err(given_up(other)),
@@ -270,8 +293,13 @@ impl Taking<'_> {
             try_join_all(self.teams.iter().flat_map(|team| &team.founders).map(hold)).await?;
             sleep(STILL_WAIT).await;
             let after = self.position().await?;
+            if !before.receives || !after.receives {
+                // WAL comes from an archive, or will come: how much of it is waiting to be replayed is unknown.
+                self.stand_down().await?;
+                return Ok(None);
+            }
             // Where more has come than was replayed, a record may be in the middle of its replay.
-            if before.lsn == after.lsn && after.received.is_none_or(|received| received <= after.lsn) {
+            if before.lsn == after.lsn && after.received == Some(after.lsn) {
                 return Ok(Some(Moment { position: after, databases_at_one_point: true }));
             }
             self.stand_down().await?;
@@ -327,13 +355,14 @@ impl Taking<'_> {
             let gone = |error: &anyhow::Error| mode != Mode::Paused && has_code(error, &[SqlState::UNDEFINED_TABLE]);
             let mut plan = read.map_err(|error| match gone(&error) {
                 true => Disturbance::Other(error),
-                false => Disturbance::Fatal(error.context(format!("plan database {:?}", team.database))),
+                false => error.context(format!("plan database {:?}", team.database)).into(),
             })?;
             // Ends the locks that reading took.
             first.run(BACK_TO_REST).await?;
             let dumped = self.program.run(self.server, &team.database, mode, team.exported.as_deref()).await;
             let schema = dumped.map_err(Disturbance::Other)?;
             plan.schema_bytes = schema.bytes;
+            plan.warnings.clone_from(&schema.warnings);
             plan.dump_version.clone_from(&self.program.version);
             plans.push((plan, schema));
         }
@@ -349,16 +378,29 @@ impl Taking<'_> {
             received: lsn(row.get(2)),
             timeline: row.get::<_, i32>(3).unsigned_abs(),
             time: row.get(4),
+            receives: row.get(5),
         })
     }
 
     /// Ends all transactions, to begin anew.
     async fn stand_down(&mut self) -> anyhow::Result<()> {
-        for team in &mut self.teams {
+        let (server, job, end) = (self.server, self.request.job, self.end);
+        let downs = self.teams.iter_mut().map(|team| async {
+            let database = &team.database;
             team.exported = None;
+            let founders = std::mem::take(&mut team.founders);
+            let downs = stream::iter(founders).map(|founder| stood_down(founder, server, database, job, end));
+            team.founders = downs.buffered(OPENING_AT_ONCE).try_collect().await?;
+            if team.guard.is_closed() {
+                team.guard = Session::open(server, database, job, end).await?;
+            }
+            anyhow::Ok(())
+        });
+        try_join_all(downs).await?;
+        if self.control.is_closed() {
+            self.control = Session::open(server, server.database(), job, end).await?;
         }
-        let sessions = self.teams.iter().flat_map(|team| &team.founders);
-        join_all(sessions.map(|session| session.run("ROLLBACK"))).await.into_iter().collect()
+        Ok(())
     }
 
     fn taken(self, mode: Mode, moment: Moment, plans: Plans) -> Taken {
@@ -381,9 +423,8 @@ impl Taking<'_> {
         for (mut team, (plan, schema)) in self.teams.into_iter().zip(plans) {
             let anchor = team.exported.map(|snapshot| Anchor { session: team.founders.remove(0), snapshot });
             let crew = Crew { founders: team.founders, anchor, guard: team.guard };
-            let tables: BTreeMap<_, _> = plan.tables.iter().map(|table| (table.oid, table.clone())).collect();
             let (server, job, end) = (self.server.clone(), self.request.job, self.end.clone());
-            pools.push(Pool::new(server, job, team.database, tables, schema, end, crew));
+            pools.push(Pool::new(server, job, &plan, schema, end, crew));
             databases.push(plan);
         }
         Taken { opened: Opened { point, databases }, pools }
@@ -401,6 +442,26 @@ async fn begin(session: &Session) -> anyhow::Result<()> {
 async fn hold(session: &Session) -> anyhow::Result<()> {
     session.run("SELECT 1").await?;
     session.run(REST).await
+}
+
+/// A founder without a transaction: the same session, or another one in the place of one that was ended or does not
+/// answer.
+async fn stood_down(
+    founder: Session,
+    server: &Server,
+    database: &str,
+    job: i64,
+    end: &CancellationToken,
+) -> anyhow::Result<Session> {
+    for _ in 0..STAND_DOWN_TRIES {
+        match timeout(STAND_DOWN_DEADLINE, founder.run("ROLLBACK")).await {
+            Ok(Ok(())) => return Ok(founder),
+            Ok(Err(_)) => {}
+            Err(_) => founder.cancel().await,
+        }
+    }
+    drop(founder);
+    Session::open(server, database, job, end).await
 }
 
 fn given_up(disturbance: Disturbance) -> anyhow::Error {

@@ -5,12 +5,17 @@
 //! process die, the server resumes by itself: what pauses is one statement that pauses, sleeps and resumes, and it
 //! runs to its end without a client.
 //!
+//! Whoever pauses has a *turn*, and a pause keeps it until replay goes on and nothing is left on the server that would
+//! resume, so that the next one's pause is not ended by this one.
+//!
 //! A pause of somebody else's is left alone. (Should one begin while ours lasts, PostgreSQL cannot tell the two apart.)
 
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::bail;
 use pgerror::{PgError, SqlState};
+use tokio::sync::OwnedMutexGuard;
 use tokio::task::JoinHandle;
 use tokio::time::{sleep, timeout};
 use tokio_postgres::CancelToken;
@@ -34,13 +39,21 @@ const POLL: Duration = Duration::from_millis(5);
 /// Sessions on which resuming is tried; after that it is left to the switch.
 const RESUME_TRIES: usize = 3;
 
-/// One such try, and the wait for the cancelled switch.
+/// One such try.
 const RESUME_DEADLINE: Duration = Duration::from_secs(10);
+
+/// A cancelled switch that has not ended by then is terminated, and waited for once more.
+const SWITCH_DEADLINE: Duration = Duration::from_secs(5);
 
 const NOT_PAUSED: &str = "not paused";
 
+/// The right to pause; free when the last of its clones is dropped.
+pub(super) type Turn = Arc<OwnedMutexGuard<()>>;
+
 /// The statement that pauses and sleeps.
 struct Switch {
+    /// Of the session it runs in.
+    pid: i32,
     cancel: CancelToken,
     /// Whether it ran to its end, and so has resumed; `None` once that was asked.
     task: Option<JoinHandle<bool>>,
@@ -59,17 +72,17 @@ pub(super) struct Pause {
     server: Server,
     job: i64,
     /// Taken when the pause is ended.
-    held: Option<(Session, Switch)>,
+    held: Option<(Session, Switch, Turn)>,
 }
 
 impl Pause {
     /// Pauses replay, and waits until it stands.
-    pub(super) async fn begin(server: &Server, job: i64) -> anyhow::Result<Self> {
-        Self::begin_for(server, job, SWITCH).await
+    pub(super) async fn begin(server: &Server, job: i64, turn: Turn) -> anyhow::Result<Self> {
+        Self::begin_for(server, job, turn, SWITCH).await
     }
 
     /// The same, with another life of the switch.
-    async fn begin_for(server: &Server, job: i64, switch: Duration) -> anyhow::Result<Self> {
+    async fn begin_for(server: &Server, job: i64, turn: Turn, switch: Duration) -> anyhow::Result<Self> {
         let end = CancellationToken::new();
         let control = Session::open(server, server.database(), job, &end).await?;
         if state(&control).await? != NOT_PAUSED {
@@ -81,6 +94,7 @@ impl Pause {
         let sleeper = Session::open(server, server.database(), job, &end).await?;
         // With the check of its client on, the statement would end with this process, and not resume.
         sleeper.run("SET client_connection_check_interval = 0").await?;
+        let pid = sleeper.row("SELECT pg_catalog.pg_backend_pid()", &[]).await?.get(0);
         let statement = format!(
             "SELECT pg_catalog.pg_wal_replay_pause(), pg_catalog.pg_sleep({}), pg_catalog.pg_wal_replay_resume()",
             switch.as_secs()
@@ -91,7 +105,7 @@ impl Pause {
             let sleeper = sleeper;
             sleeper.client.batch_execute(&statement).await.is_ok()
         });
-        let held = Some((control, Switch { cancel, task: Some(task), seen: false }));
+        let held = Some((control, Switch { pid, cancel, task: Some(task), seen: false }, turn));
         let mut pause = Self { server: server.clone(), job, held };
         match pause.stands().await {
             Ok(()) => Ok(pause),
@@ -104,7 +118,7 @@ impl Pause {
 
     /// Waits until replay is paused.
     async fn stands(&mut self) -> anyhow::Result<()> {
-        let Some((control, switch)) = &mut self.held else { return Ok(()) };
+        let Some((control, switch, _)) = &mut self.held else { return Ok(()) };
         let deadline = Instant::now() + PAUSED_WAIT;
         loop {
             if switch.is_over() {
@@ -127,26 +141,32 @@ impl Pause {
 
     /// Whether it has lasted without a break until now.
     pub(super) async fn still_stands(&self) -> anyhow::Result<bool> {
-        let Some((control, switch)) = &self.held else { return Ok(false) };
+        let Some((control, switch, _)) = &self.held else { return Ok(false) };
         Ok(!switch.is_over() && state(control).await? == "paused")
     }
 
-    /// Resumes replay.
+    /// Resumes replay. Given up midway, it goes on by itself.
     pub(super) async fn end(mut self) {
-        if let Some((control, switch)) = self.held.take() {
-            finish(&self.server, self.job, control, switch).await;
+        if let Some(finishing) = self.finish() {
+            drop(finishing.await);
         }
+    }
+
+    fn finish(&mut self) -> Option<JoinHandle<()>> {
+        let (control, switch, turn) = self.held.take()?;
+        let (server, job) = (self.server.clone(), self.job);
+        // Without a runtime the process is ending, and the switch does it.
+        let runtime = tokio::runtime::Handle::try_current().ok()?;
+        Some(runtime.spawn(async move {
+            finish(&server, job, control, switch).await;
+            drop(turn);
+        }))
     }
 }
 
 impl Drop for Pause {
     fn drop(&mut self) {
-        let Some((control, switch)) = self.held.take() else { return };
-        let (server, job) = (self.server.clone(), self.job);
-        // Without a runtime the process is ending, and the switch does it.
-        if let Ok(runtime) = tokio::runtime::Handle::try_current() {
-            runtime.spawn(async move { finish(&server, job, control, switch).await });
-        }
+        drop(self.finish());
     }
 }
 
@@ -164,7 +184,7 @@ async fn finish(server: &Server, job: i64, control: Session, mut switch: Switch)
         };
         match timeout(RESUME_DEADLINE, resume(&control, &mut switch)).await {
             Ok(Ok(())) => {
-                cancel(switch.cancel).await;
+                silence(&control, switch).await;
                 return;
             }
             Ok(Err(error)) => tracing::warn!("replay could not be resumed: {error:#}"),
@@ -172,6 +192,24 @@ async fn finish(server: &Server, job: i64, control: Session, mut switch: Switch)
         }
     }
     tracing::error!("replay is left to be resumed by the server itself, within {} seconds", SWITCH.as_secs());
+    if let Some(task) = switch.task {
+        drop(timeout(SWITCH + SWITCH_DEADLINE, task).await);
+    }
+}
+
+/// Ends the statement that sleeps; left alone, it would resume whatever pause there is when it wakes.
+async fn silence(control: &Session, switch: Switch) {
+    let Some(mut task) = switch.task else { return };
+    cancel(switch.cancel).await;
+    if timeout(SWITCH_DEADLINE, &mut task).await.is_ok() {
+        return;
+    }
+    let statement = format!("SELECT pg_catalog.pg_terminate_backend({})", switch.pid);
+    let terminating = control.run(&statement);
+    let terminated = matches!(timeout(SWITCH_DEADLINE, terminating).await, Ok(Ok(_)));
+    if !terminated || timeout(SWITCH_DEADLINE, task).await.is_err() {
+        tracing::error!("a session that pauses replay, process {} of the server, could not be ended", switch.pid);
+    }
 }
 
 async fn resume(control: &Session, switch: &mut Switch) -> anyhow::Result<()> {
@@ -247,10 +285,12 @@ mod tests {
         standby.start("root", &dir.path().join("standby.log")).await.unwrap();
         let server = standby.server("root").unwrap();
 
-        let mut pause = Pause::begin_for(&server, 0, Duration::from_secs(2)).await.unwrap();
+        let turns = Arc::new(tokio::sync::Mutex::new(()));
+        let turn = async || Arc::new(turns.clone().lock_owned().await);
+        let mut pause = Pause::begin_for(&server, 0, turn().await, Duration::from_secs(2)).await.unwrap();
         assert!(pause.still_stands().await.unwrap());
         // As if this process had been killed: the connections are gone, and nothing was said.
-        let (control, switch) = pause.held.take().unwrap();
+        let (control, switch, _) = pause.held.take().unwrap();
         switch.task.unwrap().abort();
         drop(control);
         sleep(Duration::from_millis(500)).await;
@@ -262,13 +302,22 @@ mod tests {
         }
 
         // A switch that an operator ends leaves the pause to us.
-        let pause = Pause::begin(&server, 0).await.unwrap();
+        let pause = Pause::begin(&server, 0, turn().await).await.unwrap();
         cancel(pause.held.as_ref().unwrap().1.cancel.clone()).await;
         while pause.still_stands().await.unwrap() {
             sleep(POLL).await;
         }
         pause.end().await;
         assert_eq!(ask(&server).await, NOT_PAUSED);
+
+        // The next turn comes when replay goes on, and nothing that sleeps is left.
+        drop(Pause::begin(&server, 0, turn().await).await.unwrap());
+        turn().await;
+        assert_eq!(ask(&server).await, NOT_PAUSED);
+        let session = Session::open(&server, "postgres", 0, &CancellationToken::new()).await.unwrap();
+        let sleeping = "SELECT count(*) FROM pg_stat_activity WHERE state = 'active' AND query LIKE '%pg_sleep%'
+                        AND pid <> pg_backend_pid()";
+        assert_eq!(session.row(sleeping, &[]).await.unwrap().get::<_, i64>(0), 0);
         stop(&mut standby).await;
         stop(&mut primary).await;
     }

@@ -18,7 +18,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::dump::Schema;
 use super::session::{Session, quoted};
-use super::types::{TablePlan, point_lost};
+use super::types::{DatabasePlan, TablePlan, is_invalidated, point_lost};
 use crate::Server;
 
 /// A span that gets no founder by then is refused; it may be asked for again.
@@ -27,8 +27,9 @@ const SPAN_WAIT: Duration = Duration::from_secs(30);
 /// A founder that is not at rest by then is given up.
 const REST_DEADLINE: Duration = Duration::from_secs(10);
 
-/// A cancel request may reach the statement behind the one it was meant for, so coming to rest is tried again.
-const REST_TRIES: usize = 2;
+/// A cancel request may get lost, or reach the statement behind the one it was meant for, so coming to rest is tried
+/// again.
+const REST_TRIES: usize = 3;
 
 /// Begins a founder's transaction, without a snapshot yet.
 pub(super) const BEGIN: &str = "BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY";
@@ -60,6 +61,8 @@ pub(super) struct Pool {
     pub(super) job: i64,
     pub(super) database: String,
     pub(super) tables: BTreeMap<u32, TablePlan>,
+    /// In which rows leave the server.
+    pub(super) copy_encoding: String,
     pub(super) schema: Schema,
     pub(super) end: CancellationToken,
     anchor: Option<Anchor>,
@@ -96,8 +99,7 @@ impl Pool {
     pub(super) fn new(
         server: Server,
         job: i64,
-        database: String,
-        tables: BTreeMap<u32, TablePlan>,
+        plan: &DatabasePlan,
         schema: Schema,
         end: CancellationToken,
         crew: Crew,
@@ -106,8 +108,9 @@ impl Pool {
         Self {
             server,
             job,
-            database,
-            tables,
+            database: plan.name.clone(),
+            tables: plan.tables.iter().map(|table| (table.oid, table.clone())).collect(),
+            copy_encoding: plan.copy_encoding.clone(),
             schema,
             end,
             anchor: crew.anchor,
@@ -145,12 +148,44 @@ impl Pool {
             }
             founders.living -= 1;
         }
-        let can_import = self.anchor.as_ref().is_some_and(|anchor| !anchor.session.is_closed());
-        if can_import && founders.living < founders.size {
+        if self.can_import() && founders.living < founders.size {
             founders.living += 1;
             return Next::Import;
         }
         if founders.living == 0 { Next::Lost } else { Next::Wait }
+    }
+
+    fn can_import(&self) -> bool {
+        self.anchor.as_ref().is_some_and(|anchor| !anchor.session.is_closed())
+    }
+
+    /// Whether nothing can be read at the point any more.
+    fn is_lost(&self) -> bool {
+        let founders = self.founders.lock().unwrap_or_else(PoisonError::into_inner);
+        let closed = founders.idle.iter().filter(|session| session.is_closed()).count();
+        founders.living == closed && !self.can_import()
+    }
+
+    /// What a founder's error means to whoever asked for the span. Replay ends a founder that is in its way with the
+    /// code of a serialization failure, which would have a client begin its transaction anew; but it is the founder
+    /// that is gone, and perhaps the point with it.
+    fn meaning(&self, error: anyhow::Error, lives: bool) -> anyhow::Error {
+        let Some(said) = PgError::of(&error).filter(|said| !is_invalidated(said)) else { return error };
+        let is_conflict = [SqlState::SERIALIZATION_FAILURE, SqlState::DEADLOCK_DETECTED].contains(&said.code)
+            || said.code.as_str().starts_with("57P0");
+        let detail = format!("The server said: {}.", said.message);
+        if (is_conflict || !lives) && self.is_lost() {
+            return self.lost(&detail);
+        }
+        if is_conflict || !lives {
+            let message = format!("a founder on {} was lost", self.server.address());
+            return PgError::new(SqlState::CONNECTION_FAILURE, message).detail(detail).into();
+        }
+        if said.code == SqlState::QUERY_CANCELED {
+            let message = format!("reading from database {} was interrupted", quoted(&self.database));
+            return PgError::new(SqlState::OBJECT_IN_USE, message).detail(detail).into();
+        }
+        error
     }
 
     /// Opens a founder in the place of a lost one; its place has been counted already.
@@ -219,15 +254,29 @@ impl Lent {
         self.pool.end.is_cancelled().then(|| self.pool.lost(""))
     }
 
-    /// Gives it back when its statements have ended.
-    pub(super) async fn give_back(mut self) {
+    /// The pool it is from.
+    pub(super) fn pool(&self) -> &Pool {
+        &self.pool
+    }
+
+    /// Gives it back after an error; tells what the error means to whoever asked for the span, and whether the founder
+    /// outlived it.
+    pub(super) async fn failed(self, error: anyhow::Error) -> (anyhow::Error, bool) {
+        let (pool, ended) = (self.pool.clone(), self.ended());
+        let lives = self.give_back().await;
+        (ended.unwrap_or_else(|| pool.meaning(error, lives)), lives)
+    }
+
+    /// Gives it back when its statements have ended; tells whether it lives.
+    pub(super) async fn give_back(mut self) -> bool {
         // Should this be dropped midway, the session is still inside and goes the other way.
         let rested = match &self.session {
-            Some(session) => rest(session).await,
+            Some(session) => rest(session, REST_DEADLINE).await,
             None => false,
         };
         self.settled = true;
         self.pool.take_back(self.session.take().filter(|_| rested));
+        rested
     }
 }
 
@@ -241,7 +290,7 @@ impl Drop for Lent {
             (Some(session), Ok(runtime)) => {
                 runtime.spawn(async move {
                     session.cancel().await;
-                    let rested = rest(&session).await;
+                    let rested = rest(&session, REST_DEADLINE).await;
                     pool.take_back(Some(session).filter(|_| rested));
                 });
             }
@@ -251,11 +300,45 @@ impl Drop for Lent {
 }
 
 /// Brings a founder to rest; tells whether it is.
-async fn rest(session: &Session) -> bool {
+async fn rest(session: &Session, deadline: Duration) -> bool {
     for _ in 0..REST_TRIES {
-        if matches!(timeout(REST_DEADLINE, session.run(BACK_TO_REST)).await, Ok(Ok(()))) {
-            return true;
+        match timeout(deadline, session.run(BACK_TO_REST)).await {
+            Ok(Ok(())) => return true,
+            Ok(Err(_)) if session.is_closed() => return false,
+            Ok(Err(_)) => {}
+            // What keeps it from resting is still running.
+            Err(_) => session.cancel().await,
         }
     }
     false
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::PermissionsExt as _;
+
+    use super::*;
+    use crate::private::{Installation, Instance, RunAs, Settings};
+
+    #[tokio::test]
+    async fn a_founder_whose_statement_goes_on_is_brought_to_rest() {
+        let dir = tempfile::tempdir().unwrap();
+        std::fs::set_permissions(dir.path(), std::fs::Permissions::from_mode(0o711)).unwrap();
+        std::fs::create_dir(dir.path().join("server")).unwrap();
+        let (found, user) = (Installation::find().unwrap(), RunAs::choose().unwrap());
+        let mut instance = Instance::new(found, user, &dir.path().join("server")).unwrap();
+        instance.init("root", &Settings::new()).unwrap();
+        instance.start("root", &dir.path().join("log")).await.unwrap();
+        let (server, end) = (instance.server("root").unwrap(), CancellationToken::new());
+        let session = Session::open(&server, "postgres", 7, &end).await.unwrap();
+        session.run(&format!("{BEGIN}; {REST}")).await.unwrap();
+        let sleeping = session.run("SELECT pg_sleep(60)");
+        // Given up by its client, the statement still runs on the server.
+        assert!(timeout(Duration::from_millis(100), sleeping).await.is_err());
+        assert!(rest(&session, Duration::from_millis(500)).await);
+        assert_eq!(session.row("SELECT 1", &[]).await.unwrap().get::<_, i32>(0), 1);
+        let child = instance.child().unwrap();
+        child.start_kill().unwrap();
+        child.wait().await.unwrap();
+    }
 }

@@ -128,7 +128,8 @@ fn sentence(error: &tokio_postgres::Error) -> String {
     format!("The session ended with \"{error}{cause}\".")
 }
 
-fn late(deadline: Duration) -> PgError {
+/// That the server, or what is done with it, took longer than it may.
+pub(super) fn late(deadline: Duration) -> PgError {
     PgError::new(SqlState::CONNECTION_FAILURE, "the server did not answer in time")
         .detail(format!("It was given {} seconds.", deadline.as_secs()))
 }

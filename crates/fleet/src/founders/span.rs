@@ -4,7 +4,8 @@
 //! rewritten, altered, or replaced by another one under its name, and the old snapshot would read wrong rows from it
 //! without an error. Therefore the table is locked by its name first; then a second session, which sees the catalogs
 //! as they are now, compares what bears that name with the plan; and only then it is read. What could make a
-//! difference needs a stronger lock, so while ours is held one comparison is enough.
+//! difference needs a stronger lock, except for changes of types and names of schemas: therefore it is compared once
+//! more behind the last row, before the stream ends as if all were well.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -17,9 +18,9 @@ use pgerror::{PgError, SqlState};
 use tokio::time::timeout;
 use tokio_postgres::CopyOutStream;
 
-use super::catalog::IDENTITY;
+use super::catalog::{IDENTITY, TYPES};
 use super::pool::{Lent, Pool};
-use super::session::{Session, has_code, quoted, said, within};
+use super::session::{Session, has_code, late, quoted, said, within};
 use super::types::{Identity, LARGE_OBJECT_PIECE, TablePlan, What, invalidated};
 
 /// A table that is not unlocked by then is not read now; the span may be asked for again.
@@ -44,13 +45,11 @@ pub(super) async fn read(pool: &Arc<Pool>, what: &What) -> anyhow::Result<ByteSt
         let lent = pool.lend().await?;
         tries -= 1;
         match begin(pool, lent.session()?, what).await {
-            Ok(rows) => return Ok(stream(rows, lent)),
-            Err(_) if tries > 0 && lent.session()?.is_closed() => lent.give_back().await,
-            Err(error) => {
-                let error = lent.ended().unwrap_or(error);
-                lent.give_back().await;
-                return Err(error);
-            }
+            Ok(rows) => return Ok(stream(rows, lent, what)),
+            Err(error) => match lent.failed(error).await {
+                (_, false) if tries > 0 => {}
+                (error, _) => return Err(error),
+            },
         }
     }
 }
@@ -58,10 +57,7 @@ pub(super) async fn read(pool: &Arc<Pool>, what: &What) -> anyhow::Result<ByteSt
 async fn begin(pool: &Pool, founder: &Session, what: &What) -> anyhow::Result<CopyOutStream> {
     let statement = match *what {
         What::Table { oid, from_block, to_block } => {
-            let table = pool.tables.get(&oid).ok_or_else(|| {
-                let message = format!("no table with OID {oid} is in the plan of database {}", quoted(&pool.database));
-                PgError::new(SqlState::INVALID_PARAMETER_VALUE, message)
-            })?;
+            let table = planned(pool, oid)?;
             let statement = copy_of(table, from_block, to_block)?;
             lock(founder, table).await?;
             compare(&*pool.guard().await?, table).await?;
@@ -73,7 +69,17 @@ async fn begin(pool: &Pool, founder: &Session, what: &What) -> anyhow::Result<Co
             large_object_data()
         }
     };
+    if pool.copy_encoding != "UTF8" {
+        founder.run(&format!("SET LOCAL client_encoding = '{}'", pool.copy_encoding)).await?;
+    }
     within(BEGIN_DEADLINE, founder.client.copy_out(&statement)).await.context("begin to copy")
+}
+
+fn planned(pool: &Pool, oid: u32) -> anyhow::Result<&TablePlan> {
+    pool.tables.get(&oid).ok_or_else(|| {
+        let message = format!("no table with OID {oid} is in the plan of database {}", quoted(&pool.database));
+        PgError::new(SqlState::INVALID_PARAMETER_VALUE, message).into()
+    })
 }
 
 /// The COPY of a range of blocks.
@@ -124,14 +130,15 @@ async fn lock(founder: &Session, table: &TablePlan) -> anyhow::Result<()> {
 /// Compares what bears the table's name now with the plan.
 async fn compare(guard: &Session, table: &TablePlan) -> anyhow::Result<()> {
     let query = format!(
-        "SELECT {IDENTITY} FROM pg_catalog.pg_class c JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
+        "SELECT {IDENTITY}, {TYPES} FROM pg_catalog.pg_class c JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
          WHERE n.nspname = $1 AND c.relname = $2"
     );
     let rows = guard.rows(&query, &[&table.schema, &table.name]).await.context("look at the table as it is now")?;
     let Some(row) = rows.first() else { return Err(changed(table, "No table has its name now.")) };
     let now: Identity = serde_json::from_str(row.get(0)).context("read what the table is")?;
     match difference(&table.identity, &now) {
-        None => Ok(()),
+        None if row.get::<_, Option<&str>>(1) == table.types.as_deref() => Ok(()),
+        None => Err(changed(table, "A type of one of its columns was altered.")),
         Some(detail) => Err(changed(table, detail)),
     }
 }
@@ -189,28 +196,47 @@ async fn may_read_large_objects(founder: &Session, database: &str) -> anyhow::Re
 struct Copying {
     rows: std::pin::Pin<Box<CopyOutStream>>,
     lent: Lent,
+    /// The table whose rows they are.
+    table: Option<u32>,
+}
+
+impl Copying {
+    /// Behind the last row: whether all of them were read from what was planned.
+    async fn conclude(&self) -> anyhow::Result<()> {
+        let Some(oid) = self.table else { return Ok(()) };
+        let pool = self.lent.pool();
+        compare(&*pool.guard().await?, planned(pool, oid)?).await
+    }
 }
 
 /// The rows in pieces. Dropped before its end, it cancels the statement.
-fn stream(rows: CopyOutStream, lent: Lent) -> ByteStream {
-    let copying = Copying { rows: Box::pin(rows), lent };
+fn stream(rows: CopyOutStream, lent: Lent, what: &What) -> ByteStream {
+    let table = match *what {
+        What::Table { oid, .. } => Some(oid),
+        What::LargeObjects | What::LargeObjectData => None,
+    };
+    let copying = Copying { rows: Box::pin(rows), lent, table };
     Box::pin(futures_util::stream::try_unfold(Some(copying), |copying| async move {
         let Some(mut copying) = copying else { return Ok(None) };
         let mut piece = BytesMut::with_capacity(PIECE + PIECE / 8);
         while piece.len() < PIECE {
             let row = timeout(STALL_DEADLINE, copying.rows.next()).await;
-            match row.context("wait for the next row")? {
-                Some(Ok(row)) => piece.extend_from_slice(&row),
-                Some(Err(error)) => {
-                    let error = copying.lent.ended().unwrap_or_else(|| said(error));
-                    copying.lent.give_back().await;
-                    return Err(error);
+            let ended = match row.map_err(|_| late(STALL_DEADLINE))? {
+                Some(Ok(row)) => {
+                    piece.extend_from_slice(&row);
+                    continue;
                 }
-                None => {
+                Some(Err(error)) => Err(said(error)),
+                // The lock is still held, so that only what it does not keep from changing can differ.
+                None => copying.conclude().await,
+            };
+            return match ended {
+                Ok(()) => {
                     copying.lent.give_back().await;
-                    return Ok((!piece.is_empty()).then(|| (piece.freeze(), None)));
+                    Ok((!piece.is_empty()).then(|| (piece.freeze(), None)))
                 }
-            }
+                Err(error) => Err(copying.lent.failed(error).await.0),
+            };
         }
         Ok(Some((piece.freeze(), Some(copying))))
     }))
@@ -231,6 +257,7 @@ mod tests {
             estimated_rows: 0,
             ranges_possible,
             where_clause: where_clause.map(str::to_owned),
+            types: None,
             identity: Identity {
                 oid: 16384,
                 relkind: "r".to_owned(),

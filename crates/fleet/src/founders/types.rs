@@ -44,7 +44,7 @@ pub enum Request {
         /// The database.
         database: String,
     },
-    /// Rows. Answered with bytes: COPY's text format in UTF-8.
+    /// Rows. Answered with bytes: COPY's text format in [`DatabasePlan::copy_encoding`].
     Span(SpanRequest),
 }
 
@@ -133,6 +133,10 @@ pub struct DatabasePlan {
     pub oid: u32,
     /// Its encoding: `UTF8`.
     pub encoding: String,
+    /// The encoding of the rows: `UTF8`, except where PostgreSQL does not know what the bytes of the database mean, and
+    /// they are taken as they are. Whoever loads them sets `client_encoding` to it. Empty in old plans, for `UTF8`.
+    #[serde(default)]
+    pub copy_encoding: String,
     /// `LC_COLLATE`.
     pub collate: String,
     /// `LC_CTYPE`.
@@ -147,6 +151,9 @@ pub struct DatabasePlan {
     pub acl: Option<String>,
     /// `ALTER DATABASE … SET`: each `name=value`.
     pub settings: Vec<String>,
+    /// `ALTER ROLE … IN DATABASE … SET`: the role, and `name=value`.
+    #[serde(default)]
+    pub role_settings: Vec<(String, String)>,
     /// Its comment.
     pub comment: Option<String>,
     /// Its extensions: name and version.
@@ -165,6 +172,9 @@ pub struct DatabasePlan {
     pub tablespaces: Vec<String>,
     /// What a backup at this point cannot hold, and why.
     pub skipped: Vec<Skipped>,
+    /// What `pg_dump` warned of, line by line, though it wrote the schema.
+    #[serde(default)]
+    pub warnings: Vec<String>,
     /// How long the schema is, in bytes.
     pub schema_bytes: u64,
     /// The version of the `pg_dump` that wrote the schema.
@@ -194,6 +204,10 @@ pub struct TablePlan {
     pub where_clause: Option<String>,
     /// What must still be so when it is read.
     pub identity: Identity,
+    /// A digest of the types that users made and that its columns are of or have inside, as far as they can be altered
+    /// without a lock on the table; `None` when there are none. Must still be the same when the last row was read.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub types: Option<String>,
 }
 
 /// What a table is, apart from its rows. A difference means that its rows cannot be read at the point any more.
@@ -259,7 +273,7 @@ pub struct MaterializedViewPlan {
 pub struct Skipped {
     /// Its name, quoted where SQL needs it.
     pub object: String,
-    /// `table`, `foreign table` or `sequence`.
+    /// `table`, `foreign table`, `sequence`, `subscription` or `user mapping`.
     pub kind: String,
     /// Why, as a clause: `it is unlogged, and a standby does not have its rows`.
     pub reason: String,
@@ -313,7 +327,7 @@ pub(super) fn point_lost(server: &str, detail: &str) -> PgError {
 }
 
 /// Whether a span was refused because its table is not the one that was planned any more: dropped, truncated,
-/// rewritten, altered, or another one under its name. The founders' point stands; this table's rows are gone from it.
+/// rewritten, altered, of altered types, or another one under its name. The founders' point stands; this table's rows are gone from it.
 pub fn is_invalidated(error: &PgError) -> bool {
     error.code == SqlState::OBJECT_NOT_IN_PREREQUISITE_STATE && error.message.ends_with(CHANGED)
 }

@@ -128,11 +128,11 @@ async fn count(inside: &Acting, request: &Finish) -> anyhow::Result<()> {
 /// Makes some large objects from what was loaded, and removes that; gives back how many.
 fn make_large_objects() -> String {
     format!(
-        "CREATE OR REPLACE FUNCTION backhaul_restore.make_large_objects(some int) RETURNS int
+        "CREATE OR REPLACE FUNCTION backhaul_restore.make_large_objects(batch int) RETURNS int
          LANGUAGE plpgsql AS $make$
          DECLARE o record; a record; made int := 0; grantee text;
          BEGIN
-             FOR o IN SELECT * FROM backhaul_restore.large_objects ORDER BY id LIMIT some LOOP
+             FOR o IN SELECT * FROM backhaul_restore.large_objects ORDER BY id LIMIT batch LOOP
                  PERFORM lo_create(o.id);
                  FOR a IN SELECT number, piece FROM backhaul_restore.pieces WHERE id = o.id ORDER BY number LOOP
                      PERFORM lo_put(o.id, a.number * {LARGE_OBJECT_PIECE}, a.piece);

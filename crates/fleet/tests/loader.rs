@@ -229,8 +229,10 @@ const KINDS: &str = r#"
 
 /// Everything that a schema does not say.
 const CONTENT: &str = "
-    SELECT format('%s.%s %s', n.nspname, c.relname, query_to_xml(format('SELECT t::text FROM ONLY %I.%I t ORDER BY 1',
-                                                                        n.nspname, c.relname), true, true, ''))
+    SELECT format('%s.%s %s', n.nspname, c.relname, query_to_xml(format(
+        CASE relkind WHEN 'S' THEN 'SELECT last_value, is_called FROM %I.%I'
+                     ELSE 'SELECT t::text FROM ONLY %I.%I t ORDER BY 1' END,
+        n.nspname, c.relname), true, true, ''))
     FROM pg_class c JOIN pg_namespace n ON n.oid = relnamespace
     WHERE n.nspname IN ('app', 'public') AND (relkind IN ('r', 'S') OR relkind = 'm' AND relispopulated)
     UNION ALL SELECT format('%s %s %s %s %s', oid, lomowner::regrole, lomacl, md5(lo_get(oid)),
@@ -272,7 +274,7 @@ async fn what_comes_out_is_what_went_in() {
     let dump = place.dump("again").replace("again", "shop");
     assert_eq!(dump, place.dump("shop"));
     assert_eq!(place.ask("again", CONTENT).await, place.ask("shop", CONTENT).await);
-    let views = "SELECT relname || relispopulated FROM pg_class WHERE relkind = 'm' ORDER BY 1";
+    let views = "SELECT relname || relispopulated FROM pg_class WHERE relkind = 'm' ORDER BY relname";
     assert_eq!(place.ask("again", views).await, ["aatrue", "aaatrue", "basetrue", "emptiedfalse", "neverfalse"]);
     let analyzed = "SELECT count(*) FROM pg_stats WHERE tablename = 'child'";
     assert_eq!(place.ask("again", analyzed).await, ["2"]);
@@ -280,11 +282,11 @@ async fn what_comes_out_is_what_went_in() {
     assert_eq!(said(call(&loader, &backup.create(7, "again")).await).code, SqlState::DUPLICATE_DATABASE);
     answer::<_, ()>(&loader, &Request::Drop { job: 7 }).await.unwrap();
     assert_eq!(place.ask("postgres", "SELECT oid FROM pg_database WHERE datname = 'again'").await, [oid.to_string()]);
-    // Subscriptions that were restored are no obstacle to removing a database, and end nothing elsewhere.
+    // What the last section brings is no obstacle to removing a database.
     backup.load_all(&loader, 8, "third", None).await;
-    place
-        .run("_backhaul_8", "CREATE SUBSCRIPTION x CONNECTION 'host=/nowhere' PUBLICATION p WITH (connect = false)")
-        .await;
+    let late = "CREATE SUBSCRIPTION x CONNECTION 'host=/nowhere' PUBLICATION p WITH (connect = false);
+                CREATE EVENT TRIGGER forbid ON ddl_command_start EXECUTE FUNCTION forbid()";
+    place.run("_backhaul_8", late).await;
     answer::<_, ()>(&loader, &Request::Drop { job: 8 }).await.unwrap();
     assert_eq!(place.ask("postgres", "SELECT 1 FROM pg_database WHERE datname ~ '^_backhaul'").await, [""; 0]);
 }

@@ -12,6 +12,7 @@ use pgerror::{PgError, SqlState};
 use tokio_util::sync::CancellationToken;
 
 use super::acting::{Acting, Found, gone, has_done, literal, mark, own_name};
+use super::finish::QUIET;
 use super::schema::PRE_DATA;
 use super::{Create, Created, Loader, Progress};
 use crate::founders::DatabasePlan;
@@ -92,7 +93,8 @@ async fn complete(session: &Session, plan: &DatabasePlan) -> anyhow::Result<()> 
         SELECT DISTINCT 2, format('tablespace \"%s\"', name) FROM unnest($2::text[]) name
         WHERE NOT EXISTS (SELECT FROM pg_catalog.pg_tablespace WHERE spcname = name)
         UNION ALL
-        SELECT DISTINCT 3, format('extension \"%s\" (%s)', name, version) FROM unnest($3::text[], $4::text[]) e (name, version)
+        SELECT DISTINCT 3, format('extension \"%s\" (%s)', name, version)
+        FROM unnest($3::text[], $4::text[]) e (name, version)
         WHERE NOT EXISTS (SELECT FROM pg_catalog.pg_available_extension_versions a WHERE a.name = e.name)
         ORDER BY 1, 2";
     let rows = session.rows(query, &[&roles, &plan.tablespaces, &extensions, &versions]).await;
@@ -208,6 +210,7 @@ pub(super) async fn remove(loader: &Loader, job: i64) -> anyhow::Result<()> {
 /// A database with subscriptions cannot be dropped. Those that were restored have never been connected to anything.
 async fn remove_subscriptions(loader: &Loader, found: &Found, job: i64) -> anyhow::Result<()> {
     let inside = Acting::inside(&loader.server, job, found.oid, &CancellationToken::new()).await?;
+    inside.session.run(QUIET).await?;
     let query = "SELECT subname::text FROM pg_catalog.pg_subscription WHERE subdbid = $1";
     for row in inside.session.rows(query, &[&found.oid]).await.context("look for subscriptions")? {
         let name = quoted(row.get(0));

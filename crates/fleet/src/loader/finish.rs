@@ -20,6 +20,9 @@ use crate::founders::{DatabasePlan, LARGE_OBJECT_PIECE};
 /// All rows are there; no more are taken.
 pub(super) const COUNTED: &str = "counted";
 
+/// The user's own event triggers are there after the last section, and what we do then is not what they wait for.
+pub(super) const QUIET: &str = "SET session_replication_role = replica";
+
 const SEQUENCES: &str = "sequences";
 const ANALYZED: &str = "analyzed";
 
@@ -54,6 +57,7 @@ pub(super) async fn finish(loader: &Loader, request: &Finish) -> anyhow::Result<
 
 async fn make_whole(loader: &Loader, inside: &Acting, request: &Finish) -> anyhow::Result<()> {
     let (job, oid, session) = (request.job, request.database_oid, &inside.session);
+    session.run(QUIET).await?;
     // Whoever still loads is behind its time.
     end_sessions(session, oid, None).await?;
     if !has_done(session, COUNTED).await? {
@@ -70,8 +74,6 @@ async fn make_whole(loader: &Loader, inside: &Acting, request: &Finish) -> anyho
         let schema = loader.schema(job).ok_or_else(|| no_schema(job))?;
         restore(loader, inside, job, oid, POST_DATA, &schema).await.context("restore indexes and constraints")?;
     }
-    // The user's own event triggers are there now; what follows is not what they wait for.
-    session.run("SET session_replication_role = replica").await?;
     views::refresh(inside, &request.plan.materialized_views).await?;
     if !has_done(session, ANALYZED).await? {
         inside.run_long("ANALYZE").await.context("analyze the tables")?;

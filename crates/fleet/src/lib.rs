@@ -9,12 +9,14 @@
 //! - [`door`]: the check that a server does not let everybody in who comes from its own host, which is where all
 //!   clients of a node seem to come from;
 //! - [`founders`]: sessions that hold one point of a server for a backup, and are lent span by span;
+//! - [`loader`]: what makes a database of a backup again, on the server beside the node;
 //! - [`private`]: servers that Backhaul starts itself, for the demo and for tests.
 //!
-//! Nothing here writes to a server of a user.
+//! Nothing here writes to a server of a user, except the loader, into a database that it makes for that.
 
 pub mod door;
 pub mod founders;
+pub mod loader;
 pub mod login;
 pub mod private;
 pub mod probe;

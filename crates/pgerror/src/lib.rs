@@ -53,6 +53,10 @@ impl SqlState {
     pub const WRONG_OBJECT_TYPE: Self = Self(*b"42809");
     /// No database of this name exists.
     pub const UNDEFINED_DATABASE: Self = Self(*b"3D000");
+    /// A database of this name exists.
+    pub const DUPLICATE_DATABASE: Self = Self(*b"42P04");
+    /// What is stored is not what was written.
+    pub const DATA_CORRUPTED: Self = Self(*b"XX001");
     /// No table of this name exists.
     pub const UNDEFINED_TABLE: Self = Self(*b"42P01");
     /// The wrong password, or none.

@@ -15,7 +15,7 @@ mod dump;
 mod open;
 mod pause;
 mod pool;
-mod session;
+pub(crate) mod session;
 mod span;
 mod types;
 

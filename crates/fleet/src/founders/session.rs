@@ -37,14 +37,14 @@ const SETTINGS: &str = "
     FROM pg_catalog.pg_settings WHERE name IN ('transaction_timeout', 'restrict_nonsystem_relation_kind')";
 
 /// One session.
-pub(super) struct Session {
-    pub(super) client: Client,
+pub(crate) struct Session {
+    pub(crate) client: Client,
     _connection: AbortOnDropHandle<()>,
 }
 
 impl Session {
     /// Opens one in `database`, for `job`; it lasts until `end` at most.
-    pub(super) async fn open(
+    pub(crate) async fn open(
         server: &Server,
         database: &str,
         job: i64,
@@ -69,40 +69,40 @@ impl Session {
     }
 
     /// Runs statements that give nothing.
-    pub(super) async fn run(&self, statements: &str) -> anyhow::Result<()> {
+    pub(crate) async fn run(&self, statements: &str) -> anyhow::Result<()> {
         within(STATEMENT_DEADLINE, self.client.batch_execute(statements)).await
     }
 
     /// Runs a query.
-    pub(super) async fn rows(&self, query: &str, parameters: &[&(dyn ToSql + Sync)]) -> anyhow::Result<Vec<Row>> {
+    pub(crate) async fn rows(&self, query: &str, parameters: &[&(dyn ToSql + Sync)]) -> anyhow::Result<Vec<Row>> {
         within(STATEMENT_DEADLINE, self.client.query(query, parameters)).await
     }
 
     /// Runs a query of one row.
-    pub(super) async fn row(&self, query: &str, parameters: &[&(dyn ToSql + Sync)]) -> anyhow::Result<Row> {
+    pub(crate) async fn row(&self, query: &str, parameters: &[&(dyn ToSql + Sync)]) -> anyhow::Result<Row> {
         within(STATEMENT_DEADLINE, self.client.query_one(query, parameters)).await
     }
 
     /// Cancels what the session runs. Nothing happens when it runs nothing.
-    pub(super) async fn cancel(&self) {
+    pub(crate) async fn cancel(&self) {
         cancel(self.client.cancel_token()).await;
     }
 
     /// Whether the server, or the network, has ended it.
-    pub(super) fn is_closed(&self) -> bool {
+    pub(crate) fn is_closed(&self) -> bool {
         self.client.is_closed()
     }
 }
 
 /// Cancels what a session runs.
-pub(super) async fn cancel(token: tokio_postgres::CancelToken) {
+pub(crate) async fn cancel(token: tokio_postgres::CancelToken) {
     if !matches!(timeout(CANCEL_DEADLINE, token.cancel_query(NoTls)).await, Ok(Ok(()))) {
         tracing::debug!("a statement could not be cancelled");
     }
 }
 
 /// What a statement gives, if it does so in time.
-pub(super) async fn within<T>(
+pub(crate) async fn within<T>(
     deadline: Duration,
     asked: impl Future<Output = Result<T, tokio_postgres::Error>>,
 ) -> anyhow::Result<T> {
@@ -110,7 +110,7 @@ pub(super) async fn within<T>(
 }
 
 /// A server's error in its own words, or that the session is gone.
-pub(super) fn said(error: tokio_postgres::Error) -> anyhow::Error {
+pub(crate) fn said(error: tokio_postgres::Error) -> anyhow::Error {
     let Some(said) = error.as_db_error() else {
         let lost = PgError::new(SqlState::CONNECTION_FAILURE, "a session with the server was lost");
         return if error.is_closed() { lost.into() } else { lost.detail(sentence(&error)).into() };
@@ -135,11 +135,11 @@ pub(super) fn late(deadline: Duration) -> PgError {
 }
 
 /// Whether the innermost error that was meant for a client has this code.
-pub(super) fn has_code(error: &anyhow::Error, codes: &[SqlState]) -> bool {
+pub(crate) fn has_code(error: &anyhow::Error, codes: &[SqlState]) -> bool {
     PgError::of(error).is_some_and(|said| codes.contains(&said.code))
 }
 
 /// An identifier as SQL reads it back.
-pub(super) fn quoted(name: &str) -> String {
+pub(crate) fn quoted(name: &str) -> String {
     format!("\"{}\"", name.replace('"', "\"\""))
 }

@@ -33,17 +33,36 @@ impl Installation {
     ///
     /// There is none of release 14 or newer; the message says where was looked and what to install.
     pub fn find() -> anyhow::Result<Self> {
-        let debian = fs::read_dir(DEBIAN).into_iter().flatten().flatten().map(|entry| entry.path().join("bin"));
-        let on_path: Vec<PathBuf> =
-            env::var_os("PATH").map(|path| env::split_paths(&path).collect()).unwrap_or_default();
-        // Of equals the last one is taken: Debian's folders are complete, PATH may hold single links into them.
-        let found = on_path.into_iter().chain(debian).filter_map(|bin| Self::at(&bin));
-        let newest = found.max_by_key(Self::release);
-        match newest {
+        Self::newest(Self::all())
+    }
+
+    /// Finds this release, or the newest one where it is not installed.
+    ///
+    /// # Errors
+    ///
+    /// As [`Installation::find`].
+    pub(crate) fn find_release(release: u32) -> anyhow::Result<Self> {
+        let mut all = Self::all();
+        match all.iter().rposition(|one| one.release() == release) {
+            Some(index) => Ok(all.swap_remove(index)),
+            None => Self::newest(all),
+        }
+    }
+
+    fn newest(all: Vec<Self>) -> anyhow::Result<Self> {
+        match all.into_iter().max_by_key(Self::release) {
             Some(newest) if newest.release() >= RELEASE_MIN => Ok(newest),
             Some(old) => bail!("PostgreSQL {} is too old; install release {RELEASE_MIN} or newer", old.version),
             None => bail!("PostgreSQL was found neither in {DEBIAN} nor on PATH; install the package postgresql"),
         }
+    }
+
+    /// Of equals the last one is to be taken: Debian's folders are complete, PATH may hold single links into them.
+    fn all() -> Vec<Self> {
+        let debian = fs::read_dir(DEBIAN).into_iter().flatten().flatten().map(|entry| entry.path().join("bin"));
+        let on_path: Vec<PathBuf> =
+            env::var_os("PATH").map(|path| env::split_paths(&path).collect()).unwrap_or_default();
+        on_path.into_iter().chain(debian).filter_map(|bin| Self::at(&bin)).collect()
     }
 
     fn at(bin: &Path) -> Option<Self> {

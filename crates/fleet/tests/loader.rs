@@ -1,0 +1,407 @@
+//! The loader on a real server: what comes out is what went in, once, whoever dies when; and nothing else is touched.
+
+#![allow(clippy::unwrap_used, reason = "a test that cannot go on panics")]
+
+use std::os::unix::fs::PermissionsExt as _;
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::Bytes;
+use cluster::service::{Reply, Service as _, Upload};
+use fleet::Server;
+use fleet::founders::{self, DatabasePlan, Founders, Open, Opened, SpanRequest, What};
+use fleet::loader::{
+    Create, Created, Finish, Load, Loaded, Loader, Progress, RESTORE_ROLE, Request, is_already_loaded, needs_schema,
+};
+use fleet::private::{Installation, Instance, RunAs};
+use futures_util::StreamExt as _;
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use pgerror::{PgError, SqlState};
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+use tempfile::TempDir;
+use tokio::time::timeout;
+use uuid::Uuid;
+
+/// A primary with the database `shop`, and a role `svc` that may restore.
+struct Place {
+    instance: Instance,
+    _dir: TempDir,
+}
+
+impl Place {
+    async fn start(setup: &str) -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        std::fs::set_permissions(dir.path(), std::fs::Permissions::from_mode(0o711)).unwrap();
+        let data = dir.path().join("primary");
+        std::fs::create_dir_all(&data).unwrap();
+        let mut instance = Instance::new(Installation::find().unwrap(), RunAs::choose().unwrap(), &data).unwrap();
+        instance.init("root", &vec![("autovacuum".to_owned(), "off".to_owned())]).unwrap();
+        instance.start("root", &dir.path().join("log")).await.unwrap();
+        let place = Self { instance, _dir: dir };
+        for statement in ["CREATE DATABASE shop", "CREATE ROLE svc LOGIN", "CREATE ROLE nobody LOGIN"] {
+            place.run("postgres", statement).await;
+        }
+        place
+            .run("postgres", &format!("CREATE ROLE {RESTORE_ROLE} SUPERUSER NOLOGIN; GRANT {RESTORE_ROLE} TO svc"))
+            .await;
+        place.run("shop", setup).await;
+        place
+    }
+
+    fn server(&self, role: &str) -> Server {
+        self.instance.server(role).unwrap()
+    }
+
+    fn loader(&self) -> Arc<Loader> {
+        Loader::new(self.server("svc"))
+    }
+
+    async fn run(&self, database: &str, statements: &str) {
+        let (client, _connection) = self.server("root").session_in(database).await.unwrap();
+        client.batch_execute(statements).await.unwrap();
+    }
+
+    /// The first column of all rows.
+    async fn ask(&self, database: &str, query: &str) -> Vec<String> {
+        let (client, _connection) = self.server("root").session_in(database).await.unwrap();
+        let messages = client.simple_query(query).await.unwrap();
+        let text = |message| match message {
+            tokio_postgres::SimpleQueryMessage::Row(row) => Some(row.get(0).unwrap_or("NULL").to_owned()),
+            _ => None,
+        };
+        messages.into_iter().filter_map(text).collect()
+    }
+
+    fn dump(&self, database: &str) -> String {
+        let program = Installation::find().unwrap().program("pg_dump");
+        let conninfo = format!("{} dbname={database}", self.instance.conninfo("root"));
+        let arguments = ["--schema-only", "--create", "--restrict-key=x", "--dbname", &conninfo];
+        let output = std::process::Command::new(program).args(arguments).output().unwrap();
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        String::from_utf8(output.stdout).unwrap()
+    }
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        let child = self.instance.child().unwrap();
+        kill(Pid::from_raw(child.id().unwrap() as i32), Signal::SIGQUIT).unwrap();
+        while child.try_wait().unwrap().is_none() {
+            std::thread::sleep(Duration::from_millis(10));
+        }
+    }
+}
+
+/// What a backup of `shop` holds.
+struct Backup {
+    plan: DatabasePlan,
+    schema: Bytes,
+    spans: Vec<(Loaded, Bytes)>,
+}
+
+impl Backup {
+    async fn of(place: &Place) -> Self {
+        let (founders, lease) = (Founders::new(place.server("root")), Uuid::new_v4());
+        let databases = vec!["shop".to_owned()];
+        let open = Open { lease, job: 1, databases, readers: 1, voting: false, life_ms: 60_000 };
+        let mut opened: Opened = answer(&founders, &founders::Request::Open(open)).await.unwrap();
+        let plan = opened.databases.remove(0);
+        let database = plan.name.clone();
+        let schema = download(&founders, &founders::Request::Schema { lease, database: database.clone() }).await;
+        let mut spans = Vec::new();
+        let tables = plan.tables.iter().map(|table| {
+            let (schema, name, columns) = (table.schema.clone(), table.name.clone(), table.columns.clone());
+            let what = What::Table { oid: table.oid, from_block: 0, to_block: None };
+            (what, Loaded::Table { schema, name, columns })
+        });
+        let objects = [(What::LargeObjects, Loaded::LargeObjects), (What::LargeObjectData, Loaded::LargeObjectData)];
+        for (what, loaded) in tables.chain(objects) {
+            let request = SpanRequest { lease, database: database.clone(), what };
+            spans.push((loaded, download(&founders, &founders::Request::Span(request)).await));
+        }
+        Self { plan, schema, spans }
+    }
+
+    fn create(&self, job: i64, target: &str) -> Request {
+        Request::Create(Box::new(Create { job, target: target.to_owned(), plan: self.plan.clone() }))
+    }
+
+    fn finish(&self, job: i64, database_oid: u32, target: &str) -> Request {
+        let (target, plan) = (target.to_owned(), self.plan.clone());
+        let rows = self.spans.iter().filter_map(|(loaded, bytes)| {
+            let Loaded::Table { schema, name, .. } = loaded else { return None };
+            let rows = bytes.iter().filter(|byte| **byte == b'\n').count() as u64;
+            Some((schema.clone(), name.clone(), rows))
+        });
+        Request::Finish(Box::new(Finish { job, database_oid, target, plan, rows: rows.collect() }))
+    }
+
+    fn load(&self, job: i64, database_oid: u32, span: usize) -> Request {
+        Request::Load(Load { job, database_oid, span: span as u32, what: self.spans[span].0.clone() })
+    }
+
+    /// Creates the database and loads all of it but `but`.
+    async fn load_all(&self, loader: &Arc<Loader>, job: i64, target: &str, but: Option<usize>) -> u32 {
+        let created: Created = answer(loader, &self.create(job, target)).await.unwrap();
+        send(loader, &Request::PreData { job, database_oid: created.oid }, &self.schema).await.unwrap();
+        for (span, (_, bytes)) in self.spans.iter().enumerate().filter(|(span, _)| Some(*span) != but) {
+            send(loader, &self.load(job, created.oid, span), bytes).await.unwrap();
+        }
+        created.oid
+    }
+}
+
+async fn call<S: cluster::service::Service>(service: &Arc<S>, request: &impl Serialize) -> anyhow::Result<Reply> {
+    timeout(Duration::from_secs(60), service.call(serde_json::to_value(request).unwrap())).await.unwrap()
+}
+
+async fn answer<S, T>(service: &Arc<S>, request: &impl Serialize) -> anyhow::Result<T>
+where
+    S: cluster::service::Service,
+    T: DeserializeOwned,
+{
+    let Reply::Answer(value) = call(service, request).await? else { panic!("not an answer") };
+    Ok(serde_json::from_value(value).unwrap())
+}
+
+async fn download(founders: &Arc<Founders>, request: &founders::Request) -> Bytes {
+    let Reply::Download(mut stream) = call(founders, request).await.unwrap() else { panic!("not a download") };
+    let mut bytes = Vec::new();
+    while let Some(piece) = stream.next().await {
+        bytes.extend_from_slice(&piece.unwrap());
+    }
+    bytes.into()
+}
+
+async fn upload(loader: &Arc<Loader>, request: &Request) -> anyhow::Result<Box<dyn Upload>> {
+    let Reply::Upload(upload) = call(loader, request).await? else { panic!("not an upload") };
+    Ok(upload)
+}
+
+async fn send(loader: &Arc<Loader>, request: &Request, bytes: &Bytes) -> anyhow::Result<()> {
+    let mut upload = upload(loader, request).await?;
+    for piece in bytes.chunks(1000) {
+        upload.write(Bytes::copy_from_slice(piece)).await?;
+    }
+    upload.finish().await
+}
+
+fn said<T>(result: anyhow::Result<T>) -> PgError {
+    let Err(error) = result else { panic!("this is refused") };
+    PgError::of(&error).unwrap_or_else(|| panic!("{error:#}")).clone()
+}
+
+const KINDS: &str = r#"
+    CREATE ROLE owner; CREATE ROLE granted; CREATE SCHEMA app AUTHORIZATION owner;
+    CREATE EXTENSION file_fdw; CREATE SERVER files FOREIGN DATA WRAPPER file_fdw;
+    CREATE TYPE app.kind AS ENUM ('a', 'b');
+    CREATE TABLE app.parent (id int GENERATED ALWAYS AS IDENTITY PRIMARY KEY, k app.kind, "B c" text,
+                             twice int GENERATED ALWAYS AS (length("B c") * 2) STORED, CHECK (length("B c") < 9));
+    INSERT INTO app.parent (k, "B c") SELECT 'b', E'x\ty\\' || n % 7 FROM generate_series(1, 500) n;
+    CREATE TABLE app.child (id serial, parent int REFERENCES app.parent ON DELETE CASCADE, UNIQUE (parent));
+    INSERT INTO app.child (parent) SELECT id FROM app.parent WHERE id > 300; SELECT setval('app.child_id_seq', 5000);
+    ALTER TABLE app.child OWNER TO owner; GRANT SELECT ON app.child TO granted;
+    CREATE TABLE nothing (); INSERT INTO nothing DEFAULT VALUES; INSERT INTO nothing DEFAULT VALUES;
+    CREATE TABLE parted (a int, t text) PARTITION BY HASH (a); CREATE TABLE p0 PARTITION OF parted FOR VALUES
+        WITH (MODULUS 2, REMAINDER 0); CREATE TABLE p1 PARTITION OF parted FOR VALUES WITH (MODULUS 2, REMAINDER 1);
+    INSERT INTO parted SELECT n, repeat('é', n) FROM generate_series(1, 50) n; CREATE INDEX ON parted (a);
+    CREATE MATERIALIZED VIEW base AS SELECT count(*) AS n FROM app.parent; CREATE VIEW middle AS SELECT n FROM base;
+    CREATE MATERIALIZED VIEW aa AS SELECT n + 1 AS n FROM middle; CREATE UNIQUE INDEX ON aa (n);
+    CREATE MATERIALIZED VIEW never AS SELECT 1 WITH NO DATA;
+    CREATE MATERIALIZED VIEW emptied AS SELECT 5 AS n; CREATE MATERIALIZED VIEW aaa AS SELECT n FROM emptied;
+    REFRESH MATERIALIZED VIEW emptied WITH NO DATA;
+    ALTER TABLE app.parent ENABLE ROW LEVEL SECURITY; CREATE POLICY mine ON app.parent USING (false);
+    CREATE FUNCTION forbid() RETURNS event_trigger LANGUAGE plpgsql AS 'BEGIN RAISE EXCEPTION ''no''; END';
+    CREATE FUNCTION forbid_row() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN RAISE EXCEPTION ''no''; END';
+    CREATE TRIGGER forbid BEFORE INSERT ON app.child FOR EACH ROW EXECUTE FUNCTION forbid_row();
+    SELECT lo_from_bytea(4711, decode(repeat('ab', 2621440), 'hex')), lo_create(4712);
+    COMMENT ON LARGE OBJECT 4712 IS 'it''s'; ALTER LARGE OBJECT 4711 OWNER TO owner;
+    GRANT SELECT ON LARGE OBJECT 4711 TO granted WITH GRANT OPTION;
+    CREATE PUBLICATION everything FOR ALL TABLES;
+    CREATE SUBSCRIPTION far CONNECTION 'host=/nowhere password=hunter2' PUBLICATION p WITH (connect = false);
+    ALTER DATABASE shop SET work_mem = '5MB'; ALTER DATABASE shop SET search_path = "$user", public, "A, b";
+    ALTER DATABASE shop SET app.note = 'it''s'; COMMENT ON DATABASE shop IS 'the \ shop''s';
+    REVOKE ALL ON DATABASE shop FROM PUBLIC; GRANT CONNECT ON DATABASE shop TO granted WITH GRANT OPTION;
+    ALTER DATABASE shop OWNER TO owner;
+    CREATE EVENT TRIGGER forbid ON ddl_command_start EXECUTE FUNCTION forbid();"#;
+
+/// Everything that a schema does not say.
+const CONTENT: &str = "
+    SELECT format('%s.%s %s', n.nspname, c.relname, query_to_xml(format(
+        CASE relkind WHEN 'S' THEN 'SELECT last_value, is_called FROM %I.%I'
+                     ELSE 'SELECT t::text FROM ONLY %I.%I t ORDER BY 1' END,
+        n.nspname, c.relname), true, true, ''))
+    FROM pg_class c JOIN pg_namespace n ON n.oid = relnamespace
+    WHERE n.nspname IN ('app', 'public') AND (relkind IN ('r', 'S') OR relkind = 'm' AND relispopulated)
+    UNION ALL SELECT format('%s %s %s %s %s', oid, lomowner::regrole, lomacl, md5(lo_get(oid)),
+                            obj_description(oid, 'pg_largeobject')) FROM pg_largeobject_metadata ORDER BY 1";
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_comes_out_is_what_went_in() {
+    let place = Place::start(KINDS).await;
+    let (backup, loader) = (Backup::of(&place).await, place.loader());
+    let created: Created = answer(&loader, &backup.create(7, "again")).await.unwrap();
+    let oid = created.oid;
+    assert_eq!(created.progress, Progress::default());
+    // An upload that is dropped leaves nothing.
+    let mut dropped = upload(&loader, &Request::PreData { job: 7, database_oid: oid }).await.unwrap();
+    dropped.write(backup.schema.slice(..100)).await.unwrap();
+    drop(dropped);
+    send(&loader, &Request::PreData { job: 7, database_oid: oid }, &backup.schema).await.unwrap();
+    let largest = backup.spans.iter().position(|(_, bytes)| !bytes.is_empty()).unwrap();
+    let mut dropped = upload(&loader, &backup.load(7, oid, largest)).await.unwrap();
+    dropped.write(backup.spans[largest].1.clone()).await.unwrap();
+    drop(dropped);
+    assert_eq!(backup.load_all(&loader, 7, "again", None).await, oid);
+    let error = said(send(&loader, &backup.load(7, oid, 1), &Bytes::new()).await);
+    assert!(is_already_loaded(&error), "{error:?}");
+    let progress: Progress = answer(&loader, &Request::Progress { job: 7 }).await.unwrap();
+    assert_eq!(progress, Progress { pre_data: true, spans: (0..backup.spans.len() as u32).collect(), whole: false });
+
+    // The node is started anew.
+    let loader = place.loader();
+    let error = said(call(&loader, &backup.finish(7, oid, "again")).await);
+    assert!(needs_schema(&error), "{error:?}");
+    assert_eq!(answer::<_, Created>(&loader, &backup.create(7, "again")).await.unwrap(), Created { oid, progress });
+    send(&loader, &Request::PreData { job: 7, database_oid: oid }, &backup.schema).await.unwrap();
+    for _ in 0..2 {
+        // A session of somebody's own is in the way of the last step.
+        let _session = place.server("root").session_in("_backhaul_7").await;
+        answer::<_, ()>(&loader, &backup.finish(7, oid, "again")).await.unwrap();
+    }
+    let dump = place.dump("again").replace("again", "shop");
+    assert_eq!(dump, place.dump("shop"));
+    assert_eq!(place.ask("again", CONTENT).await, place.ask("shop", CONTENT).await);
+    let views = "SELECT relname || relispopulated FROM pg_class WHERE relkind = 'm' ORDER BY relname";
+    assert_eq!(place.ask("again", views).await, ["aatrue", "aaatrue", "basetrue", "emptiedfalse", "neverfalse"]);
+    let analyzed = "SELECT count(*) FROM pg_stats WHERE tablename = 'child'";
+    assert_eq!(place.ask("again", analyzed).await, ["2"]);
+    // It is the user's now.
+    assert_eq!(said(call(&loader, &backup.create(7, "again")).await).code, SqlState::DUPLICATE_DATABASE);
+    answer::<_, ()>(&loader, &Request::Drop { job: 7 }).await.unwrap();
+    assert_eq!(place.ask("postgres", "SELECT oid FROM pg_database WHERE datname = 'again'").await, [oid.to_string()]);
+    // What the last section brings is no obstacle to removing a database.
+    backup.load_all(&loader, 8, "third", None).await;
+    let late = "CREATE SUBSCRIPTION x CONNECTION 'host=/nowhere' PUBLICATION p WITH (connect = false);
+                CREATE EVENT TRIGGER forbid ON ddl_command_start EXECUTE FUNCTION forbid()";
+    place.run("_backhaul_8", late).await;
+    answer::<_, ()>(&loader, &Request::Drop { job: 8 }).await.unwrap();
+    assert_eq!(place.ask("postgres", "SELECT 1 FROM pg_database WHERE datname ~ '^_backhaul'").await, [""; 0]);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn nothing_is_made_where_something_is_missing_or_in_the_way() {
+    let place = Place::start("CREATE TABLE t (a int); INSERT INTO t VALUES (1)").await;
+    let (backup, loader) = (Backup::of(&place).await, place.loader());
+    let error = said(call(&Loader::new(place.server("nobody")), &backup.create(7, "new")).await);
+    assert_eq!(
+        (error.code, error.message.as_str()),
+        (SqlState::INSUFFICIENT_PRIVILEGE, "the role of the node may not restore databases")
+    );
+    assert!(error.hint.unwrap().ends_with("GRANT backhaul_restore TO \"nobody\"."));
+    let mut plan = backup.plan.clone();
+    plan.owner = "ghost".to_owned();
+    plan.roles.push("spirit".to_owned());
+    plan.tablespaces.push("fast".to_owned());
+    plan.extensions.push(("levitation".to_owned(), "1.1".to_owned()));
+    let lacking = Backup { plan, schema: Bytes::new(), spans: Vec::new() };
+    let error = said(call(&loader, &lacking.create(7, "new")).await);
+    let expected = "Missing: role \"ghost\", role \"spirit\", tablespace \"fast\", extension \"levitation\" (1.1).";
+    assert_eq!((error.code, error.detail.as_deref()), (SqlState::UNDEFINED_OBJECT, Some(expected)));
+    let error = said(call(&loader, &backup.create(7, "shop")).await);
+    assert_eq!(
+        (error.code, error.message.as_str()),
+        (SqlState::DUPLICATE_DATABASE, "database \"shop\" already exists")
+    );
+    assert_eq!(place.ask("postgres", "SELECT 1 FROM pg_database WHERE datname ~ '^_backhaul'").await, [""; 0]);
+
+    // A database of the same name that is somebody else's, though one that looks like ours.
+    place.run("postgres", "CREATE DATABASE _backhaul_7").await;
+    for owner in ["root", RESTORE_ROLE] {
+        place.run("postgres", &format!("ALTER DATABASE _backhaul_7 OWNER TO {owner}")).await;
+        place.run("_backhaul_7", "CREATE TABLE IF NOT EXISTS kept ()").await;
+        assert_eq!(said(call(&loader, &backup.create(7, "new")).await).code, SqlState::DUPLICATE_DATABASE);
+        answer::<_, ()>(&loader, &Request::Drop { job: 7 }).await.unwrap();
+        let oid = place.ask("postgres", "SELECT oid FROM pg_database WHERE datname = '_backhaul_7'").await[0]
+            .parse()
+            .unwrap();
+        assert_eq!(said(call(&loader, &backup.load(7, oid, 0)).await).code, SqlState::UNDEFINED_DATABASE);
+        assert_eq!(said(call(&loader, &backup.finish(7, oid, "new")).await).code, SqlState::UNDEFINED_DATABASE);
+        assert_eq!(place.ask("_backhaul_7", "SELECT count(*) FROM kept").await, ["0"]);
+    }
+    // One that was made and not marked yet is made anew.
+    place.run("_backhaul_7", "DROP TABLE kept").await;
+    let oid = backup.load_all(&loader, 7, "new", None).await;
+    // The name is taken meanwhile, and free again.
+    place.run("postgres", "CREATE DATABASE new").await;
+    assert_eq!(said(call(&loader, &backup.finish(7, oid, "new")).await).code, SqlState::DUPLICATE_DATABASE);
+    let progress: Progress = answer(&loader, &Request::Progress { job: 7 }).await.unwrap();
+    assert!(progress.whole);
+    place.run("postgres", "DROP DATABASE new").await;
+    answer::<_, ()>(&place.loader(), &backup.finish(7, oid, "new")).await.unwrap();
+    assert_eq!(place.ask("new", "SELECT a FROM t").await, ["1"]);
+}
+
+const SLOW: &str = "
+    CREATE FUNCTION slow(a int) RETURNS int IMMUTABLE PARALLEL UNSAFE LANGUAGE plpgsql
+        AS 'BEGIN PERFORM pg_catalog.pg_sleep(0.01); RETURN a; END';
+    CREATE TABLE t (a int); INSERT INTO t SELECT generate_series(1, 200);
+    CREATE TABLE u (a int PRIMARY KEY); INSERT INTO u SELECT generate_series(1, 200);
+    ALTER TABLE t ADD FOREIGN KEY (a) REFERENCES u;
+    CREATE INDEX a ON u (a); CREATE INDEX b ON t (slow(a)); CREATE INDEX c ON t (a)";
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_restore_that_died_is_repeated_and_a_wrong_one_is_refused() {
+    let place = Place::start(SLOW).await;
+    let (backup, loader) = (Backup::of(&place).await, place.loader());
+    let index = |name: &str| {
+        let is_it =
+            |(loaded, _): &(Loaded, Bytes)| matches!(loaded, Loaded::Table { name: found, .. } if found == name);
+        backup.spans.iter().position(is_it).unwrap()
+    };
+    let (t, u) = (index("t"), index("u"));
+    let oid = backup.load_all(&loader, 7, "new", Some(t)).await;
+    let error = said(call(&loader, &backup.finish(7, oid, "new")).await);
+    assert_eq!(
+        (error.code, error.message.as_str()),
+        (SqlState::DATA_CORRUPTED, "table \"public.t\" has 0 rows instead of 200")
+    );
+    let error = said(send(&loader, &backup.load(7, oid, t), &Bytes::from_static(b"1\nx\n")).await);
+    assert!(error.message.starts_with("cannot load table \"public.t\": invalid input syntax"), "{error:?}");
+    // A worker that stopped holds its span; another one is told so, and Finish does not wait for it.
+    let mut stopped = upload(&loader, &backup.load(7, oid, t)).await.unwrap();
+    stopped.write(backup.spans[t].1.clone()).await.unwrap();
+    assert_eq!(said(call(&loader, &backup.load(7, oid, t)).await).code, SqlState::LOCK_NOT_AVAILABLE);
+    assert_eq!(said(call(&loader, &backup.finish(7, oid, "new")).await).code, SqlState::DATA_CORRUPTED);
+    assert!(stopped.finish().await.is_err());
+    send(&loader, &backup.load(7, oid, t), &backup.spans[t].1).await.unwrap();
+    // Whoever finishes it dies within the index that takes 2 seconds, and leaves the session of pg_restore behind.
+    let finish = serde_json::to_value(backup.finish(7, oid, "new")).unwrap();
+    assert!(timeout(Duration::from_millis(1500), loader.call(finish)).await.is_err());
+    let error = said(
+        call(&loader, &Request::Load(Load { job: 7, database_oid: oid, span: 99, what: backup.spans[u].0.clone() }))
+            .await,
+    );
+    assert_eq!(error.message, "restore job 7 does not take rows any more");
+    answer::<_, ()>(&loader, &backup.finish(7, oid, "new")).await.unwrap();
+    assert_eq!(place.dump("new").replace("new", "shop"), place.dump("shop"));
+    assert_eq!(place.ask("new", CONTENT).await, place.ask("shop", CONTENT).await);
+
+    // Rows that do not fit together: pg_restore says which, and what was made can be removed.
+    let mut wrong = backup;
+    wrong.spans[u].1 = Bytes::from_static(b"1\n");
+    let oid = wrong.load_all(&loader, 8, "other", None).await;
+    let error = said(call(&loader, &wrong.finish(8, oid, "other")).await);
+    assert_eq!(error.message, "pg_restore for restore job 8 failed");
+    assert!(error.detail.unwrap().contains("violates foreign key constraint"));
+    assert_eq!(
+        place
+            .ask("_backhaul_8", "SELECT count(*) FROM pg_index WHERE indexrelid >= 16384 AND indrelid = 't'::regclass")
+            .await,
+        ["0"]
+    );
+    answer::<_, ()>(&loader, &Request::Drop { job: 8 }).await.unwrap();
+    assert_eq!(said(call(&loader, &Request::Progress { job: 8 }).await).code, SqlState::UNDEFINED_DATABASE);
+}

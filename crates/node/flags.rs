@@ -127,6 +127,11 @@ pub(crate) struct Init {
     #[arg(long)]
     pub(crate) service_role_only: bool,
 
+    /// Let nodes restore backups on this server: makes a superuser role that the service role may take on. Whoever holds
+    /// the cluster secret could then do anything on the server.
+    #[arg(long)]
+    pub(crate) allow_restore: bool,
+
     #[command(flatten)]
     pub(crate) trust: Trust,
 }

@@ -6,6 +6,7 @@
 use anyhow::{Context as _, bail};
 use cluster::registry::{DATABASE, migrate};
 use cluster::secret::ClusterSecret;
+use fleet::loader::RESTORE_ROLE;
 use fleet::probe::REGISTRY_MARK;
 use tokio_postgres::Client;
 use uuid::Uuid;
@@ -23,6 +24,9 @@ pub(crate) async fn run(flags: &Init, say: impl Fn(&str)) -> anyhow::Result<()> 
     check_node(&session.client, &flags.host).await?;
     check_primary(&session.client, &flags.host).await?;
     service_role(&session.client, &flags.service_role).await?;
+    if flags.allow_restore {
+        restore_role(&session.client, &flags.service_role).await?;
+    }
     if flags.service_role_only {
         say(&format!("role \"{}\" is ready", flags.service_role));
         return Ok(());
@@ -83,6 +87,15 @@ pub(crate) async fn service_role(client: &Client, role: &str) -> anyhow::Result<
          GRANT EXECUTE ON FUNCTION pg_wal_replay_pause(), pg_wal_replay_resume() TO {quoted}"
     );
     client.batch_execute(&script).await.map_err(spoken).with_context(|| format!("make the role \"{role}\""))
+}
+
+/// Makes the role that restores: what is in a backup runs as SQL with all rights, so this one has them.
+async fn restore_role(client: &Client, service_role: &str) -> anyhow::Result<()> {
+    let exists = client.query_opt("SELECT 1 FROM pg_roles WHERE rolname = $1", &[&RESTORE_ROLE]).await;
+    let verb = if exists.map_err(spoken)?.is_some() { "ALTER" } else { "CREATE" };
+    let (role, quoted) = (quote(RESTORE_ROLE), quote(service_role));
+    let script = format!("{verb} ROLE {role} SUPERUSER NOLOGIN; GRANT {role} TO {quoted}");
+    client.batch_execute(&script).await.map_err(spoken).with_context(|| format!("make the role \"{RESTORE_ROLE}\""))
 }
 
 async fn make_registry(client: &Client, flags: &Init) -> anyhow::Result<Uuid> {

@@ -4,13 +4,17 @@ use std::path::Path;
 use std::sync::Arc;
 
 use anyhow::{Context as _, bail};
-use backup::{Backups, EXPORT, Export, JOB_TYPE, PROBE, Probe as StoreProbe, Resume};
+use backup::{
+    Backups, EXPORT, Export, IMPORT, Import, JOB_TYPE, PROBE, Probe as StoreProbe, RESTORE_TYPE, Resume, ResumeRestore,
+    SHOW, Show,
+};
 use cluster::registry::Registry;
 use cluster::secret::ClusterSecret;
 use cluster::store::Store;
 use cluster::{Cluster, Dialer, NodeId, NodeInfo, Peers, ServerInfo, follow_peers};
 use fleet::Server;
 use fleet::founders::{FOUNDERS, Founders};
+use fleet::loader::{LOADER, Loader};
 use fleet::probe::{Door, Probe};
 use gateway::{Gateway, OwnServer};
 use jobs::{Jobs, Ledger};
@@ -117,10 +121,14 @@ fn offer(peers: &Peers, jobs: &Jobs, extern_dir: &Path, server: Option<Server>, 
     });
     peers.offer(FILES, Arc::new(Files::new(extern_dir)));
     if let Some(server) = server {
-        peers.offer(FOUNDERS, Founders::new(server));
+        peers.offer(FOUNDERS, Founders::new(server.clone()));
+        peers.offer(LOADER, Loader::new(server));
     }
     peers.offer(EXPORT, Export::new(peers.clone(), stores.clone()));
     peers.offer(PROBE, StoreProbe::new(stores.clone()));
+    peers.offer(IMPORT, Import::new(peers.clone(), stores.clone()));
+    peers.offer(SHOW, Show::new(peers.clone(), stores.clone()));
+    jobs.register(RESTORE_TYPE, ResumeRestore::new(peers.clone(), stores.clone(), Arc::clone(&seal)));
     jobs.register(JOB_TYPE, Resume::new(peers.clone(), stores, Arc::clone(&seal)));
     Backups { peers: peers.clone(), jobs: jobs.clone(), seal }
 }

@@ -9,6 +9,7 @@ mod demo; // what `backhaul demo` promises: its fleet, its ends, its refusals
 mod drivers; // the same for application drivers
 mod failover; // promotion, crash and return of servers and nodes
 mod mistakes; // wrong secrets, shards, stores and addresses
+mod restore; // everything comes back the same, once, and damage is noticed
 mod security; // passwords, TLS, open doors
 mod wire; // what SQL cannot see: frames, pipelines, transactions, cancel
 

@@ -1,10 +1,10 @@
-//! Backups: from a statement to a sealed manifest.
+//! Backups: from a statement to a sealed manifest, and back.
 //!
 //! Read in this order. [`plan`] judges a statement before anything exists: filter, databases, rights, URI. A job is
 //! made, and on whichever node coordinates it, [`resume`] tells the story step by step: the lock, a point for each
 //! shard ([`point`]), spans cut from tables ([`spans`]) and dealt to workers ([`assign`], [`deal`]), their export watched
 //! ([`drive`]), tables that keep changing held still ([`hold`]), the manifest written and sealed ([`manifest`], [`seal`]). What a worker does with one span is
-//! [`export`]. What is in a backup, and under which names, is [`layout`]; how it opens without us is [`restore_text`].
+//! [`export`]. The way back is [`restore`]. What is in a backup, and under which names, is [`layout`]; how it opens without us is [`restore_text`].
 //!
 //! **What a crash leaves.** Objects are written once and under names that carry the claim, so two coordinators of one
 //! job never write the same object. Before the seal there is a lock and files that nobody's manifest names; after it
@@ -22,6 +22,7 @@ mod layout;
 mod manifest;
 mod plan;
 mod point;
+mod restore;
 mod restore_text;
 mod resume;
 mod seal;
@@ -29,6 +30,7 @@ mod spans;
 
 pub use export::{EXPORT, Export, PROBE, Probe};
 pub use layout::COLLECTION_FILES;
-pub use manifest::{FileEntry, Manifest};
+pub use manifest::{FileEntry, Manifest, ShardPart};
 pub use plan::{Backups, Finished, Outcome, Requester};
+pub use restore::{IMPORT, Import, RESTORE_TYPE, ResumeRestore, SHOW, Show};
 pub use resume::{JOB_TYPE, Resume};

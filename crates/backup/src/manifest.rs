@@ -93,6 +93,27 @@ pub struct NodeWork {
     pub bytes_written: u64,
 }
 
+impl FileEntry {
+    /// Whether it holds rows of this table.
+    pub fn is_of(&self, database: &DatabasePlan, table: u32) -> bool {
+        self.database == database.name && matches!(self.what, Some(What::Table { oid, .. }) if oid == table)
+    }
+
+    /// Whether it holds large objects.
+    pub fn is_of_large_objects(&self, database: &DatabasePlan) -> bool {
+        let large = matches!(self.what, Some(What::LargeObjects | What::LargeObjectData));
+        self.database == database.name && large
+    }
+
+    /// The first block of its range and the one behind the last, where it has such.
+    pub fn blocks(&self) -> (Option<u64>, Option<u64>) {
+        match self.what {
+            Some(What::Table { from_block, to_block, .. }) => (Some(from_block), to_block),
+            _ => (None, None),
+        }
+    }
+}
+
 impl Manifest {
     /// What a file holds, in words.
     pub fn what(&self, file: &FileEntry) -> String {

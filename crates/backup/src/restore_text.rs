@@ -13,7 +13,6 @@ const HEADER: &str = "\
 # and zstd. The roles and tablespaces named below have to exist before.
 set -eu
 cd \"$(dirname \"$0\")\"
-export PGCLIENTENCODING=UTF8
 run() { psql -X -q -v ON_ERROR_STOP=1 -d \"$TARGET\" \"$@\"; }
 rows() { zstd -dc -- \"$1\" | run -c \"$2\"; }
 ";
@@ -41,6 +40,9 @@ fn one(out: &mut String, shard: &ShardPart, database: &DatabasePlan, alone: bool
         out.push('\n');
     };
     about(&mut line, shard, database);
+    // What COPY wrote is in this encoding; a database that has none of its own holds bytes.
+    let encoding = if database.copy_encoding.is_empty() { "UTF8" } else { &database.copy_encoding };
+    line(format!("export PGCLIENTENCODING={}", shell(encoding)));
     let own = shell(&database.name);
     line(if alone { format!("TARGET=${{TARGET:-${{PREFIX:-}}{own}}}") } else { format!("TARGET=${{PREFIX:-}}{own}") });
     line(format!(
@@ -87,6 +89,9 @@ fn about(line: &mut impl FnMut(String), shard: &ShardPart, database: &DatabasePl
     }
     for (name, version) in &database.extensions {
         line(comment(&format!("Extension: {name} {version}")));
+    }
+    for warning in &database.warnings {
+        line(comment(&format!("pg_dump said: {warning}")));
     }
     for skipped in &database.skipped {
         line(comment(&format!("Left out: {} {}: {}.", skipped.kind, skipped.object, skipped.reason)));

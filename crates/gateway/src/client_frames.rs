@@ -286,6 +286,7 @@ fn is_for_everybody(statement: &Statement) -> bool {
 fn waits_for_a_job(statement: &Statement) -> Option<&'static str> {
     match statement {
         Statement::Backup(backup) if !backup.options.detached => Some(statement.tag()),
+        Statement::Restore(restore) if !restore.options.detached => Some(statement.tag()),
         _ => None,
     }
 }

@@ -21,6 +21,7 @@ mod bound;
 mod calls;
 mod cancel;
 mod client_frames;
+mod collections;
 mod external;
 mod frame;
 mod inbound;

@@ -9,7 +9,7 @@ use sql::{Number, ShowJobs, Statement};
 
 use crate::Gateway;
 use crate::answer::{Answer, Column, Kind, Value, spoken};
-use crate::{external, show};
+use crate::{collections, external, show};
 
 const fn column(name: &'static str, kind: Kind) -> Column {
     Column { name, kind }
@@ -57,6 +57,10 @@ pub(crate) fn columns(statement: &Statement) -> &'static [Column] {
         Statement::ShowNodes => &show::NODES,
         Statement::Backup(backup) if backup.options.detached => &DETACHED,
         Statement::Backup(_) => &BACKUP,
+        Statement::Restore(restore) if restore.options.detached => &DETACHED,
+        Statement::Restore(_) => &BACKUP,
+        Statement::ShowBackups { .. } => &collections::BACKUPS,
+        Statement::ShowBackup(show) => collections::columns(show),
         Statement::ShowJobs(_) => &JOBS,
         Statement::CreateExternalConnection { .. } | Statement::DropExternalConnection { .. } => &[],
         Statement::ShowExternalConnections { .. } => &external::COLUMNS,
@@ -89,6 +93,9 @@ impl Gateway {
                 let outcome = self.backups.run(backup, requester).await?;
                 Ok(outcome_answer(outcome))
             }
+            Statement::Restore(restore) => Ok(outcome_answer(self.backups.restore(restore, requester).await?)),
+            Statement::ShowBackups { collection } => collections::list(self, collection, requester).await,
+            Statement::ShowBackup(show) => collections::show(self, show, requester).await,
             Statement::ShowJobs(which) => self.show_jobs(which, requester).await,
             other => external::run(self, other, requester).await,
         }

@@ -212,6 +212,7 @@ async fn initialize(running: &[RunningNode]) -> anyhow::Result<()> {
             user: SUPERUSER.to_owned(),
             service_role: "backhaul".to_owned(),
             service_role_only: index > 0,
+            allow_restore: true,
             trust: Trust { secret_file: None, insecure: true, certs_dir: None },
         };
         init::run(&init, |_| ()).await.with_context(|| format!("initialize {}", node.planned.shard))?;

@@ -104,14 +104,10 @@ impl SqlState {
     pub const SUCCESSFUL_COMPLETION: Self = Self(*b"00000");
     /// Bytes that are no value of their type.
     pub const INVALID_BINARY_REPRESENTATION: Self = Self(*b"22P03");
-    /// Bytes that are not what they were.
-    pub const DATA_CORRUPTED: Self = Self(*b"XX001");
     /// A file that another job has written; CockroachDB's own code.
     pub const FILE_ALREADY_EXISTS: Self = Self(*b"42C01");
     /// A server that takes no further session.
     pub const TOO_MANY_CONNECTIONS: Self = Self(*b"53300");
-    /// A database of this name exists.
-    pub const DUPLICATE_DATABASE: Self = Self(*b"42P04");
     /// A snapshot that can no longer be kept: a conflict with recovery, say.
     pub const SERIALIZATION_FAILURE: Self = Self(*b"40001");
     /// Two transactions that wait for each other.

@@ -1,0 +1,139 @@
+//! A worker's part of a restore: one file, from the store into the database.
+//!
+//! The file is decompressed and hashed on its way; nothing is held whole. What it put into the database is committed
+//! only when all of it has come and is what the manifest says: the node beside the server rolls back otherwise.
+
+use std::io::Write as _;
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::{Context as _, bail};
+use bytes::Bytes;
+use cluster::service::{Boxed, Reply, Service, Upload};
+use cluster::{Filter, NodeId, Peers};
+use fleet::loader::{LOADER, Load, Request, is_already_loaded};
+use futures_util::StreamExt as _;
+use pgerror::{PgError, SqlState};
+use serde::{Deserialize, Serialize};
+use sha2::{Digest as _, Sha256};
+use storage::{Stores, Uri};
+use tokio::time::timeout;
+
+use crate::export::hex;
+use crate::manifest::FileEntry;
+
+/// The name under which a node offers to import files.
+pub const IMPORT: &str = "import";
+
+/// The database takes a file when it is its turn.
+const BEGIN_DEADLINE: Duration = Duration::from_secs(120);
+
+/// A store that gives nothing for so long is given up.
+const STALL_DEADLINE: Duration = Duration::from_secs(120);
+
+/// The commit of what one file brought, on a server that may have much to write.
+const COMMIT_DEADLINE: Duration = Duration::from_secs(600);
+
+/// Decompressed bytes gather up to this many before they go on.
+const PIECE: usize = 256 * 1024;
+
+/// One file for one worker.
+#[derive(Clone, Serialize, Deserialize)]
+pub(crate) struct Task {
+    /// The directory that holds the file, with its keys: never logged.
+    pub(crate) uri: String,
+    /// The filter of the job; a node that does not match refuses.
+    pub(crate) filter: String,
+    /// The file.
+    pub(crate) file: FileEntry,
+    /// What it holds, for messages.
+    pub(crate) holds: String,
+    /// The node beside the server that it goes to.
+    pub(crate) loader: NodeId,
+    /// Where in the database it goes.
+    pub(crate) load: Load,
+}
+
+/// Imports files for coordinators.
+pub struct Import {
+    peers: Peers,
+    stores: Stores,
+}
+
+impl Import {
+    /// A service to be offered as [`IMPORT`].
+    pub fn new(peers: Peers, stores: Stores) -> Arc<Self> {
+        Arc::new(Self { peers, stores })
+    }
+
+    async fn import(&self, task: Task) -> anyhow::Result<()> {
+        let me = self.peers.cluster().me();
+        let filter: Filter = task.filter.parse().context("read the filter of a file")?;
+        if let Some(tier) = me.locality.first_unmatched(&filter) {
+            bail!("{} was given a file of a job for {tier}", me.name());
+        }
+        match self.copy(&task).await {
+            Err(error) if PgError::of(&error).is_some_and(is_already_loaded) => Ok(()),
+            done => done,
+        }
+    }
+
+    async fn copy(&self, task: &Task) -> anyhow::Result<()> {
+        let store = self.stores.open(&Uri::parse(&task.uri)?).await?;
+        let damaged = |detail: &str| {
+            let message = format!("file \"{}\" of the backup is damaged", task.file.path);
+            PgError::new(SqlState::DATA_CORRUPTED, message).detail(format!("{detail} {}", task.holds))
+        };
+        let mut packed = store.download(&task.file.path).await?.ok_or_else(|| {
+            let message = format!("file \"{}\" of the backup is missing", task.file.path);
+            PgError::new(SqlState::UNDEFINED_FILE, message).detail(task.holds.clone())
+        })?;
+        let request = Request::Load(task.load.clone());
+        let mut upload = self.peers.upload(task.loader, LOADER, &request, BEGIN_DEADLINE).await?;
+        let mut decoder = zstd::stream::write::Decoder::new(Vec::with_capacity(PIECE * 2))?;
+        let mut hash = Sha256::new();
+        let mut rows = 0;
+        while let Some(piece) = timeout(STALL_DEADLINE, packed.next()).await.map_err(|_| stalled(&task.file.path))? {
+            let piece = piece?;
+            hash.update(&piece);
+            decoder.write_all(&piece).map_err(|_| damaged("It cannot be decompressed."))?;
+            rows += send(&mut upload, decoder.get_mut(), PIECE).await?;
+        }
+        decoder.flush().map_err(|_| damaged("It cannot be decompressed."))?;
+        rows += send(&mut upload, decoder.get_mut(), 1).await?;
+        let found = hex(&hash.finalize());
+        if found != task.file.sha256 {
+            return Err(damaged(&format!("Its SHA-256 is {found}.")).into());
+        }
+        if rows != task.file.rows {
+            return Err(damaged(&format!("It has {rows} rows; the manifest says {}.", task.file.rows)).into());
+        }
+        timeout(COMMIT_DEADLINE, upload.finish()).await.map_err(|_| stalled("the commit"))?
+    }
+}
+
+/// Sends on what was decompressed once there are `enough` bytes; gives the rows among them.
+async fn send(upload: &mut Box<dyn Upload>, bytes: &mut Vec<u8>, enough: usize) -> anyhow::Result<u64> {
+    if bytes.len() < enough {
+        return Ok(0);
+    }
+    let full = std::mem::replace(bytes, Vec::with_capacity(PIECE * 2));
+    let rows = full.iter().filter(|byte| **byte == b'\n').count() as u64;
+    let sent = timeout(STALL_DEADLINE, upload.write(Bytes::from(full))).await;
+    sent.map_err(|_| stalled("the database"))??;
+    Ok(rows)
+}
+
+fn stalled(what: &str) -> PgError {
+    PgError::new(SqlState::CONNECTION_FAILURE, format!("{what} has come to a standstill"))
+}
+
+impl Service for Import {
+    fn call(&self, request: serde_json::Value) -> Boxed<'_, Reply> {
+        Box::pin(async move {
+            let task: Task = serde_json::from_value(request).context("read a file's task")?;
+            self.import(task).await?;
+            Ok(Reply::Answer(serde_json::Value::Null))
+        })
+    }
+}

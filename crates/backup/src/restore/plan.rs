@@ -1,0 +1,85 @@
+//! From a RESTORE statement to a job.
+
+use anyhow::Context as _;
+use cluster::{Purpose, spoken};
+use jobs::{JobId, NewJob};
+use pgerror::{PgError, SqlState};
+use sql::{Restore, Subdir};
+use storage::Uri;
+
+use super::story::{Payload, RESTORE_TYPE};
+use crate::plan::{Backups, Finished, Outcome, Requester, filter_of, finished, literal};
+
+impl Backups {
+    /// Runs a RESTORE statement for `requester`.
+    ///
+    /// # Errors
+    ///
+    /// Whatever is wrong with the statement, before a job exists; for an attached one the relocation, or the reason for
+    /// which the job failed.
+    pub async fn restore(&self, statement: &Restore, requester: &Requester) -> anyhow::Result<Outcome> {
+        let new = self.plan_restore(statement, requester).await?;
+        if statement.options.detached {
+            self.jobs.create(&new).await?;
+            return Ok(Outcome::Detached(new.id));
+        }
+        let done: Finished = finished(self.jobs.run_attached(&new).await?)?;
+        Ok(Outcome::Finished(done))
+    }
+
+    async fn plan_restore(&self, statement: &Restore, requester: &Requester) -> anyhow::Result<NewJob> {
+        let filter = filter_of(statement.options.execution_locality.as_ref())?;
+        let id = JobId::new(self.jobs.node_id()?);
+        if !requester.superuser {
+            // What is in a backup runs as SQL, with all rights.
+            let message = format!("user {} does not have RESTORE privilege", requester.user);
+            return Err(PgError::new(SqlState::INSUFFICIENT_PRIVILEGE, message)
+                .hint("A restore runs SQL from the backup; only a superuser may do that.")
+                .into());
+        }
+        let target = match &statement.options.new_db_name {
+            Some(name) => literal(name)?.to_owned(),
+            None => statement.database.clone(),
+        };
+        let uri = Uri::parse(literal(&statement.collection)?)?;
+        let shown = uri.redacted();
+        let resolved = self.resolve(&uri, requester).await?;
+        self.check_target(&target).await?;
+        self.jobs.check_filter(&filter).await?;
+        let subdir = match &statement.from {
+            Subdir::Latest => None,
+            Subdir::Named(text) => Some(literal(text)?.to_owned()),
+        };
+        let description = statement.description(subdir.as_deref().unwrap_or("latest"), &shown);
+        let payload = Payload { database: statement.database.clone(), target, subdir, filter: filter.to_string() };
+        Ok(NewJob {
+            id,
+            job_type: RESTORE_TYPE.to_owned(),
+            description,
+            statement: statement.redacted(&shown),
+            user: requester.user.clone(),
+            filter,
+            prefers: Vec::new(),
+            payload: serde_json::to_value(&payload)?,
+            sealed: Some((self.seal)()?.seal(&resolved.exposed())?),
+        })
+    }
+
+    /// The name must be free in every shard: which of them the backup has rows of is not known before it is read.
+    async fn check_target(&self, target: &str) -> anyhow::Result<()> {
+        let view = self.peers.cluster().view();
+        for shard in self.shards().await? {
+            let Some(leader) = view.leader(&shard) else { continue };
+            let purpose = Purpose::Server { database: "postgres".to_owned() };
+            let session = self.peers.dialer().dial(&leader.address, &purpose).await?;
+            let query = "SELECT 1 FROM pg_catalog.pg_database WHERE datname = $1";
+            if session.query_opt(query, &[&target]).await.map_err(spoken).context("look for the target")?.is_some() {
+                let message = format!("database \"{target}\" already exists");
+                return Err(PgError::new(SqlState::DUPLICATE_DATABASE, message)
+                    .hint("Restore it under another name: WITH new_db_name = '…'.")
+                    .into());
+            }
+        }
+        Ok(())
+    }
+}

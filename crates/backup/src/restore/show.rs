@@ -1,0 +1,120 @@
+//! Looking into a collection: on the gateway if it reaches the store, else on another node that does.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::Context as _;
+use cluster::service::{Boxed, Reply, Service};
+use cluster::{NodeId, Peers};
+use pgerror::{PgError, SqlState};
+use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
+use sql::{ShowBackup, Subdir, Text};
+use storage::{Stores, Uri};
+
+use super::source::{self, Source};
+use crate::manifest::{FileEntry, Manifest};
+use crate::plan::{Backups, Requester, literal};
+
+/// The name under which a node looks into collections.
+pub const SHOW: &str = "show";
+
+/// A listing, or the check of a backup's files.
+const DEADLINE: Duration = Duration::from_secs(600);
+
+#[derive(Clone, Serialize, Deserialize)]
+enum Request {
+    Backups { uri: String },
+    Backup { uri: String, subdir: Option<String>, check_files: bool },
+}
+
+/// Looks into collections for other nodes.
+pub struct Show {
+    peers: Peers,
+    stores: Stores,
+}
+
+impl Show {
+    /// A service to be offered as [`SHOW`].
+    pub fn new(peers: Peers, stores: Stores) -> Arc<Self> {
+        Arc::new(Self { peers, stores })
+    }
+
+    async fn answer(&self, request: Request) -> anyhow::Result<serde_json::Value> {
+        match request {
+            Request::Backups { uri } => {
+                let found = source::list(&self.stores, &self.peers, &Uri::parse(&uri)?).await?;
+                Ok(serde_json::to_value(found)?)
+            }
+            Request::Backup { uri, subdir, check_files } => {
+                let source = Source::find(&self.stores, &self.peers, &Uri::parse(&uri)?, subdir.as_deref()).await?;
+                if check_files {
+                    let parts = source.manifest.shards.iter();
+                    let files: Vec<&FileEntry> =
+                        parts.flat_map(|part| part.files.iter().chain(&part.schemas)).collect();
+                    source.check(&self.stores, &files).await?;
+                }
+                Ok(serde_json::to_value(source.manifest)?)
+            }
+        }
+    }
+}
+
+impl Service for Show {
+    fn call(&self, request: serde_json::Value) -> Boxed<'_, Reply> {
+        Box::pin(async move {
+            let request = serde_json::from_value(request).context("read what to look for")?;
+            Ok(Reply::Answer(self.answer(request).await?))
+        })
+    }
+}
+
+impl Backups {
+    /// The directories of the backups in a collection, oldest first.
+    ///
+    /// # Errors
+    ///
+    /// No node reaches the store; the requester may not use it.
+    pub async fn show_backups(&self, collection: &Text, requester: &Requester) -> anyhow::Result<Vec<String>> {
+        let uri = self.resolve(&Uri::parse(literal(collection)?)?, requester).await?.exposed();
+        self.look(&Request::Backups { uri }).await
+    }
+
+    /// One backup's manifest, verified.
+    ///
+    /// # Errors
+    ///
+    /// There is none, or it is damaged; no node reaches the store; the requester may not use it.
+    pub async fn show_backup(&self, statement: &ShowBackup, requester: &Requester) -> anyhow::Result<Manifest> {
+        let uri = self.resolve(&Uri::parse(literal(&statement.collection)?)?, requester).await?.exposed();
+        let subdir = match &statement.from {
+            Subdir::Latest => None,
+            Subdir::Named(text) => Some(literal(text)?.to_owned()),
+        };
+        self.look(&Request::Backup { uri, subdir, check_files: statement.options.check_files }).await
+    }
+
+    /// Asks this node, and while the store is not reached, the others.
+    async fn look<T: DeserializeOwned>(&self, request: &Request) -> anyhow::Result<T> {
+        let view = self.peers.cluster().view();
+        let me = self.peers.cluster().me().node_id;
+        let mut nodes: Vec<NodeId> =
+            view.nodes.values().filter(|known| known.reachable).filter_map(|known| known.info.node_id).collect();
+        nodes.sort_unstable_by_key(|node| (Some(*node) != me, *node));
+        let mut last = anyhow::anyhow!("no node has a number yet");
+        for node in nodes {
+            match self.peers.call(node, SHOW, request, DEADLINE).await {
+                Ok(answer) => return Ok(answer),
+                Err(error) => {
+                    let unreached = [SqlState::IO_ERROR, SqlState::CONNECTION_FAILURE];
+                    let elsewhere = PgError::of(&error).is_some_and(|said| unreached.contains(&said.code));
+                    last = error;
+                    if !elsewhere {
+                        break;
+                    }
+                }
+            }
+        }
+        Err(last)
+    }
+}

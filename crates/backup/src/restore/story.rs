@@ -1,0 +1,345 @@
+//! A restore job, step by step, on its coordinator. Every step can be the first one of a run that takes over.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::Context as _;
+use cluster::service::Boxed;
+use cluster::{Filter, NodeId, Peers};
+use fleet::founders::{DatabasePlan, What};
+use fleet::loader::{Create, Created, Finish, LOADER, Load, Loaded, Request, needs_schema};
+use jobs::{LostClaim, Resumer, Run};
+use pgerror::{PgError, SqlState};
+use serde::{Deserialize, Serialize};
+use serde_json::{Value, json};
+use storage::{Seal, Stores, Uri};
+use tokio::time::Instant;
+
+use super::import::{IMPORT, Task};
+use super::source::Source;
+use crate::deal::{AsyncDone, Deal};
+use crate::manifest::{FileEntry, ShardPart};
+
+/// The type of these jobs.
+pub const RESTORE_TYPE: &str = "RESTORE";
+
+/// A question to the node beside the target, and the making of an empty database.
+const ASK_DEADLINE: Duration = Duration::from_secs(120);
+
+/// Objects without their rows.
+const SCHEMA_DEADLINE: Duration = Duration::from_secs(3600);
+
+/// Indexes, constraints, views and statistics of a whole database: the end of all patience.
+const FINISH_DEADLINE: Duration = Duration::from_secs(7 * 24 * 3600);
+
+/// One file; its own parts have deadlines that are shorter.
+const FILE_DEADLINE: Duration = Duration::from_secs(24 * 3600);
+
+/// Progress is written no more often.
+const PROGRESS_EVERY: Duration = Duration::from_secs(1);
+
+/// Files that are loaded at the same time.
+const LOADERS: usize = 6;
+
+/// What loading rows is of the whole; the rest is indexes, constraints and views.
+const LOAD_SHARE: f64 = 0.7;
+
+/// What a restore job was made with, for everybody to read.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub(crate) struct Payload {
+    pub(crate) database: String,
+    pub(crate) target: String,
+    /// None is the newest.
+    pub(crate) subdir: Option<String>,
+    pub(crate) filter: String,
+}
+
+/// Runs restore jobs.
+pub struct ResumeRestore {
+    peers: Peers,
+    stores: Stores,
+    seal: Arc<dyn Fn() -> anyhow::Result<Seal> + Send + Sync>,
+}
+
+/// One run of one job.
+struct Story<'s> {
+    run: &'s Run,
+    peers: &'s Peers,
+    stores: &'s Stores,
+    payload: Payload,
+    filter: Filter,
+    collection: Uri,
+}
+
+/// A shard's part, and the node beside the server that it goes to.
+struct Part<'p> {
+    part: &'p ShardPart,
+    database: &'p DatabasePlan,
+    node: NodeId,
+}
+
+impl ResumeRestore {
+    /// A resumer for jobs of [`RESTORE_TYPE`]; `seal` opens what only nodes may read.
+    pub fn new(peers: Peers, stores: Stores, seal: Arc<dyn Fn() -> anyhow::Result<Seal> + Send + Sync>) -> Arc<Self> {
+        Arc::new(Self { peers, stores, seal })
+    }
+
+    async fn story(&self, run: &Run) -> anyhow::Result<Value> {
+        let payload: Payload = serde_json::from_value(run.payload.clone()).context("read the job's payload")?;
+        let sealed = run.sealed.as_deref().context("read the job's URI")?;
+        let story = Story {
+            run,
+            peers: &self.peers,
+            stores: &self.stores,
+            filter: payload.filter.parse().context("read the job's filter")?,
+            collection: Uri::parse(&(self.seal)()?.open(sealed)?)?,
+            payload,
+        };
+        story.tell().await
+    }
+}
+
+impl Resumer for ResumeRestore {
+    fn resume(&self, run: Run) -> Boxed<'_, Value> {
+        Box::pin(async move { self.story(&run).await })
+    }
+}
+
+impl Story<'_> {
+    async fn tell(&self) -> anyhow::Result<Value> {
+        // The newest is the newest when the job began: a later run takes the same.
+        let chosen = match self.run.kept::<String>("subdir").await? {
+            Some(subdir) => Some(subdir),
+            None => self.payload.subdir.clone(),
+        };
+        let source = Source::find(self.stores, self.peers, &self.collection, chosen.as_deref()).await?;
+        self.run.keep("subdir", &source.subdir).await?;
+        let parts = self.parts(&source)?;
+        let outcome = self.restore(&source, &parts).await;
+        if let Err(error) = &outcome
+            && error.downcast_ref::<LostClaim>().is_none()
+            && !jobs::may_pass(error)
+        {
+            self.remove(&parts).await;
+        }
+        outcome
+    }
+
+    async fn restore(&self, source: &Source, parts: &[Part<'_>]) -> anyhow::Result<Value> {
+        let files: Vec<&FileEntry> = parts.iter().flat_map(|part| part.files().chain(part.schemas())).collect();
+        source.check(self.stores, &files).await?;
+        if let Some(result) = self.finish_again(source, parts).await? {
+            return Ok(result);
+        }
+        let mut made = Vec::new();
+        for part in parts {
+            made.push(self.create(source, part).await?);
+        }
+        let total: u64 = parts.iter().flat_map(Part::files).map(|file| file.bytes.max(1)).sum();
+        let mut noted = Noted { run: self.run, total, done: 0, reported: Instant::now() };
+        for (part, created) in parts.iter().zip(&made) {
+            self.load(source, part, created, &mut noted).await?;
+        }
+        self.run.progress(LOAD_SHARE, "building indexes, constraints and views").await?;
+        for (part, created) in parts.iter().zip(&made) {
+            self.run.keep(&finishing(part), &created.oid).await?;
+            self.finish(source, part, created.oid).await?;
+        }
+        Ok(result(parts))
+    }
+
+    /// An earlier run had all rows in, and may have given the database its name already: then nothing but the end of
+    /// it can be repeated.
+    async fn finish_again(&self, source: &Source, parts: &[Part<'_>]) -> anyhow::Result<Option<Value>> {
+        let mut begun = Vec::new();
+        for part in parts {
+            begun.extend(self.run.kept::<u32>(&finishing(part)).await?);
+        }
+        if begun.is_empty() {
+            return Ok(None);
+        }
+        for part in parts {
+            let oid = match self.run.kept::<u32>(&finishing(part)).await? {
+                Some(oid) => oid,
+                // Its rows are in, too, or no shard would have been finished.
+                None => self.create(source, part).await?.oid,
+            };
+            self.run.keep(&finishing(part), &oid).await?;
+            self.finish(source, part, oid).await?;
+        }
+        Ok(Some(result(parts)))
+    }
+
+    /// The shards' parts that hold the database, each with the node beside the shard's primary now.
+    fn parts<'p>(&self, source: &'p Source) -> anyhow::Result<Vec<Part<'p>>> {
+        let view = self.peers.cluster().view();
+        let name = &self.payload.database;
+        let mut parts = Vec::new();
+        for part in &source.manifest.shards {
+            let Some(database) = part.databases.iter().find(|database| database.name == *name) else { continue };
+            let node = view.leader(&part.shard).and_then(|leader| leader.node_id).ok_or_else(|| {
+                let message = format!("shard \"{}\" cannot be reached", part.shard);
+                PgError::new(SqlState::CONNECTION_FAILURE, message).detail("The backup has rows of it.")
+            })?;
+            parts.push(Part { part, database, node });
+        }
+        if parts.is_empty() {
+            let message = format!("database \"{name}\" is not in the backup {}", source.subdir);
+            return Err(PgError::new(SqlState::UNDEFINED_DATABASE, message)
+                .detail(format!("It holds: {}.", source.manifest.databases.join(", ")))
+                .into());
+        }
+        Ok(parts)
+    }
+
+    async fn create(&self, source: &Source, part: &Part<'_>) -> anyhow::Result<Created> {
+        self.run.progress(0.0, &format!("making the database in shard {}", part.part.shard)).await?;
+        let target = self.payload.target.clone();
+        let request = Request::Create(Box::new(Create { job: self.run.id.0, target, plan: part.database.clone() }));
+        let created: Created = self.peers.call(part.node, LOADER, &request, ASK_DEADLINE).await?;
+        if !created.progress.pre_data {
+            self.schema(source, part, created.oid).await?;
+        }
+        Ok(created)
+    }
+
+    /// Gives the schema to the node beside the target, which makes the objects unless they are there.
+    async fn schema(&self, source: &Source, part: &Part<'_>, oid: u32) -> anyhow::Result<()> {
+        let file = part.schemas().next().context("find the schema in the manifest")?;
+        let dump = source.read(self.stores, file).await?;
+        let request = Request::PreData { job: self.run.id.0, database_oid: oid };
+        let mut upload = self.peers.upload(part.node, LOADER, &request, ASK_DEADLINE).await?;
+        upload.write(dump).await?;
+        tokio::time::timeout(SCHEMA_DEADLINE, upload.finish()).await.context("make the objects")?
+    }
+
+    async fn load(
+        &self,
+        source: &Source,
+        part: &Part<'_>,
+        created: &Created,
+        noted: &mut Noted<'_>,
+    ) -> anyhow::Result<()> {
+        let mut open = Vec::new();
+        for (file, number) in part.files().zip(0..) {
+            if created.progress.spans.contains(&number) {
+                noted.done += file.bytes.max(1);
+            } else {
+                open.push(((number, file.clone()), file.bytes.max(1)));
+            }
+        }
+        let shard = part.part.shard.as_str();
+        let deal = Deal { peers: self.peers, filter: &self.filter, shard, server: part.node, at_once: LOADERS };
+        let one = |worker: NodeId, (span, file): (u32, FileEntry)| async move {
+            let load = self.load_of(part, created, span, &file)?;
+            let task = Task {
+                uri: source.place(&file).exposed(),
+                filter: self.filter.to_string(),
+                holds: source.holds(&file),
+                file,
+                loader: part.node,
+                load,
+            };
+            self.peers.call::<()>(worker, IMPORT, &task, FILE_DEADLINE).await
+        };
+        deal.run(open, one, |_| None, noted).await
+    }
+
+    fn load_of(&self, part: &Part<'_>, created: &Created, span: u32, file: &FileEntry) -> anyhow::Result<Load> {
+        let what = match file.what.as_ref().context("load a file of rows")? {
+            What::Table { oid, .. } => {
+                let table = part.database.tables.iter().find(|table| table.oid == *oid);
+                let table = table.with_context(|| format!("find the table of {}", file.path))?;
+                let (schema, name) = (table.schema.clone(), table.name.clone());
+                Loaded::Table { schema, name, columns: table.columns.clone() }
+            }
+            What::LargeObjects => Loaded::LargeObjects,
+            What::LargeObjectData => Loaded::LargeObjectData,
+        };
+        Ok(Load { job: self.run.id.0, database_oid: created.oid, span, what })
+    }
+
+    async fn finish(&self, source: &Source, part: &Part<'_>, oid: u32) -> anyhow::Result<()> {
+        let mut rows: BTreeMap<u32, u64> = part.database.tables.iter().map(|table| (table.oid, 0)).collect();
+        for file in part.files() {
+            if let Some(What::Table { oid, .. }) = file.what {
+                *rows.entry(oid).or_default() += file.rows;
+            }
+        }
+        let table = |oid: &u32| part.database.tables.iter().find(|table| table.oid == *oid);
+        let rows = rows.iter().filter_map(|(oid, rows)| {
+            let table = table(oid)?;
+            Some((table.schema.clone(), table.name.clone(), *rows))
+        });
+        let request = Request::Finish(Box::new(Finish {
+            job: self.run.id.0,
+            database_oid: oid,
+            target: self.payload.target.clone(),
+            plan: part.database.clone(),
+            rows: rows.collect(),
+        }));
+        match self.peers.call::<()>(part.node, LOADER, &request, FINISH_DEADLINE).await {
+            Err(error) if PgError::of(&error).is_some_and(needs_schema) => {
+                // That node was restarted, and its copy is gone.
+                self.schema(source, part, oid).await?;
+                self.peers.call::<()>(part.node, LOADER, &request, FINISH_DEADLINE).await
+            }
+            done => done,
+        }
+    }
+
+    /// Removes what this job has made, by its mark.
+    async fn remove(&self, parts: &[Part<'_>]) {
+        for part in parts {
+            let request = Request::Drop { job: self.run.id.0 };
+            if let Err(error) = self.peers.call::<()>(part.node, LOADER, &request, ASK_DEADLINE).await {
+                tracing::warn!(job = %self.run.id, node = %part.node, "an unfinished database is left: {error:#}");
+            }
+        }
+    }
+}
+
+impl<'p> Part<'p> {
+    /// The files of rows, in the manifest's order: a file's place is its number in the target's own book.
+    fn files(&self) -> impl Iterator<Item = &'p FileEntry> + use<'p> {
+        let (part, name) = (self.part, &self.database.name);
+        part.files.iter().filter(move |file| file.database == *name)
+    }
+
+    fn schemas(&self) -> impl Iterator<Item = &'p FileEntry> + use<'p> {
+        let (part, name) = (self.part, &self.database.name);
+        part.schemas.iter().filter(move |file| file.database == *name)
+    }
+}
+
+/// Under which key it stands that all rows of a shard are in: its value is the database's OID.
+fn finishing(part: &Part<'_>) -> String {
+    format!("finishing/{}", part.part.shard)
+}
+
+fn result(parts: &[Part<'_>]) -> Value {
+    let rows: u64 = parts.iter().flat_map(Part::files).map(|file| file.rows).sum();
+    let bytes: u64 = parts.iter().flat_map(Part::files).map(|file| file.bytes).sum();
+    json!({ "rows": rows, "index_entries": 0, "bytes": bytes })
+}
+
+/// How far it is.
+struct Noted<'n> {
+    run: &'n Run,
+    total: u64,
+    done: u64,
+    reported: Instant,
+}
+
+impl AsyncDone<(u32, FileEntry), ()> for &mut Noted<'_> {
+    async fn done(&mut self, _file: (u32, FileEntry), weight: u64, (): ()) -> anyhow::Result<()> {
+        self.done += weight;
+        if self.reported.elapsed() >= PROGRESS_EVERY {
+            self.reported = Instant::now();
+            let fraction = LOAD_SHARE * self.done as f64 / self.total.max(1) as f64;
+            self.run.progress(fraction, "loading rows").await?;
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,164 @@
+//! SHOW BACKUPS and SHOW BACKUP: what is in a collection.
+
+use backup::{FileEntry, Manifest, Requester, ShardPart};
+use fleet::founders::DatabasePlan;
+use pgerror::{PgError, SqlState};
+use sql::{ShowBackup, ShowBackupWhat, Text};
+
+use crate::Gateway;
+use crate::answer::{Answer, Column, Kind, Value};
+
+const fn column(name: &'static str, kind: Kind) -> Column {
+    Column { name, kind }
+}
+
+pub(crate) const BACKUPS: [Column; 1] = [column("path", Kind::Text)];
+
+const OBJECTS: [Column; 11] = [
+    column("database_name", Kind::Text),
+    column("parent_schema_name", Kind::Text),
+    column("object_name", Kind::Text),
+    column("object_type", Kind::Text),
+    column("backup_type", Kind::Text),
+    column("start_time", Kind::UtcTime),
+    column("end_time", Kind::UtcTime),
+    column("size_bytes", Kind::Int8),
+    column("rows", Kind::Int8),
+    column("is_full_cluster", Kind::Bool),
+    column("regions", Kind::Text),
+];
+
+/// The same, with what `check_files` adds.
+const CHECKED: [Column; 12] = {
+    let mut columns = [column("file_bytes", Kind::Int8); 12];
+    let mut index = 0;
+    while index < OBJECTS.len() {
+        columns[index] = OBJECTS[index];
+        index += 1;
+    }
+    columns
+};
+
+const FILES: [Column; 10] = [
+    column("path", Kind::Text),
+    column("backup_type", Kind::Text),
+    column("start_pretty", Kind::Text),
+    column("end_pretty", Kind::Text),
+    column("start_key", Kind::Text),
+    column("end_key", Kind::Text),
+    column("size_bytes", Kind::Int8),
+    column("rows", Kind::Int8),
+    column("locality", Kind::Text),
+    column("file_bytes", Kind::Int8),
+];
+
+const JSON: [Column; 1] = [column("manifest", Kind::Text)];
+
+/// The columns of a SHOW BACKUP.
+pub(crate) fn columns(statement: &ShowBackup) -> &'static [Column] {
+    match (statement.what, statement.options.as_json, statement.options.check_files) {
+        (_, true, _) => &JSON,
+        (ShowBackupWhat::Files, false, _) => &FILES,
+        (ShowBackupWhat::Objects | ShowBackupWhat::Schemas, false, true) => &CHECKED,
+        (ShowBackupWhat::Objects | ShowBackupWhat::Schemas, false, false) => &OBJECTS,
+    }
+}
+
+/// Runs SHOW BACKUPS.
+pub(crate) async fn list(gateway: &Gateway, collection: &Text, requester: &Requester) -> anyhow::Result<Answer> {
+    let paths = gateway.backups.show_backups(collection, requester).await?;
+    let rows = paths.into_iter().map(|path| vec![Value::Text(Some(path))]).collect();
+    Ok(Answer { rows, notices: Vec::new() })
+}
+
+/// Runs SHOW BACKUP. What the backup leaves out is told in notices.
+pub(crate) async fn show(gateway: &Gateway, statement: &ShowBackup, requester: &Requester) -> anyhow::Result<Answer> {
+    if statement.what == ShowBackupWhat::Schemas {
+        return Err(PgError::new(SqlState::FEATURE_NOT_SUPPORTED, "SHOW BACKUP SCHEMAS is not supported yet")
+            .hint("pg_restore prints the statements of a schema file of the backup; SHOW BACKUP lists its objects.")
+            .into());
+    }
+    let manifest = gateway.backups.show_backup(statement, requester).await?;
+    let rows = match statement.what {
+        _ if statement.options.as_json => vec![vec![Value::Text(Some(serde_json::to_string(&manifest)?))]],
+        ShowBackupWhat::Files => manifest.shards.iter().flat_map(|part| files(&manifest, part)).collect(),
+        _ => manifest.shards.iter().flat_map(|part| objects(part, statement.options.check_files)).collect(),
+    };
+    let databases = manifest.shards.iter().flat_map(|part| &part.databases);
+    let left_out = databases.flat_map(|database| database.skipped.iter().map(move |it| (database, it)));
+    let notice = |(database, it): (&DatabasePlan, &fleet::founders::Skipped)| {
+        let message = format!("{} {} of database {} is left out: {}", it.kind, it.object, database.name, it.reason);
+        PgError::new(SqlState::SUCCESSFUL_COMPLETION, message)
+    };
+    Ok(Answer { rows, notices: left_out.map(notice).collect() })
+}
+
+fn number(value: u64) -> Value {
+    Value::Int8(i64::try_from(value).ok())
+}
+
+fn text(text: &str) -> Value {
+    Value::Text(Some(text.to_owned()))
+}
+
+fn objects(part: &ShardPart, with_files: bool) -> Vec<Vec<Value>> {
+    let mut rows = Vec::new();
+    for database in &part.databases {
+        let row = |schema: Option<&str>, name: &str, kind: &str, files: &[&FileEntry]| {
+            let sum = |of: fn(&FileEntry) -> u64| number(files.iter().map(|file| of(file)).sum());
+            let mut row = vec![
+                Value::Text(schema.map(|_| database.name.clone())),
+                Value::Text(schema.filter(|schema| !schema.is_empty()).map(str::to_owned)),
+                text(name),
+                text(kind),
+                text("full"),
+                Value::UtcTime(None),
+                Value::UtcTime(Some(part.point.time)),
+                sum(|file| file.bytes),
+                sum(|file| file.rows),
+                Value::Bool(Some(false)),
+                Value::Text(None),
+            ];
+            if with_files {
+                row.push(sum(|file| file.file_bytes));
+            }
+            row
+        };
+        let of_table =
+            |oid: u32| -> Vec<&FileEntry> { part.files.iter().filter(|file| file.is_of(database, oid)).collect() };
+        rows.push(row(None, &database.name, "database", &[]));
+        for table in &database.tables {
+            rows.push(row(Some(&table.schema), &table.name, "table", &of_table(table.oid)));
+        }
+        for view in &database.materialized_views {
+            rows.push(row(Some(&view.schema), &view.name, "materialized view", &[]));
+        }
+        for sequence in &database.sequences {
+            rows.push(row(Some(&sequence.schema), &sequence.name, "sequence", &[]));
+        }
+        if database.large_objects > 0 {
+            let files: Vec<&FileEntry> = part.files.iter().filter(|file| file.is_of_large_objects(database)).collect();
+            rows.push(row(Some(""), "large objects", "large objects", &files));
+        }
+    }
+    rows
+}
+
+fn files(manifest: &Manifest, part: &ShardPart) -> Vec<Vec<Value>> {
+    let row = |file: &FileEntry| {
+        let (start, end) = file.blocks();
+        vec![
+            text(&file.path),
+            text("full"),
+            text(&format!("{} of {}", manifest.what(file), file.database)),
+            Value::Text(end.map(|block| format!("up to block {block}"))),
+            Value::Text(start.map(|block| block.to_string())),
+            Value::Text(end.map(|block| block.to_string())),
+            number(file.bytes),
+            number(file.rows),
+            Value::Text(file.node.map(|node| format!("node {node}"))),
+            number(file.file_bytes),
+        ]
+    };
+    part.schemas.iter().chain(&part.files).map(row).collect()
+}

@@ -1,0 +1,216 @@
+//! What RESTORE promises: everything comes back the same, once, and damage is noticed.
+
+use std::path::PathBuf;
+
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+
+use crate::support::demo::{Demo, psql};
+use crate::support::store::files_in;
+use crate::support::{both, postgres_program, run, until};
+
+const WEST: &str = "EXECUTION LOCALITY = 'region=us-west-1'";
+
+#[track_caller]
+fn ended(demo: &Demo, node: usize, statement: &str) -> Vec<String> {
+    let job = demo.ask(node, statement);
+    assert!(job.parse::<i64>().is_ok(), "{statement}: {job}");
+    demo.ask(node, &format!("SHOW JOB WHEN COMPLETE {job}")).split('|').map(str::to_owned).collect()
+}
+
+#[track_caller]
+fn succeeded(demo: &Demo, node: usize, statement: &str) {
+    let columns = ended(demo, node, statement);
+    assert_eq!((columns[5].as_str(), columns[12].as_str()), ("succeeded", ""), "{statement}: {columns:?}");
+}
+
+fn url(demo: &Demo, database: &str) -> String {
+    demo.direct_url(1).replace("/movr?", &format!("/{database}?"))
+}
+
+fn on(demo: &Demo, database: &str, query: &str) -> String {
+    run(psql(&url(demo, database)).args(["-v", "ON_ERROR_STOP=1", "-Atc", query]))
+}
+
+/// Both databases hold the same: schema, rows, sequences, views, large objects.
+#[track_caller]
+fn assert_same(demo: &Demo, source: &str, target: &str) {
+    let schema = |database: &str| {
+        run(postgres_program("pg_dump").args(["--schema-only", "--restrict-key=x"]).arg(url(demo, database)))
+    };
+    assert_eq!(schema(target), schema(source));
+    let relations = "SELECT c.oid::regclass FROM pg_class c WHERE relkind IN ('r', 'm') AND relpersistence = 'p'
+         AND relnamespace NOT IN ('pg_catalog'::regnamespace, 'information_schema'::regnamespace) ORDER BY 1";
+    let relations = on(demo, source, relations);
+    assert!(relations.lines().count() > 8, "{relations}");
+    for relation in relations.lines() {
+        let sum = format!("SELECT count(*), sum(hashtext(t::text)::numeric) FROM ONLY {relation} t");
+        assert_eq!(on(demo, target, &sum), on(demo, source, &sum), "{relation}");
+    }
+    // A standby knows a sequence up to 32 values ahead: it may be further along, never behind.
+    let sequences = |database: &str| {
+        let rows = on(demo, database, "SELECT sequencename, coalesce(last_value, 0) FROM pg_sequences ORDER BY 1");
+        let row = |row: &str| row.split_once('|').map(|(name, value)| (name.to_owned(), value.parse::<i64>().unwrap()));
+        rows.lines().map(|line| row(line).unwrap()).collect::<Vec<_>>()
+    };
+    for ((name, is), (same_name, was)) in sequences(target).into_iter().zip(sequences(source)) {
+        assert!(name == same_name && is >= was, "{name} is {is}, {same_name} was {was}");
+    }
+    for query in [
+        "SELECT m.oid, lomowner::regrole, lomacl, md5(lo_get(m.oid)) FROM pg_largeobject_metadata m ORDER BY 1",
+        "SELECT datdba::regrole, encoding, datcollate, datacl IS NULL, shobj_description(oid, 'pg_database')
+         FROM pg_database WHERE datname = current_database()",
+        "SELECT unnest(setconfig) FROM pg_db_role_setting s JOIN pg_database d ON d.oid = setdatabase
+         WHERE datname = current_database() AND setrole = 0",
+    ] {
+        assert_eq!(on(demo, target, query), on(demo, source, query), "{query}");
+    }
+}
+
+#[test]
+fn everything_comes_back_the_same() {
+    let demo = Demo::start(&[]);
+    on(&demo, "movr", "ALTER DATABASE movr SET work_mem = '7MB'; COMMENT ON DATABASE movr IS 'rides, and more'");
+    on(&demo, "movr", "CREATE DATABASE \"Second one\"");
+    on(&demo, "Second%20one", "CREATE TABLE \"T\" AS SELECT i, md5(i::text) FROM generate_series(1, 100) i");
+    // From the standby, from the primary, and of two databases in one statement.
+    for (number, (databases, filter)) in
+        [("movr", WEST), ("movr", "EXECUTION LOCALITY = 'region=us-east-1,zone=a'"), ("movr, \"Second one\"", WEST)]
+            .into_iter()
+            .enumerate()
+    {
+        let uri = format!("nodelocal://self/b{number}");
+        succeeded(&demo, 1, &format!("BACKUP DATABASE {databases} INTO '{uri}' WITH {filter}, DETACHED"));
+        let restore = |source: &str, target: &str| {
+            let statement = format!(
+                "RESTORE DATABASE {source} FROM LATEST IN '{uri}' WITH new_db_name = '{target}', {filter}, DETACHED"
+            );
+            succeeded(&demo, 2, &statement);
+        };
+        restore("movr", &format!("copy{number}"));
+        assert_same(&demo, "movr", &format!("copy{number}"));
+        if number == 2 {
+            restore("\"Second one\"", "copy of it");
+            assert_eq!(on(&demo, "copy%20of%20it", "SELECT count(*) FROM \"T\""), "100\n");
+        }
+    }
+    let left = "SELECT count(*) FROM pg_database WHERE datname LIKE '\\_backhaul%'";
+    assert_eq!(on(&demo, "postgres", left), "0\n");
+}
+
+#[test]
+fn an_attached_restore_is_relocated_as_a_backup_is() {
+    let demo = Demo::start(&[]);
+    succeeded(&demo, 1, &format!("BACKUP DATABASE movr INTO 'nodelocal://3/b' WITH {WEST}, DETACHED"));
+    let statement = |name: &str| {
+        format!("RESTORE DATABASE movr FROM LATEST IN 'nodelocal://3/b' WITH new_db_name = '{name}', {WEST}")
+    };
+    let told = demo.ask(1, &statement("one"));
+    assert!(told.starts_with("ERROR:  XXUUU: execution of job ") && told.contains(" relocated to "), "{told}");
+    let row = demo.ask(3, &statement("two"));
+    let columns: Vec<&str> = row.split('|').collect();
+    assert_eq!((columns[1], columns[2], columns[4]), ("succeeded", "1.0", "0"), "{row}");
+    assert_same(&demo, "movr", "two");
+    let told = demo.ask(3, &statement("two"));
+    assert!(told.starts_with("ERROR:  42P04: database \"two\" already exists"), "{told}");
+
+    // Looking into the collection needs no filter.
+    let paths = demo.ask(2, "SHOW BACKUPS IN 'nodelocal://3/b'");
+    assert!(paths.starts_with("/20") && paths.lines().count() == 1, "{paths}");
+    let shown = demo.ask(2, &format!("SHOW BACKUP FROM '{paths}' IN 'nodelocal://3/b' WITH check_files"));
+    assert!(shown.contains("movr|public|rides|table|full|"), "{shown}");
+    assert!(shown.contains("NOTICE:  00000: table public.sessions_cache of database movr is left out"), "{shown}");
+    let files = demo.ask(2, "SHOW BACKUP FILES FROM LATEST IN 'nodelocal://3/b'");
+    assert!(files.contains("table \"public.rides\" of movr"), "{files}");
+}
+
+/// The first data file of a table, below any node's external I/O directory.
+fn data_file(demo: &Demo, table: &str) -> PathBuf {
+    let files = demo.ask(1, "SHOW BACKUP FILES FROM LATEST IN 'nodelocal://3/b'");
+    let row = files.lines().find(|row| row.contains(&format!("\"public.{table}\""))).expect("a file of the table");
+    let name = row.split('|').next().unwrap().rsplit('/').next().unwrap();
+    let held = files_in(&demo.node_dir(3).join("extern"));
+    held.into_iter().find(|file| file.file_name().unwrap() == name).expect("the file")
+}
+
+#[test]
+fn damage_is_noticed_and_leaves_no_database() {
+    let demo = Demo::start(&[]);
+    succeeded(&demo, 1, &format!("BACKUP DATABASE movr INTO 'nodelocal://3/b' WITH {WEST}, DETACHED"));
+    let restore = "RESTORE DATABASE movr FROM LATEST IN 'nodelocal://3/b' WITH new_db_name = 'bad'";
+    let refused = |restore: &str, expected: &str| {
+        let told = demo.ask(3, restore);
+        assert!(told.starts_with("ERROR:  ") && told.contains(expected), "{told}");
+        let left = "SELECT count(*) FROM pg_database WHERE datname LIKE '\\_backhaul%' OR datname = 'bad'";
+        assert_eq!(on(&demo, "postgres", left), "0\n", "{told}");
+    };
+    let file = data_file(&demo, "rides");
+    let whole = std::fs::read(&file).unwrap();
+    let mut flipped = whole.clone();
+    let middle = flipped.len() / 2;
+    flipped[middle] ^= 1;
+    std::fs::write(&file, &flipped).unwrap();
+    refused(restore, "of the backup is damaged");
+    refused(restore, "It holds table \"public.rides\" of database \"movr\"");
+    std::fs::write(&file, &whole[..middle]).unwrap();
+    refused(restore, "the manifest says");
+    std::fs::remove_file(&file).unwrap();
+    refused(restore, "58P01");
+    std::fs::write(&file, &whole).unwrap();
+
+    let manifest = files_in(&demo.node_dir(3).join("extern"))
+        .into_iter()
+        .find(|file| file.ends_with("BACKUP_MANIFEST"))
+        .expect("the manifest");
+    let whole = std::fs::read_to_string(&manifest).unwrap();
+    std::fs::write(&manifest, whole.replacen("\"rows\": 1", "\"rows\": 2", 1)).unwrap();
+    refused(restore, "checksum mismatch");
+    let later = whole.replacen("\"format\": 1", "\"format\": 99", 1);
+    std::fs::write(&manifest, &later).unwrap();
+    let sum = run(std::process::Command::new("sha256sum").arg(&manifest));
+    let checksum = manifest.with_file_name("BACKUP_MANIFEST-CHECKSUM");
+    std::fs::write(&checksum, sum.split(' ').next().unwrap()).unwrap();
+    refused(restore, "0A000: the backup has format 99");
+    std::fs::remove_file(&manifest).unwrap();
+    refused(restore, "could not find BACKUP manifest file");
+    refused(&restore.replace("3/b", "3/nothing"), "58P01: path does not contain a completed latest backup");
+    refused(&restore.replace("DATABASE movr", "DATABASE other"), "could not find BACKUP manifest file");
+    on(&demo, "movr", "CREATE ROLE reader LOGIN; GRANT pg_read_all_data TO reader");
+    let told =
+        psql(&demo.nodes[0].url.replace("root@", "reader@")).args(["-v", "VERBOSITY=verbose", "-c", restore]).output();
+    let told = both(&told.unwrap());
+    assert!(told.contains("42501: user reader does not have RESTORE privilege"), "{told}");
+}
+
+/// Whoever dies, every row is there once.
+fn survives_the_death_of(number: usize) {
+    let demo = Demo::start(&["--rows", "100000"]);
+    on(&demo, "backhaul", "UPDATE registry.settings SET value = '1000' WHERE name = 'session_life_ms'");
+    succeeded(&demo, 1, "BACKUP DATABASE movr INTO 'nodelocal://2/b' WITH DETACHED");
+    let job = demo.ask(
+        1,
+        &format!("RESTORE DATABASE movr FROM LATEST IN 'nodelocal://2/b' WITH new_db_name = 'copy', {WEST}, DETACHED"),
+    );
+    until("the restore to load", || {
+        let seen = on(
+            &demo,
+            "postgres",
+            "SELECT count(*) FROM pg_stat_activity WHERE query LIKE 'COPY %FROM STDIN%' AND datname LIKE '\\_backhaul%'",
+        );
+        if seen.trim() == "0" { Err(demo.ask(1, &format!("SHOW JOB {job}"))) } else { Ok(()) }
+    });
+    kill(Pid::from_raw(demo.nodes[number - 1].pid), Signal::SIGKILL).unwrap();
+    let row = demo.ask(1, &format!("SHOW JOB WHEN COMPLETE {job}"));
+    assert!(row.contains("|succeeded|"), "{row}");
+    assert_same(&demo, "movr", "copy");
+}
+
+#[test]
+fn a_restore_survives_the_death_of_one_worker() {
+    survives_the_death_of(3);
+}
+
+#[test]
+fn a_restore_survives_the_death_of_the_other() {
+    survives_the_death_of(4);
+}

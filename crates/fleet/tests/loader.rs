@@ -139,7 +139,13 @@ impl Backup {
     }
 
     fn load(&self, job: i64, database_oid: u32, span: usize) -> Request {
-        Request::Load(Load { job, database_oid, span: span as u32, what: self.spans[span].0.clone() })
+        Request::Load(Load {
+            job,
+            database_oid,
+            span: span as u32,
+            what: self.spans[span].0.clone(),
+            encoding: String::new(),
+        })
     }
 
     /// Creates the database and loads all of it but `but`.
@@ -381,8 +387,17 @@ async fn a_restore_that_died_is_repeated_and_a_wrong_one_is_refused() {
     let finish = serde_json::to_value(backup.finish(7, oid, "new")).unwrap();
     assert!(timeout(Duration::from_millis(1500), loader.call(finish)).await.is_err());
     let error = said(
-        call(&loader, &Request::Load(Load { job: 7, database_oid: oid, span: 99, what: backup.spans[u].0.clone() }))
-            .await,
+        call(
+            &loader,
+            &Request::Load(Load {
+                job: 7,
+                database_oid: oid,
+                span: 99,
+                what: backup.spans[u].0.clone(),
+                encoding: String::new(),
+            }),
+        )
+        .await,
     );
     assert_eq!(error.message, "restore job 7 does not take rows any more");
     answer::<_, ()>(&loader, &backup.finish(7, oid, "new")).await.unwrap();

@@ -257,7 +257,8 @@ impl Story<'_> {
             What::LargeObjects => Loaded::LargeObjects,
             What::LargeObjectData => Loaded::LargeObjectData,
         };
-        Ok(Load { job: self.run.id.0, database_oid: created.oid, span, what })
+        let encoding = part.database.copy_encoding.clone();
+        Ok(Load { job: self.run.id.0, database_oid: created.oid, span, what, encoding })
     }
 
     async fn finish(&self, source: &Source, part: &Part<'_>, oid: u32) -> anyhow::Result<()> {

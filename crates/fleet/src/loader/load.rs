@@ -70,7 +70,7 @@ pub(super) async fn begin(loader: &Loader, load: Load) -> anyhow::Result<Rows> {
         let message = format!("restore job {} does not take rows any more", load.job);
         return Err(PgError::new(SqlState::OBJECT_NOT_IN_PREREQUISITE_STATE, message).into());
     }
-    let copying = within(BEGIN_DEADLINE, session.client.copy_in(&copy_of(&load.what))).await;
+    let copying = within(BEGIN_DEADLINE, session.client.copy_in(&copy_of(&load.what, &load.encoding))).await;
     let sink = Box::pin(copying.map_err(|error| named(error, &load.what))?);
     Ok(Rows { sink, acting, watch: Watch::over(end), load, _permit: permit })
 }
@@ -83,12 +83,13 @@ fn not_now(error: anyhow::Error, load: &Load) -> anyhow::Error {
     error.context("note the span")
 }
 
-fn copy_of(what: &Loaded) -> String {
+fn copy_of(what: &Loaded, encoding: &str) -> String {
+    let encoding = if encoding.is_empty() { "UTF8".to_owned() } else { encoding.replace('\'', "''") };
     match what {
         Loaded::Table { schema, name, columns } => {
             let columns: Vec<String> = columns.iter().map(|column| quoted(column)).collect();
             let columns = if columns.is_empty() { String::new() } else { format!(" ({})", columns.join(", ")) };
-            format!("COPY {}.{}{columns} FROM STDIN", quoted(schema), quoted(name))
+            format!("COPY {}.{}{columns} FROM STDIN (ENCODING '{encoding}')", quoted(schema), quoted(name))
         }
         Loaded::LargeObjects => "COPY backhaul_restore.large_objects (id, owner, acl, note) FROM STDIN".to_owned(),
         Loaded::LargeObjectData => "COPY backhaul_restore.pieces (id, number, piece) FROM STDIN".to_owned(),
@@ -170,7 +171,10 @@ mod tests {
             name: "t\"1".to_owned(),
             columns: columns.iter().map(|name| (*name).to_owned()).collect(),
         };
-        assert_eq!(copy_of(&table(&["a", "B"])), "COPY \"s\".\"t\"\"1\" (\"a\", \"B\") FROM STDIN");
-        assert_eq!(copy_of(&table(&[])), "COPY \"s\".\"t\"\"1\" FROM STDIN");
+        assert_eq!(
+            copy_of(&table(&["a", "B"]), ""),
+            "COPY \"s\".\"t\"\"1\" (\"a\", \"B\") FROM STDIN (ENCODING 'UTF8')"
+        );
+        assert_eq!(copy_of(&table(&[]), "SQL_ASCII"), "COPY \"s\".\"t\"\"1\" FROM STDIN (ENCODING 'SQL_ASCII')");
     }
 }

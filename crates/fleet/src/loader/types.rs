@@ -90,6 +90,9 @@ pub struct Load {
     pub span: u32,
     /// What its rows are.
     pub what: Loaded,
+    /// The encoding of its rows; empty for UTF-8. A database without an encoding of its own holds bytes.
+    #[serde(default)]
+    pub encoding: String,
 }
 
 /// What the rows of a span are.
@@ -162,7 +165,7 @@ mod tests {
     #[test]
     fn requests_survive_the_wire() {
         let what = Loaded::Table { schema: "s".to_owned(), name: "t".to_owned(), columns: Vec::new() };
-        let request = Request::Load(Load { job: 7, database_oid: 16384, span: 3, what });
+        let request = Request::Load(Load { job: 7, database_oid: 16384, span: 3, what, encoding: String::new() });
         let text = serde_json::to_string(&request).unwrap();
         assert_eq!(serde_json::from_str::<Request>(&text).unwrap(), request);
     }

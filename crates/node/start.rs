@@ -6,7 +6,7 @@ use std::sync::Arc;
 use anyhow::{Context as _, bail};
 use backup::{
     Backups, EXPORT, Export, IMPORT, Import, JOB_TYPE, PROBE, Probe as StoreProbe, RESTORE_TYPE, Resume, ResumeRestore,
-    SHOW, Show,
+    SHOW, SealSource, Show,
 };
 use cluster::registry::Registry;
 use cluster::secret::ClusterSecret;
@@ -115,7 +115,7 @@ fn offer(peers: &Peers, jobs: &Jobs, extern_dir: &Path, server: Option<Server>, 
     storage::install();
     let stores = Stores::new(peers.clone(), extern_dir.to_owned());
     let cluster = peers.cluster().clone();
-    let seal: Arc<dyn Fn() -> anyhow::Result<Seal> + Send + Sync> = Arc::new(move || {
+    let seal: SealSource = Arc::new(move || {
         let id = cluster.me().cluster_id.context("seal a URI as a member of a cluster")?;
         Ok(Seal::new(secret.read()?.as_deref(), id))
     });

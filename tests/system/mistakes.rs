@@ -174,7 +174,7 @@ fn a_registry_of_a_newer_program_is_left_alone() {
     let mut psql = first.psql("root", "backhaul");
     run(psql.args(["-c", "INSERT INTO registry.schema_version VALUES (99)"]));
     let node = Node::start(dir.path(), "n2", &["--insecure", "--join", &first.address]);
-    node.until_logged("the registry has schema version 99, and this program knows only up to 1");
+    node.until_logged("the registry has schema version 99, and this program knows only up to");
     let said = both(&node.psql("root", "postgres").args(["-Atc", "SELECT 1"]).output().unwrap());
     assert_eq!(said.trim(), "1", "clients are relayed all the same");
 }

@@ -182,8 +182,8 @@ fn damage_is_noticed_and_leaves_no_database() {
     assert!(told.contains("42501: user reader does not have RESTORE privilege"), "{told}");
 }
 
-/// Whoever dies, every row is there once.
-fn survives_the_death_of(number: usize) {
+/// Whoever gets this signal in the middle, every row is there once.
+fn survives(number: usize, signal: Signal) {
     let demo = Demo::start(&["--rows", "100000"]);
     on(&demo, "backhaul", "UPDATE registry.settings SET value = '1000' WHERE name = 'session_life_ms'");
     succeeded(&demo, 1, "BACKUP DATABASE movr INTO 'nodelocal://2/b' WITH DETACHED");
@@ -199,18 +199,35 @@ fn survives_the_death_of(number: usize) {
         );
         if seen.trim() == "0" { Err(demo.ask(1, &format!("SHOW JOB {job}"))) } else { Ok(()) }
     });
-    kill(Pid::from_raw(demo.nodes[number - 1].pid), Signal::SIGKILL).unwrap();
+    let node = Pid::from_raw(demo.nodes[number - 1].pid);
+    kill(node, signal).unwrap();
     let row = demo.ask(1, &format!("SHOW JOB WHEN COMPLETE {job}"));
     assert!(row.contains("|succeeded|"), "{row}");
+    if signal == Signal::SIGSTOP {
+        // It goes on with what it was at, and finds that it is too late.
+        kill(node, Signal::SIGCONT).unwrap();
+        until("the node to be back", || {
+            let seen = demo.ask(1, "SHOW NODES");
+            let back = seen.lines().any(|row| row.starts_with(&format!("{number}|")) && row.contains("|t|t|"));
+            if back { Ok(()) } else { Err(seen) }
+        });
+    }
     assert_same(&demo, "movr", "copy");
+    let left = "SELECT count(*) FROM pg_database WHERE datname LIKE '\\_backhaul%'";
+    assert_eq!(on(&demo, "postgres", left), "0\n");
 }
 
 #[test]
 fn a_restore_survives_the_death_of_one_worker() {
-    survives_the_death_of(3);
+    survives(3, Signal::SIGKILL);
+}
+
+#[test]
+fn a_restore_survives_a_worker_that_stops_and_goes_on() {
+    survives(4, Signal::SIGSTOP);
 }
 
 #[test]
 fn a_restore_survives_the_death_of_the_other() {
-    survives_the_death_of(4);
+    survives(4, Signal::SIGKILL);
 }

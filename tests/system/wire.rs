@@ -282,16 +282,17 @@ fn a_client_that_vanishes_leaves_no_session() {
 #[test]
 fn a_statement_of_ours_that_waits_can_be_cancelled_and_tells_what_it_lacks() {
     let demo = Demo::start(&["--nodes", "2", "--servers", "2", "--shards", "2", "--no-example-database"]);
-    // The registry is n1's; the second node's session there freezes, so that SHOW NODES on n2 has to wait for it.
+    // The registry is n1's; the second node's sessions there freeze, so that SHOW NODES on n2 has to wait for it.
     let name = format!("backhaul {}", demo.nodes[1].address);
     let frozen = demo.ask(1, &format!("SELECT pid FROM pg_stat_activity WHERE application_name = '{name}'"));
-    let frozen = Pid::from_raw(frozen.parse().unwrap());
+    let frozen: Vec<Pid> = frozen.lines().map(|pid| Pid::from_raw(pid.parse().unwrap())).collect();
+    let signal = |signal: Signal| frozen.iter().for_each(|pid| kill(*pid, signal).unwrap());
     let mut wire = Wire::login(&demo.nodes[1].address, "postgres");
-    kill(frozen, Signal::SIGSTOP).unwrap();
+    signal(Signal::SIGSTOP);
     let canceller = wire.canceller();
     let heard = wire.query("SHOW NODES").hear();
     drop(canceller);
-    kill(frozen, Signal::SIGCONT).unwrap();
+    signal(Signal::SIGCONT);
     assert_eq!(heard, "E SERROR C57014 Mcanceling statement due to user request\nZ I");
 
     // With the registry's server gone the answer is this node's own, and says so.

@@ -31,6 +31,6 @@ mod spans;
 pub use export::{EXPORT, Export, PROBE, Probe};
 pub use layout::COLLECTION_FILES;
 pub use manifest::{FileEntry, Manifest, ShardPart};
-pub use plan::{Backups, Finished, Outcome, Requester};
+pub use plan::{Backups, Finished, Outcome, Requester, SealSource};
 pub use restore::{IMPORT, Import, RESTORE_TYPE, ResumeRestore, SHOW, Show};
 pub use resume::{JOB_TYPE, Resume};

@@ -21,6 +21,9 @@ use crate::layout;
 use crate::point::leaseholder;
 use crate::resume::{JOB_TYPE, Payload};
 
+/// Gives the fleet's seal. Asked for at each use, because the cluster secret may come, or be replaced, at any time.
+pub type SealSource = Arc<dyn Fn() -> anyhow::Result<Seal> + Send + Sync>;
+
 /// Who asks, as PostgreSQL knows them.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Requester {
@@ -68,7 +71,7 @@ pub struct Backups {
     /// Where jobs are made.
     pub jobs: Jobs,
     /// Hides URIs from whoever reads the registry.
-    pub seal: Arc<dyn Fn() -> anyhow::Result<Seal> + Send + Sync>,
+    pub seal: SealSource,
 }
 
 impl Backups {

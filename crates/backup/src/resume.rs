@@ -1,6 +1,7 @@
 //! A backup job, step by step, on its coordinator. Every step can be the first one of a run that takes over.
 
 use std::collections::BTreeMap;
+use std::pin::Pin;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -11,16 +12,17 @@ use cluster::service::Boxed;
 use cluster::{Filter, NodeId, Peers};
 use fleet::founders::{DatabasePlan, FOUNDERS, Request, SequencePlan, TablePlan, is_point_lost};
 use futures_util::StreamExt as _;
-use jobs::{LostClaim, Resumer, Run};
+use jobs::{Resumer, Run};
 use pgerror::{PgError, SqlState};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
-use storage::{Created, Seal, Store, Stores, Uri};
+use storage::{Created, Store, Stores, Uri};
 use tokio::time::timeout;
 
 use crate::drive::{self, Finished, Invalidated, Shard};
 use crate::export::sha256;
 use crate::manifest::{FORMAT, FileEntry, Manifest, NodeWork, ShardPart};
+use crate::plan::SealSource;
 use crate::point::{self, ShardPoint};
 use crate::{hold, layout, seal, spans};
 
@@ -52,7 +54,7 @@ pub(crate) struct Payload {
 pub struct Resume {
     peers: Peers,
     stores: Stores,
-    seal: Arc<dyn Fn() -> anyhow::Result<Seal> + Send + Sync>,
+    seal: SealSource,
 }
 
 /// One run of one job.
@@ -69,7 +71,7 @@ struct Story<'s> {
 
 impl Resume {
     /// A resumer for jobs of [`JOB_TYPE`]; `seal` opens what only nodes may read.
-    pub fn new(peers: Peers, stores: Stores, seal: Arc<dyn Fn() -> anyhow::Result<Seal> + Send + Sync>) -> Arc<Self> {
+    pub fn new(peers: Peers, stores: Stores, seal: SealSource) -> Arc<Self> {
         Arc::new(Self { peers, stores, seal })
     }
 
@@ -87,17 +89,23 @@ impl Resume {
             uri: uri.exposed(),
             payload,
         };
-        let told = story.tell().await;
-        if told.as_ref().is_err_and(|error| !error.is::<LostClaim>() && !jobs::may_pass(error)) {
-            story.give_up().await;
-        }
-        told
+        story.tell().await
     }
 }
 
 impl Resumer for Resume {
     fn resume(&self, run: Run) -> Boxed<'_, Value> {
         Box::pin(async move { self.story(&run).await })
+    }
+
+    fn give_up(&self, run: Run) -> Pin<Box<dyn Future<Output = ()> + Send + '_>> {
+        Box::pin(async move {
+            if run.check().await.is_ok()
+                && let Err(error) = close_points(&run, &self.peers).await
+            {
+                tracing::info!(job = %run.id, "founders end by themselves: {error:#}");
+            }
+        })
     }
 }
 
@@ -114,25 +122,8 @@ impl Story<'_> {
             };
             manifest = Some(seal::seal(self.run, &self.store, &self.collection, body, when).await?);
         }
-        self.close_points().await?;
+        close_points(self.run, self.peers).await?;
         manifest.as_ref().map(result).context("find the manifest")
-    }
-
-    /// Nothing more of this job is read, unless somebody else works on it now.
-    async fn give_up(&self) {
-        if self.run.check().await.is_ok()
-            && let Err(error) = self.close_points().await
-        {
-            tracing::info!(job = %self.run.id, "founders end by themselves: {error:#}");
-        }
-    }
-
-    /// Nothing is read at this job's points any more.
-    async fn close_points(&self) -> anyhow::Result<()> {
-        for point in self.run.kept_under::<ShardPoint>("point/").await? {
-            point::close(self.peers, point.node, point.lease).await;
-        }
-        Ok(())
     }
 
     /// The directory is this job's, and stays so.
@@ -347,6 +338,14 @@ impl Story<'_> {
 fn stalled(point: &ShardPoint) -> PgError {
     let message = format!("the schema from node {} has stopped coming", point.node);
     PgError::new(SqlState::CONNECTION_FAILURE, message)
+}
+
+/// Nothing is read at this job's points any more.
+async fn close_points(run: &Run, peers: &Peers) -> anyhow::Result<()> {
+    for point in run.kept_under::<ShardPoint>("point/").await? {
+        point::close(peers, point.node, point.lease).await;
+    }
+    Ok(())
 }
 
 /// A point that is gone is no reason to fail: another one is taken.

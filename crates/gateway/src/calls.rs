@@ -19,7 +19,7 @@ use tokio::time::timeout;
 use crate::Gateway;
 use crate::answer::{Writer, spoken};
 use crate::frame::cut_string;
-use crate::peer::{FRAME_MAX, frame};
+use crate::peer::{AHEAD_MAX, frame};
 use crate::pipeline::Transaction;
 
 /// A peer that takes nothing, or gives nothing, for so long is gone: what it holds here others wait for.
@@ -136,7 +136,7 @@ async fn download(mut stream: ByteStream, wire: &mut Wire<'_>) -> anyhow::Result
         let next = tokio::select! {
             next = stream.next() => next,
             // The peer says no more than its Sync until the stream ends; that it has gone away is read here, too.
-            read = wire.socket.read_buf(&mut wire.received), if wire.received.len() < FRAME_MAX => {
+            read = wire.socket.read_buf(&mut wire.received), if wire.received.len() < AHEAD_MAX => {
                 if read? == 0 {
                     return Err(std::io::Error::from(std::io::ErrorKind::UnexpectedEof).into());
                 }
@@ -161,7 +161,7 @@ async fn receive(mut upload: Box<dyn Upload>, wire: &mut Wire<'_>) -> anyhow::Re
     Writer(&mut wire.out).copy_in_response();
     wire.send().await?;
     loop {
-        let next = timeout(STALL_DEADLINE, frame(wire.socket, &mut wire.received)).await;
+        let next = timeout(STALL_DEADLINE, frame(wire.socket, &mut wire.received, AHEAD_MAX)).await;
         match next.map_err(std::io::Error::from)?? {
             Some((b'd', bytes)) => upload.write(bytes).await?,
             Some((b'c', _)) => break,

@@ -27,8 +27,14 @@ use crate::{Gateway, refuse, show};
 /// A peer that has not proven itself by then is sent away.
 const PROOF_DEADLINE: Duration = Duration::from_secs(10);
 
-/// Verbs, proofs and pieces of uploads are short; a longer frame is not from a peer.
-pub(crate) const FRAME_MAX: usize = 1024 * 1024;
+/// A proof is short; a longer frame is not from a peer.
+const PROOF_MAX: usize = 64 * 1024;
+
+/// A request of a proven peer may carry the plan of a database with many thousand tables; a longer one is refused.
+pub(crate) const FRAME_MAX: usize = 256 * 1024 * 1024;
+
+/// What a peer sends while it waits is kept up to this; then it is read no further.
+pub(crate) const AHEAD_MAX: usize = 1024 * 1024;
 
 /// The one column of a verb's answer.
 const ANSWER: [Column; 1] = [Column { name: "answer", kind: Kind::Text }];
@@ -91,7 +97,7 @@ impl Gateway {
         loop {
             wire.send().await?;
             let next = tokio::select! {
-                next = frame(wire.socket, &mut wire.received) => next?,
+                next = frame(wire.socket, &mut wire.received, FRAME_MAX) => next?,
                 () = self.shutdown.cancelled() => return Ok(()),
             };
             let Some((tag, body)) = next else { return Ok(()) };
@@ -189,7 +195,7 @@ fn first_scram_message(mut body: &[u8]) -> Option<&[u8]> {
 }
 
 async fn proof(socket: &mut Socket, received: &mut BytesMut) -> anyhow::Result<Bytes> {
-    match frame(socket, received).await? {
+    match frame(socket, received, PROOF_MAX).await? {
         Some((b'p', body)) => Ok(body),
         Some(_) => bail!("a peer sent something other than its proof"),
         // The peer tried a password that it does not have, most likely: it is told when it comes back.
@@ -199,7 +205,7 @@ async fn proof(socket: &mut Socket, received: &mut BytesMut) -> anyhow::Result<B
 
 /// Returns when the peer has closed its side. What it sends meanwhile stays for later.
 async fn gone(socket: &mut Socket, received: &mut BytesMut) {
-    while received.len() < FRAME_MAX {
+    while received.len() < AHEAD_MAX {
         if !matches!(socket.read_buf(received).await, Ok(read) if read > 0) {
             return;
         }
@@ -207,11 +213,15 @@ async fn gone(socket: &mut Socket, received: &mut BytesMut) {
     std::future::pending().await
 }
 
-/// Reads one whole, short frame: its tag and its body.
-pub(crate) async fn frame(socket: &mut Socket, received: &mut BytesMut) -> anyhow::Result<Option<(u8, Bytes)>> {
+/// Reads one whole frame of at most `limit` bytes: its tag and its body.
+pub(crate) async fn frame(
+    socket: &mut Socket,
+    received: &mut BytesMut,
+    limit: usize,
+) -> anyhow::Result<Option<(u8, Bytes)>> {
     loop {
         if let Some(found) = header(received)? {
-            if found.len > FRAME_MAX {
+            if found.len > limit {
                 bail!("a frame of {} bytes on a peer session", found.len);
             }
             if received.len() >= found.len {

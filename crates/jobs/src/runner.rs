@@ -1,6 +1,7 @@
 //! Which jobs this node works on: claiming, checking, running, ending.
 
 use std::collections::{BTreeMap, HashSet};
+use std::pin::Pin;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -25,8 +26,10 @@ const TICK: Duration = Duration::from_secs(1);
 /// So many unclaimed jobs are taken at once; the next look takes more.
 const CLAIMS_AT_ONCE: i64 = 10;
 
-/// A job that fails in a way that may pass is begun again for so long, with waits that double up to the longest.
+/// A job that fails in a way that may pass is begun again for so long after the first failure of a row, with waits that
+/// double up to the longest. A run that lasted for a while ends the row.
 const RETRY_FOR: Duration = Duration::from_secs(300);
+const A_WHILE: Duration = Duration::from_secs(60);
 const FIRST_WAIT: Duration = Duration::from_millis(500);
 const LONGEST_WAIT: Duration = Duration::from_secs(10);
 
@@ -45,6 +48,9 @@ pub trait Resumer: Send + Sync {
     /// Does the job, from its beginning or from where an earlier run has left it, and gives its result. The future is
     /// dropped when the claim is lost, at any await.
     fn resume(&self, run: Run) -> Boxed<'_, Value>;
+
+    /// The job has failed for good: removes what it has made. Best effort; what stays behind is logged.
+    fn give_up(&self, run: Run) -> Pin<Box<dyn Future<Output = ()> + Send + '_>>;
 }
 
 struct Shared {
@@ -310,8 +316,9 @@ impl Jobs {
             ledger: self.0.ledger.clone(),
         };
         let mut wait = FIRST_WAIT;
-        let begun = Instant::now();
+        let mut failing_since: Option<Instant> = None;
         loop {
+            let begun = Instant::now();
             if !self.begin(claimed).await? {
                 let message = format!("the job was begun {RUNS_MAX} times and never came to its end");
                 return self.fail(claimed, &PgError::new(SqlState::UNCATEGORIZED, message).into()).await;
@@ -321,7 +328,12 @@ impl Jobs {
                 Err(error) if error.downcast_ref::<LostClaim>().is_some() => return Err(error),
                 Err(error) => error,
             };
-            if !may_pass(&error) || begun.elapsed() >= RETRY_FOR {
+            if begun.elapsed() >= A_WHILE {
+                (failing_since, wait) = (None, FIRST_WAIT);
+            }
+            let since = *failing_since.get_or_insert_with(Instant::now);
+            if !may_pass(&error) || since.elapsed() >= RETRY_FOR {
+                resumer.give_up(run).await;
                 return self.fail(claimed, &error).await;
             }
             tracing::warn!(job = %claimed.id, "job is tried again: {error:#}");

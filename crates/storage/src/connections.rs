@@ -1,6 +1,6 @@
 //! External connections: names for stores, so that a statement names a bucket and holds none of its keys.
 //!
-//! They live in the registry (`connections.sql`), their URIs sealed. Whoever resolves one has asked before whether the
+//! They live in the registry, their URIs sealed. Whoever resolves one has asked before whether the
 //! user may use it; that is not known here.
 
 use std::time::Duration;

@@ -37,6 +37,9 @@ const COMMIT_DEADLINE: Duration = Duration::from_secs(600);
 /// Decompressed bytes gather up to this many before they go on.
 const PIECE: usize = 256 * 1024;
 
+/// Compressed bytes are taken in pieces of this size; zstd makes at most some thirty thousand times as many of them.
+const BITE: usize = 256;
+
 /// One file for one worker.
 #[derive(Clone, Serialize, Deserialize)]
 pub(crate) struct Task {
@@ -92,36 +95,49 @@ impl Import {
         let mut upload = self.peers.upload(task.loader, LOADER, &request, BEGIN_DEADLINE).await?;
         let mut decoder = zstd::stream::write::Decoder::new(Vec::with_capacity(PIECE * 2))?;
         let mut hash = Sha256::new();
-        let mut rows = 0;
+        let mut sent = Sent::default();
         while let Some(piece) = timeout(STALL_DEADLINE, packed.next()).await.map_err(|_| stalled(&task.file.path))? {
             let piece = piece?;
             hash.update(&piece);
-            decoder.write_all(&piece).map_err(|_| damaged("It cannot be decompressed."))?;
-            rows += send(&mut upload, decoder.get_mut(), PIECE).await?;
+            // In small bites, because a few bytes may stand for very many.
+            for bite in piece.chunks(BITE) {
+                decoder.write_all(bite).map_err(|_| damaged("It cannot be decompressed."))?;
+                if sent.bytes + decoder.get_ref().len() as u64 > task.file.bytes {
+                    return Err(damaged("It is longer than the manifest says.").into());
+                }
+                send(&mut upload, decoder.get_mut(), PIECE, &mut sent).await?;
+            }
         }
         decoder.flush().map_err(|_| damaged("It cannot be decompressed."))?;
-        rows += send(&mut upload, decoder.get_mut(), 1).await?;
+        send(&mut upload, decoder.get_mut(), 1, &mut sent).await?;
         let found = hex(&hash.finalize());
         if found != task.file.sha256 {
             return Err(damaged(&format!("Its SHA-256 is {found}.")).into());
         }
-        if rows != task.file.rows {
-            return Err(damaged(&format!("It has {rows} rows; the manifest says {}.", task.file.rows)).into());
+        if sent.rows != task.file.rows {
+            return Err(damaged(&format!("It has {} rows; the manifest says {}.", sent.rows, task.file.rows)).into());
         }
         timeout(COMMIT_DEADLINE, upload.finish()).await.map_err(|_| stalled("the commit"))?
     }
 }
 
-/// Sends on what was decompressed once there are `enough` bytes; gives the rows among them.
-async fn send(upload: &mut Box<dyn Upload>, bytes: &mut Vec<u8>, enough: usize) -> anyhow::Result<u64> {
+/// What has gone on so far.
+#[derive(Default)]
+struct Sent {
+    bytes: u64,
+    rows: u64,
+}
+
+/// Sends on what was decompressed once there are `enough` bytes.
+async fn send(upload: &mut Box<dyn Upload>, bytes: &mut Vec<u8>, enough: usize, sent: &mut Sent) -> anyhow::Result<()> {
     if bytes.len() < enough {
-        return Ok(0);
+        return Ok(());
     }
     let full = std::mem::replace(bytes, Vec::with_capacity(PIECE * 2));
-    let rows = full.iter().filter(|byte| **byte == b'\n').count() as u64;
-    let sent = timeout(STALL_DEADLINE, upload.write(Bytes::from(full))).await;
-    sent.map_err(|_| stalled("the database"))??;
-    Ok(rows)
+    sent.bytes += full.len() as u64;
+    sent.rows += full.iter().filter(|byte| **byte == b'\n').count() as u64;
+    let taken = timeout(STALL_DEADLINE, upload.write(Bytes::from(full))).await;
+    taken.map_err(|_| stalled("the database"))?
 }
 
 fn stalled(what: &str) -> PgError {

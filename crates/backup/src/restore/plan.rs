@@ -1,7 +1,7 @@
 //! From a RESTORE statement to a job.
 
 use anyhow::Context as _;
-use cluster::{Purpose, spoken};
+use cluster::{Peers, Purpose, spoken};
 use jobs::{JobId, NewJob};
 use pgerror::{PgError, SqlState};
 use sql::{Restore, Subdir};
@@ -30,13 +30,7 @@ impl Backups {
     async fn plan_restore(&self, statement: &Restore, requester: &Requester) -> anyhow::Result<NewJob> {
         let filter = filter_of(statement.options.execution_locality.as_ref())?;
         let id = JobId::new(self.jobs.node_id()?);
-        if !requester.superuser {
-            // What is in a backup runs as SQL, with all rights.
-            let message = format!("user {} does not have RESTORE privilege", requester.user);
-            return Err(PgError::new(SqlState::INSUFFICIENT_PRIVILEGE, message)
-                .hint("A restore runs SQL from the backup; only a superuser may do that.")
-                .into());
-        }
+        superuser_of(&self.peers, self.shards().await?.iter().map(String::as_str), &requester.user).await?;
         let target = match &statement.options.new_db_name {
             Some(name) => literal(name)?.to_owned(),
             None => statement.database.clone(),
@@ -51,7 +45,13 @@ impl Backups {
             Subdir::Named(text) => Some(literal(text)?.to_owned()),
         };
         let description = statement.description(subdir.as_deref().unwrap_or("latest"), &shown);
-        let payload = Payload { database: statement.database.clone(), target, subdir, filter: filter.to_string() };
+        let payload = Payload {
+            database: statement.database.clone(),
+            target,
+            subdir,
+            filter: filter.to_string(),
+            user: requester.user.clone(),
+        };
         Ok(NewJob {
             id,
             job_type: RESTORE_TYPE.to_owned(),
@@ -82,4 +82,28 @@ impl Backups {
         }
         Ok(())
     }
+}
+
+/// Sees to it that `user` is a superuser in each of these shards, as far as they can be reached: what is in a backup
+/// runs there as SQL, with all rights.
+///
+/// # Errors
+///
+/// 42501, or a leaseholder does not answer.
+pub(crate) async fn superuser_of(peers: &Peers, shards: impl Iterator<Item = &str>, user: &str) -> anyhow::Result<()> {
+    let view = peers.cluster().view();
+    for shard in shards {
+        let Some(leader) = view.leader(shard) else { continue };
+        let purpose = Purpose::Server { database: "postgres".to_owned() };
+        let session = peers.dialer().dial(&leader.address, &purpose).await?;
+        let query = "SELECT 1 FROM pg_catalog.pg_roles WHERE rolname = $1 AND rolsuper";
+        if session.query_opt(query, &[&user]).await.map_err(spoken).context("look for the user")?.is_none() {
+            let message = format!("user {user} does not have RESTORE privilege");
+            return Err(PgError::new(SqlState::INSUFFICIENT_PRIVILEGE, message)
+                .detail(format!("The user is not a superuser in shard \"{shard}\"."))
+                .hint("A restore runs SQL from the backup; only a superuser may do that.")
+                .into());
+        }
+    }
+    Ok(())
 }

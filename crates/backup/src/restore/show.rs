@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use anyhow::Context as _;
 use cluster::service::{Boxed, Reply, Service};
-use cluster::{NodeId, Peers};
+use cluster::{Filter, NodeId, Peers};
 use pgerror::{PgError, SqlState};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
@@ -47,7 +47,9 @@ impl Show {
                 Ok(serde_json::to_value(found)?)
             }
             Request::Backup { uri, subdir, check_files } => {
-                let source = Source::find(&self.stores, &self.peers, &Uri::parse(&uri)?, subdir.as_deref()).await?;
+                // A statement without a filter is for every node.
+                let (uri, all) = (Uri::parse(&uri)?, Filter::default());
+                let source = Source::find(&self.stores, &self.peers, &uri, subdir.as_deref(), &all).await?;
                 if check_files {
                     let parts = source.manifest.shards.iter();
                     let files: Vec<&FileEntry> =

@@ -1,7 +1,7 @@
 //! A backup that is read: found, checked, and opened file by file.
 
 use anyhow::Context as _;
-use cluster::{NodeId, Peers};
+use cluster::{Filter, NodeId, Peers};
 use pgerror::{PgError, SqlState};
 use storage::{Store, Stores, Uri};
 
@@ -20,11 +20,12 @@ pub(crate) struct Source {
 }
 
 /// The places where a collection's indexes may be. `nodelocal://self` is each node's own directory, and a backup's
-/// index is in its coordinator's: all of them are looked at.
-fn places(collection: &Uri, peers: &Peers) -> Vec<Uri> {
+/// index is in its coordinator's: those of all nodes that match the filter are looked at.
+fn places(collection: &Uri, peers: &Peers, filter: &Filter) -> Vec<Uri> {
     let view = peers.cluster().view();
-    let mut nodes: Vec<NodeId> =
-        view.nodes.values().filter(|known| known.reachable).filter_map(|known| known.info.node_id).collect();
+    let known = view.nodes.values().filter(|known| known.reachable);
+    let matching = known.filter(|known| known.info.locality.first_unmatched(filter).is_none());
+    let mut nodes: Vec<NodeId> = matching.filter_map(|known| known.info.node_id).collect();
     nodes.sort_unstable();
     match collection.on(NodeId(0)) {
         Some(_) => nodes.into_iter().filter_map(|node| collection.on(node)).collect(),
@@ -39,7 +40,7 @@ fn places(collection: &Uri, peers: &Peers) -> Vec<Uri> {
 /// The store cannot be read.
 pub(crate) async fn list(stores: &Stores, peers: &Peers, collection: &Uri) -> anyhow::Result<Vec<String>> {
     let mut found = Vec::new();
-    for place in places(collection, peers) {
+    for place in places(collection, peers, &Filter::default()) {
         let store = stores.open(&place).await?;
         for entry in store.list(layout::LATEST_PREFIX).await? {
             found.extend(text(&store, &entry.path).await?);
@@ -67,8 +68,9 @@ impl Source {
         peers: &Peers,
         collection: &Uri,
         subdir: Option<&str>,
+        filter: &Filter,
     ) -> anyhow::Result<Self> {
-        let places = places(collection, peers);
+        let places = places(collection, peers, filter);
         let subdir = match subdir {
             Some(subdir) => format!("/{}", subdir.trim_matches('/')),
             None => latest(stores, &places, collection).await?,

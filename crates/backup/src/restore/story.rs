@@ -1,25 +1,28 @@
 //! A restore job, step by step, on its coordinator. Every step can be the first one of a run that takes over.
 
 use std::collections::BTreeMap;
+use std::pin::Pin;
 use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::Context as _;
 use cluster::service::Boxed;
-use cluster::{Filter, NodeId, Peers};
+use cluster::{Filter, NodeId, Peers, Role};
 use fleet::founders::{DatabasePlan, What};
 use fleet::loader::{Create, Created, Finish, LOADER, Load, Loaded, Request, needs_schema};
-use jobs::{LostClaim, Resumer, Run};
+use jobs::{Resumer, Retryable, Run};
 use pgerror::{PgError, SqlState};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
-use storage::{Seal, Stores, Uri};
+use storage::{Stores, Uri};
 use tokio::time::Instant;
 
 use super::import::{IMPORT, Task};
+use super::plan::superuser_of;
 use super::source::Source;
 use crate::deal::{AsyncDone, Deal};
 use crate::manifest::{FileEntry, ShardPart};
+use crate::plan::SealSource;
 
 /// The type of these jobs.
 pub const RESTORE_TYPE: &str = "RESTORE";
@@ -35,6 +38,9 @@ const FINISH_DEADLINE: Duration = Duration::from_secs(7 * 24 * 3600);
 
 /// One file; its own parts have deadlines that are shorter.
 const FILE_DEADLINE: Duration = Duration::from_secs(24 * 3600);
+
+/// What the target has lost is loaded again this often.
+const ROUNDS_MAX: usize = 5;
 
 /// Progress is written no more often.
 const PROGRESS_EVERY: Duration = Duration::from_secs(1);
@@ -53,13 +59,14 @@ pub(crate) struct Payload {
     /// None is the newest.
     pub(crate) subdir: Option<String>,
     pub(crate) filter: String,
+    pub(crate) user: String,
 }
 
 /// Runs restore jobs.
 pub struct ResumeRestore {
     peers: Peers,
     stores: Stores,
-    seal: Arc<dyn Fn() -> anyhow::Result<Seal> + Send + Sync>,
+    seal: SealSource,
 }
 
 /// One run of one job.
@@ -81,8 +88,25 @@ struct Part<'p> {
 
 impl ResumeRestore {
     /// A resumer for jobs of [`RESTORE_TYPE`]; `seal` opens what only nodes may read.
-    pub fn new(peers: Peers, stores: Stores, seal: Arc<dyn Fn() -> anyhow::Result<Seal> + Send + Sync>) -> Arc<Self> {
+    pub fn new(peers: Peers, stores: Stores, seal: SealSource) -> Arc<Self> {
         Arc::new(Self { peers, stores, seal })
+    }
+
+    /// Removes what the job has made, by its mark, in whichever shard: the backup itself may not be readable any more.
+    async fn remove(&self, run: &Run) {
+        if run.check().await.is_err() {
+            // Somebody else works on it.
+            return;
+        }
+        let view = self.peers.cluster().view();
+        let known = view.nodes.values().filter(|known| known.reachable);
+        let leaders = known.filter(|known| view.role(&known.info) == Role::Leaseholder);
+        for node in leaders.filter_map(|known| known.info.node_id) {
+            let request = Request::Drop { job: run.id.0 };
+            if let Err(error) = self.peers.call::<()>(node, LOADER, &request, ASK_DEADLINE).await {
+                tracing::warn!(job = %run.id, %node, "an unfinished database may be left: {error:#}");
+            }
+        }
     }
 
     async fn story(&self, run: &Run) -> anyhow::Result<Value> {
@@ -104,6 +128,10 @@ impl Resumer for ResumeRestore {
     fn resume(&self, run: Run) -> Boxed<'_, Value> {
         Box::pin(async move { self.story(&run).await })
     }
+
+    fn give_up(&self, run: Run) -> Pin<Box<dyn Future<Output = ()> + Send + '_>> {
+        Box::pin(async move { self.remove(&run).await })
+    }
 }
 
 impl Story<'_> {
@@ -113,17 +141,18 @@ impl Story<'_> {
             Some(subdir) => Some(subdir),
             None => self.payload.subdir.clone(),
         };
-        let source = Source::find(self.stores, self.peers, &self.collection, chosen.as_deref()).await?;
+        let source = Source::find(self.stores, self.peers, &self.collection, chosen.as_deref(), &self.filter).await?;
         self.run.keep("subdir", &source.subdir).await?;
         let parts = self.parts(&source)?;
-        let outcome = self.restore(&source, &parts).await;
-        if let Err(error) = &outcome
-            && error.downcast_ref::<LostClaim>().is_none()
-            && !jobs::may_pass(error)
-        {
-            self.remove(&parts).await;
-        }
-        outcome
+        self.check_rights(&parts).await?;
+        self.restore(&source, &parts).await
+    }
+
+    /// What is in a backup runs as SQL with all rights, so its user has to have them where it runs, and to have them
+    /// still.
+    async fn check_rights(&self, parts: &[Part<'_>]) -> anyhow::Result<()> {
+        let shards = parts.iter().map(|part| part.part.shard.as_str());
+        superuser_of(self.peers, shards, &self.payload.user).await
     }
 
     async fn restore(&self, source: &Source, parts: &[Part<'_>]) -> anyhow::Result<Value> {
@@ -138,7 +167,7 @@ impl Story<'_> {
         }
         let total: u64 = parts.iter().flat_map(Part::files).map(|file| file.bytes.max(1)).sum();
         let mut noted = Noted { run: self.run, total, done: 0, reported: Instant::now() };
-        for (part, created) in parts.iter().zip(&made) {
+        for (part, created) in parts.iter().zip(&mut made) {
             self.load(source, part, created, &mut noted).await?;
         }
         self.run.progress(LOAD_SHARE, "building indexes, constraints and views").await?;
@@ -197,7 +226,7 @@ impl Story<'_> {
         self.run.progress(0.0, &format!("making the database in shard {}", part.part.shard)).await?;
         let target = self.payload.target.clone();
         let request = Request::Create(Box::new(Create { job: self.run.id.0, target, plan: part.database.clone() }));
-        let created: Created = self.peers.call(part.node, LOADER, &request, ASK_DEADLINE).await?;
+        let created: Created = self.peers.call(part.node, LOADER, &request, ASK_DEADLINE).await.map_err(passing)?;
         if !created.progress.pre_data {
             self.schema(source, part, created.oid).await?;
         }
@@ -209,18 +238,47 @@ impl Story<'_> {
         let file = part.schemas().next().context("find the schema in the manifest")?;
         let dump = source.read(self.stores, file).await?;
         let request = Request::PreData { job: self.run.id.0, database_oid: oid };
-        let mut upload = self.peers.upload(part.node, LOADER, &request, ASK_DEADLINE).await?;
-        upload.write(dump).await?;
-        tokio::time::timeout(SCHEMA_DEADLINE, upload.finish()).await.context("make the objects")?
+        let made = async {
+            let mut upload = self.peers.upload(part.node, LOADER, &request, ASK_DEADLINE).await?;
+            upload.write(dump).await?;
+            upload.finish().await
+        };
+        tokio::time::timeout(SCHEMA_DEADLINE, made).await.context("make the objects")?.map_err(passing)
     }
 
+    /// Loads until the target itself says that every file is in: a server that crashed may have lost the last ones.
     async fn load(
+        &self,
+        source: &Source,
+        part: &Part<'_>,
+        created: &mut Created,
+        noted: &mut Noted<'_>,
+    ) -> anyhow::Result<()> {
+        for _ in 0..ROUNDS_MAX {
+            noted.done = 0;
+            self.load_missing(source, part, created, noted).await?;
+            let request = Request::Progress { job: self.run.id.0 };
+            created.progress = self.peers.call(part.node, LOADER, &request, ASK_DEADLINE).await.map_err(passing)?;
+            if created.progress.whole
+                || part.files().zip(0..).all(|(_, number)| created.progress.spans.contains(&number))
+            {
+                return Ok(());
+            }
+        }
+        let message = "the target server loses what it has committed";
+        Err(PgError::new(SqlState::DATA_CORRUPTED, message).into())
+    }
+
+    async fn load_missing(
         &self,
         source: &Source,
         part: &Part<'_>,
         created: &Created,
         noted: &mut Noted<'_>,
     ) -> anyhow::Result<()> {
+        if created.progress.whole {
+            return Ok(());
+        }
         let mut open = Vec::new();
         for (file, number) in part.files().zip(0..) {
             if created.progress.spans.contains(&number) {
@@ -243,7 +301,7 @@ impl Story<'_> {
             };
             self.peers.call::<()>(worker, IMPORT, &task, FILE_DEADLINE).await
         };
-        deal.run(open, one, |_| None, noted).await
+        deal.run(open, one, |_| None, noted).await.map_err(passing)
     }
 
     fn load_of(&self, part: &Part<'_>, created: &Created, span: u32, file: &FileEntry) -> anyhow::Result<Load> {
@@ -284,19 +342,9 @@ impl Story<'_> {
             Err(error) if PgError::of(&error).is_some_and(needs_schema) => {
                 // That node was restarted, and its copy is gone.
                 self.schema(source, part, oid).await?;
-                self.peers.call::<()>(part.node, LOADER, &request, FINISH_DEADLINE).await
+                self.peers.call::<()>(part.node, LOADER, &request, FINISH_DEADLINE).await.map_err(passing)
             }
-            done => done,
-        }
-    }
-
-    /// Removes what this job has made, by its mark.
-    async fn remove(&self, parts: &[Part<'_>]) {
-        for part in parts {
-            let request = Request::Drop { job: self.run.id.0 };
-            if let Err(error) = self.peers.call::<()>(part.node, LOADER, &request, ASK_DEADLINE).await {
-                tracing::warn!(job = %self.run.id, node = %part.node, "an unfinished database is left: {error:#}");
-            }
+            done => done.map_err(passing),
         }
     }
 }
@@ -314,6 +362,21 @@ impl<'p> Part<'p> {
     }
 }
 
+/// What the target's server refuses now it may grant later: it restarts, say, or an earlier run still holds something.
+fn passing(error: anyhow::Error) -> anyhow::Error {
+    const PASSING: [SqlState; 7] = [
+        SqlState::ADMIN_SHUTDOWN,
+        SqlState::CRASH_SHUTDOWN,
+        SqlState::CANNOT_CONNECT_NOW,
+        SqlState::OBJECT_IN_USE,
+        SqlState::LOCK_NOT_AVAILABLE,
+        SqlState::SERIALIZATION_FAILURE,
+        SqlState::DEADLOCK_DETECTED,
+    ];
+    let passes = PgError::of(&error).is_some_and(|said| PASSING.contains(&said.code));
+    if passes { error.context(Retryable) } else { error }
+}
+
 /// Under which key it stands that all rows of a shard are in: its value is the database's OID.
 fn finishing(part: &Part<'_>) -> String {
     format!("finishing/{}", part.part.shard)
@@ -322,7 +385,10 @@ fn finishing(part: &Part<'_>) -> String {
 fn result(parts: &[Part<'_>]) -> Value {
     let rows: u64 = parts.iter().flat_map(Part::files).map(|file| file.rows).sum();
     let bytes: u64 = parts.iter().flat_map(Part::files).map(|file| file.bytes).sum();
-    json!({ "rows": rows, "index_entries": 0, "bytes": bytes })
+    let left_out = parts.iter().flat_map(|part| &part.database.skipped);
+    let left_out: Vec<String> =
+        left_out.map(|it| format!("{} {} was left out of the backup: {}", it.kind, it.object, it.reason)).collect();
+    json!({ "rows": rows, "index_entries": 0, "bytes": bytes, "left_out": left_out })
 }
 
 /// How far it is.

@@ -11,10 +11,11 @@ use cluster::service::{Reply, Service as _, Upload};
 use fleet::Server;
 use fleet::founders::{self, DatabasePlan, Founders, Open, Opened, SpanRequest, What};
 use fleet::loader::{
-    Create, Created, Finish, Load, Loaded, Loader, Progress, RESTORE_ROLE, Request, is_already_loaded, needs_schema,
+    Create, Created, Finish, LOADERS_MAX, Load, Loaded, Loader, Progress, RESTORE_ROLE, Request, is_already_loaded,
+    needs_schema,
 };
 use fleet::private::{Installation, Instance, RunAs};
-use futures_util::StreamExt as _;
+use futures_util::{FutureExt as _, StreamExt as _};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use pgerror::{PgError, SqlState};
@@ -228,7 +229,8 @@ const KINDS: &str = r#"
     CREATE PUBLICATION everything FOR ALL TABLES;
     CREATE SUBSCRIPTION far CONNECTION 'host=/nowhere password=hunter2' PUBLICATION p WITH (connect = false);
     ALTER DATABASE shop SET work_mem = '5MB'; ALTER DATABASE shop SET search_path = "$user", public, "A, b";
-    ALTER DATABASE shop SET app.note = 'it''s'; COMMENT ON DATABASE shop IS 'the \ shop''s';
+    ALTER ROLE granted IN DATABASE shop SET search_path = "A, b", app; ALTER ROLE granted IN DATABASE shop SET work_mem
+    = '7MB'; ALTER DATABASE shop SET app.note = 'it''s'; COMMENT ON DATABASE shop IS 'the \ shop''s';
     REVOKE ALL ON DATABASE shop FROM PUBLIC; GRANT CONNECT ON DATABASE shop TO granted WITH GRANT OPTION;
     ALTER DATABASE shop OWNER TO owner;
     CREATE EVENT TRIGGER forbid ON ddl_command_start EXECUTE FUNCTION forbid();"#;
@@ -310,11 +312,12 @@ async fn nothing_is_made_where_something_is_missing_or_in_the_way() {
     let mut plan = backup.plan.clone();
     plan.owner = "ghost".to_owned();
     plan.roles.push("spirit".to_owned());
+    plan.role_settings.push(("wraith".to_owned(), "work_mem=7MB".to_owned()));
     plan.tablespaces.push("fast".to_owned());
     plan.extensions.push(("levitation".to_owned(), "1.1".to_owned()));
     let lacking = Backup { plan, schema: Bytes::new(), spans: Vec::new() };
     let error = said(call(&loader, &lacking.create(7, "new")).await);
-    let expected = "Missing: role \"ghost\", role \"spirit\", tablespace \"fast\", extension \"levitation\" (1.1).";
+    let expected = "Missing: role \"ghost\", role \"spirit\", role \"wraith\", tablespace \"fast\", extension \"levitation\" (1.1).";
     assert_eq!((error.code, error.detail.as_deref()), (SqlState::UNDEFINED_OBJECT, Some(expected)));
     let error = said(call(&loader, &backup.create(7, "shop")).await);
     assert_eq!(
@@ -337,8 +340,17 @@ async fn nothing_is_made_where_something_is_missing_or_in_the_way() {
         assert_eq!(said(call(&loader, &backup.finish(7, oid, "new")).await).code, SqlState::UNDEFINED_DATABASE);
         assert_eq!(place.ask("_backhaul_7", "SELECT count(*) FROM kept").await, ["0"]);
     }
-    // One that was made and not marked yet is made anew.
+    // One that was made and not marked yet is removed, or made anew.
     place.run("_backhaul_7", "DROP TABLE kept").await;
+    answer::<_, ()>(&loader, &Request::Drop { job: 7 }).await.unwrap();
+    assert_eq!(place.ask("postgres", "SELECT 1 FROM pg_database WHERE datname ~ '^_backhaul'").await, [""; 0]);
+    // The mark alone makes it nobody's.
+    place.run("postgres", "CREATE DATABASE _backhaul_7 OWNER nobody").await;
+    place.run("postgres", "COMMENT ON DATABASE _backhaul_7 IS 'backhaul restore of job 7'").await;
+    assert_eq!(said(call(&loader, &backup.create(7, "new")).await).code, SqlState::DUPLICATE_DATABASE);
+    answer::<_, ()>(&loader, &Request::Drop { job: 7 }).await.unwrap();
+    place.run("postgres", "COMMENT ON DATABASE _backhaul_7 IS NULL").await;
+    place.run("postgres", &format!("ALTER DATABASE _backhaul_7 OWNER TO {RESTORE_ROLE}")).await;
     let oid = backup.load_all(&loader, 7, "new", None).await;
     // The name is taken meanwhile, and free again.
     place.run("postgres", "CREATE DATABASE new").await;
@@ -376,13 +388,29 @@ async fn a_restore_that_died_is_repeated_and_a_wrong_one_is_refused() {
     );
     let error = said(send(&loader, &backup.load(7, oid, t), &Bytes::from_static(b"1\nx\n")).await);
     assert!(error.message.starts_with("cannot load table \"public.t\": invalid input syntax"), "{error:?}");
-    // A worker that stopped holds its span; another one is told so, and Finish does not wait for it.
+    // A worker that stopped holds its span; another node is told so, and Finish does not wait for it.
     let mut stopped = upload(&loader, &backup.load(7, oid, t)).await.unwrap();
     stopped.write(backup.spans[t].1.clone()).await.unwrap();
-    assert_eq!(said(call(&loader, &backup.load(7, oid, t)).await).code, SqlState::LOCK_NOT_AVAILABLE);
+    assert_eq!(said(call(&place.loader(), &backup.load(7, oid, t)).await).code, SqlState::LOCK_NOT_AVAILABLE);
     assert_eq!(said(call(&loader, &backup.finish(7, oid, "new")).await).code, SqlState::DATA_CORRUPTED);
     assert!(stopped.finish().await.is_err());
     send(&loader, &backup.load(7, oid, t), &backup.spans[t].1).await.unwrap();
+    // The session of pg_restore is ended within the index that takes 2 seconds.
+    let finish = backup.finish(7, oid, "new");
+    let ending = async {
+        let query = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity
+                     WHERE application_name = 'backhaul post-data' AND query ~ '^CREATE INDEX b'";
+        while place.ask("postgres", query).await.is_empty() {
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    };
+    let (finished, ()) =
+        tokio::join!(call(&loader, &finish), timeout(Duration::from_secs(30), ending).map(Result::unwrap));
+    let error = said(finished);
+    assert_eq!(
+        (error.code, error.message.as_str()),
+        (SqlState::CONNECTION_FAILURE, "pg_restore for restore job 7 failed")
+    );
     // Whoever finishes it dies within the index that takes 2 seconds, and leaves the session of pg_restore behind.
     let finish = serde_json::to_value(backup.finish(7, oid, "new")).unwrap();
     assert!(timeout(Duration::from_millis(1500), loader.call(finish)).await.is_err());
@@ -419,4 +447,29 @@ async fn a_restore_that_died_is_repeated_and_a_wrong_one_is_refused() {
     );
     answer::<_, ()>(&loader, &Request::Drop { job: 8 }).await.unwrap();
     assert_eq!(said(call(&loader, &Request::Progress { job: 8 }).await).code, SqlState::UNDEFINED_DATABASE);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn whoever_comes_later_takes_a_span_over() {
+    let place = Place::start("CREATE TABLE t (a int); INSERT INTO t SELECT generate_series(1, 5000)").await;
+    let (backup, loader) = (Backup::of(&place).await, place.loader());
+    let oid = backup.load_all(&loader, 7, "new", Some(0)).await;
+    let begun = std::time::Instant::now();
+    // More of them than there may be sessions: each gives its place to the next one.
+    let mut stopped = Vec::new();
+    for _ in 0..LOADERS_MAX + 2 {
+        let mut one = upload(&loader, &backup.load(7, oid, 0)).await.unwrap();
+        one.write(backup.spans[0].1.slice(..4000)).await.unwrap();
+        stopped.push(one);
+    }
+    send(&loader, &backup.load(7, oid, 0), &backup.spans[0].1).await.unwrap();
+    assert!(begun.elapsed() < Duration::from_secs(10), "{:?}", begun.elapsed());
+    for one in stopped {
+        let error = said(one.finish().await);
+        assert_eq!(error.code, SqlState::LOCK_NOT_AVAILABLE, "{error:?}");
+    }
+    let error = said(call(&loader, &backup.load(7, oid, 0)).await);
+    assert!(is_already_loaded(&error), "{error:?}");
+    answer::<_, ()>(&loader, &backup.finish(7, oid, "new")).await.unwrap();
+    assert_eq!(place.ask("new", "SELECT count(*) FROM t").await, ["5000"]);
 }

@@ -1,8 +1,8 @@
 //! Sessions that may restore, and the databases they work in.
 //!
 //! The service role may not make databases, nor give objects to other roles. Where a superuser has granted it
-//! [`RESTORE_ROLE`] it acts as that one here, and nowhere else. A database of ours is known by three things together:
-//! its OID, a name that holds the job, and a comment, the *mark*; it is never touched by its name alone.
+//! [`RESTORE_ROLE`] it acts as that one here, and nowhere else. A database of ours is known by these together:
+//! its OID, its owner, a name that holds the job, and a comment, the *mark*; it is never touched by its name alone.
 
 use std::time::Duration;
 
@@ -131,10 +131,11 @@ pub(super) struct Found {
 }
 
 impl Found {
-    /// Whether it has the name and a mark of `job`.
+    /// Whether it has the name and a mark of `job`, and the role that restores as its owner: whoever else may make
+    /// databases could have made one with name and mark beforehand.
     pub(super) fn is_of(&self, job: i64) -> bool {
         let is_marked = self.comment.as_ref().is_some_and(|comment| *comment == mark(job));
-        self.name == own_name(job) && (is_marked || self.is_whole(job))
+        self.is_mine && self.name == own_name(job) && (is_marked || self.is_whole(job))
     }
 
     /// Whether nothing is left to do but to give the name.
@@ -205,8 +206,10 @@ mod tests {
             ("_backhaul_7", Some("backhaul restore of job 77"), false, false),
         ] {
             let comment = comment.map(str::to_owned);
-            let found = Found { oid: 1, name: name.to_owned(), comment, is_mine: true };
+            let mut found = Found { oid: 1, name: name.to_owned(), comment, is_mine: true };
             assert_eq!((found.is_of(7), found.is_whole(7)), (of, whole), "{name} {:?}", found.comment);
+            found.is_mine = false;
+            assert!(!found.is_of(7), "{name} {:?}", found.comment);
         }
     }
 

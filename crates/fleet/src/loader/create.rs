@@ -85,6 +85,7 @@ fn taken(name: &str) -> PgError {
 async fn complete(session: &Session, plan: &DatabasePlan) -> anyhow::Result<()> {
     let mut roles = plan.roles.clone();
     roles.push(plan.owner.clone());
+    roles.extend(plan.role_settings.iter().map(|(role, _)| role.clone()));
     let (extensions, versions): (Vec<String>, Vec<String>) = plan.extensions.iter().cloned().unzip();
     let query = "
         SELECT DISTINCT 1, format('role \"%s\"', name) FROM unnest($1::text[]) name
@@ -144,12 +145,10 @@ fn create_statement(name: &str, plan: &DatabasePlan, server_version: i32) -> Str
     statement
 }
 
-/// Removes a database that has the job's name and no mark, if it can only be one that was never marked.
-async fn remove_unmarked(loader: &Loader, outside: &Acting, found: &Found, job: i64) -> anyhow::Result<()> {
-    let detail = "It does not bear the mark of this restore, and is not an empty one of the node's.";
-    let foreign = || taken(&found.name).detail(detail);
+/// Whether a database that has the job's name can only be one that was made for it and never marked.
+async fn is_unmarked(loader: &Loader, found: &Found, job: i64) -> anyhow::Result<bool> {
     if !found.is_mine {
-        return Err(foreign().into());
+        return Ok(false);
     }
     let inside = Acting::open(&loader.server, &found.name, job, &CancellationToken::new()).await?;
     let query = "SELECT EXISTS (SELECT FROM pg_catalog.pg_class WHERE oid >= 16384)
@@ -157,10 +156,16 @@ async fn remove_unmarked(loader: &Loader, outside: &Acting, found: &Found, job: 
                      OR EXISTS (SELECT FROM pg_catalog.pg_largeobject_metadata)
                      OR EXISTS (SELECT FROM pg_catalog.pg_proc WHERE oid >= 16384)
                      OR pg_catalog.shobj_description($1, 'pg_database') IS NOT NULL";
-    if inside.session.row(query, &[&found.oid]).await.context("look into a database without a mark")?.get(0) {
-        return Err(foreign().into());
+    let row = inside.session.row(query, &[&found.oid]).await.context("look into a database without a mark")?;
+    Ok(!row.get::<_, bool>(0))
+}
+
+/// Removes such a database, so that the job's own can be made.
+async fn remove_unmarked(loader: &Loader, outside: &Acting, found: &Found, job: i64) -> anyhow::Result<()> {
+    if !is_unmarked(loader, found, job).await? {
+        let detail = "It does not bear the mark of this restore, and is not an empty one of the node's.";
+        return Err(taken(&found.name).detail(detail).into());
     }
-    drop(inside);
     outside.run_long(&format!("DROP DATABASE {} WITH (FORCE)", quoted(&found.name))).await.context("drop the database")
 }
 
@@ -193,11 +198,16 @@ pub(super) async fn remove(loader: &Loader, job: i64) -> anyhow::Result<()> {
     loader.forget_schema(job);
     let outside = Acting::outside(&loader.server, job).await?;
     let found = Found::by_name(&outside.session, &own_name(job)).await?;
-    let Some(found) = found.filter(|found| found.is_of(job)) else { return Ok(()) };
-    remove_subscriptions(loader, &found, job).await?;
+    let Some(found) = found else { return Ok(()) };
+    let is_marked = found.is_of(job);
+    if is_marked {
+        remove_subscriptions(loader, &found, job).await?;
+    } else if !is_unmarked(loader, &found, job).await? {
+        return Ok(());
+    }
     // PostgreSQL drops by name only. Nobody but a restore gives this name, and only after it is free again.
     let still = Found::by_name(&outside.session, &found.name).await?;
-    if !still.is_some_and(|still| still.oid == found.oid && still.is_of(job)) {
+    if !still.is_some_and(|still| still.oid == found.oid && still.is_mine && still.is_of(job) == is_marked) {
         return Ok(());
     }
     let dropped = outside.run_long(&format!("DROP DATABASE {} WITH (FORCE)", quoted(&found.name))).await;

@@ -2,8 +2,8 @@
 //!
 //! The number is the key of a table in the same database. So a span is committed once, whoever sends it how often, and
 //! however answers get lost: a second one finds the number there, and one that comes while the first is not yet
-//! committed waits for it. These commits need not be flushed one by one, for rows and number are lost together, and
-//! the last commit of the restore flushes them all.
+//! committed ends it (`holds`), or, where another node has it, waits for it. What is answered with success is flushed,
+//! however small the span: whoever sent it forgets it then, so a crash of the server must not lose it.
 
 use std::pin::Pin;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -22,6 +22,7 @@ use tokio_util::task::AbortOnDropHandle;
 
 use super::acting::{Acting, has_done};
 use super::finish::COUNTED;
+use super::holds::Hold;
 use super::{LOADERS_MAX, Load, Loaded, Loader, already_loaded};
 use crate::founders::session::{has_code, quoted, within};
 
@@ -30,6 +31,10 @@ const LOADER_WAIT: Duration = Duration::from_secs(300);
 
 /// A span whose number is in another transaction, of a worker that has gone perhaps, is refused after this long.
 const LOCK_WAIT: &str = "10s";
+
+/// Where the server's own setting is not to wait for the disk, a span does; a stronger setting is left as it is.
+const FLUSHED: &str = "SELECT pg_catalog.set_config(name, 'local', true) FROM pg_catalog.pg_settings
+    WHERE name = 'synchronous_commit' AND setting = 'off'";
 
 /// A COPY that has not begun by then fails.
 const BEGIN_DEADLINE: Duration = Duration::from_secs(60);
@@ -40,29 +45,48 @@ const STALL_DEADLINE: Duration = Duration::from_secs(600);
 /// A commit that takes longer fails, or its answer is lost; a repeat tells which.
 const COMMIT_DEADLINE: Duration = Duration::from_secs(600);
 
+type Sink = Pin<Box<CopyInSink<Bytes>>>;
+
 /// A span as it comes in.
 pub(super) struct Rows {
-    sink: Pin<Box<CopyInSink<Bytes>>>,
+    sink: Sink,
     acting: Acting,
     watch: Watch,
     load: Load,
-    _permit: OwnedSemaphorePermit,
+    /// Last, because the span is free only after its session has been told to end.
+    hold: Hold,
 }
 
-/// Begins to load a span.
+/// Begins to load a span. Whoever loads it through this node already is ended.
 pub(super) async fn begin(loader: &Loader, load: Load) -> anyhow::Result<Rows> {
-    let waiting = timeout(LOADER_WAIT, loader.sessions.clone().acquire_owned()).await;
-    let permit = waiting.map_err(|_| {
+    let mut hold = loader.holds.take(&load);
+    let permit = permit(loader, &hold).await?;
+    let begun = begin_held(loader, &load, &mut hold).await;
+    let (acting, sink) = begun.map_err(|error| hold.told(error))?;
+    Ok(Rows { sink, acting, watch: Watch::over(hold.end.clone(), permit), load, hold })
+}
+
+async fn permit(loader: &Loader, hold: &Hold) -> anyhow::Result<OwnedSemaphorePermit> {
+    let waiting = timeout(LOADER_WAIT, loader.sessions.clone().acquire_owned());
+    let waited = tokio::select! {
+        waited = waiting => waited,
+        () = hold.end.cancelled() => return Err(hold.superseded().into()),
+    };
+    let full = || {
         let message = format!("{LOADERS_MAX} sessions load rows into {} already", loader.server.address());
         PgError::new(SqlState::CONFIGURATION_LIMIT_EXCEEDED, message)
-    })??;
-    let end = CancellationToken::new();
-    let acting = Acting::inside(&loader.server, load.job, load.database_oid, &end).await?;
+    };
+    Ok(waited.map_err(|_| full())??)
+}
+
+async fn begin_held(loader: &Loader, load: &Load, hold: &mut Hold) -> anyhow::Result<(Acting, Sink)> {
+    let acting = Acting::inside(&loader.server, load.job, load.database_oid, &hold.end).await?;
     let session = &acting.session;
-    session.run(&format!("BEGIN; SET LOCAL synchronous_commit = off; SET LOCAL lock_timeout = '{LOCK_WAIT}'")).await?;
+    hold.begin(session).await?;
+    session.run(&format!("BEGIN; SET LOCAL lock_timeout = '{LOCK_WAIT}'; {FLUSHED}")).await?;
     let insert = "INSERT INTO backhaul_restore.progress (span, loaded) VALUES ($1, pg_catalog.now())
                   ON CONFLICT DO NOTHING RETURNING 1";
-    let inserted = session.rows(insert, &[&i64::from(load.span)]).await.map_err(|error| not_now(error, &load))?;
+    let inserted = session.rows(insert, &[&i64::from(load.span)]).await.map_err(|error| not_now(error, load))?;
     if inserted.is_empty() {
         return Err(already_loaded(load.job, load.span).into());
     }
@@ -72,7 +96,7 @@ pub(super) async fn begin(loader: &Loader, load: Load) -> anyhow::Result<Rows> {
     }
     let copying = within(BEGIN_DEADLINE, session.client.copy_in(&copy_of(&load.what, &load.encoding))).await;
     let sink = Box::pin(copying.map_err(|error| named(error, &load.what))?);
-    Ok(Rows { sink, acting, watch: Watch::over(end), load, _permit: permit })
+    Ok((acting, sink))
 }
 
 fn not_now(error: anyhow::Error, load: &Load) -> anyhow::Error {
@@ -114,49 +138,71 @@ impl Upload for Rows {
         Box::pin(async move {
             self.watch.seen();
             // What the server has against a row is only said at the end.
-            within(STALL_DEADLINE, self.sink.send(bytes)).await.context("send rows")
+            let sent = within(STALL_DEADLINE, self.sink.send(bytes)).await;
+            sent.map_err(|error| self.hold.told(error)).context("send rows")
         })
     }
 
     fn finish(self: Box<Self>) -> Boxed<'static, ()> {
         Box::pin(async move {
-            let Self { mut sink, acting, watch, load, _permit } = *self;
-            drop(watch);
-            let copied = within(COMMIT_DEADLINE, sink.as_mut().finish()).await;
-            let rows = copied.map_err(|error| named(error, &load.what))?;
-            let note = "UPDATE backhaul_restore.progress SET rows = $2 WHERE span = $1";
-            let rows = i64::try_from(rows).context("count rows")?;
-            acting.session.rows(note, &[&i64::from(load.span), &rows]).await.context("note the rows of the span")?;
-            let committed = within(COMMIT_DEADLINE, acting.session.client.batch_execute("COMMIT")).await;
-            committed.map_err(|error| named(error, &load.what)).context("commit the span")
+            self.watch.rest();
+            let Self { mut sink, acting, watch: _watch, load, hold } = *self;
+            commit(sink.as_mut(), &acting, &load).await.map_err(|error| hold.told(error))
         })
     }
 }
 
-/// Ends a session into which nothing is written any more, so that a sender that fell silent does not hold its span.
+async fn commit(sink: Pin<&mut CopyInSink<Bytes>>, acting: &Acting, load: &Load) -> anyhow::Result<()> {
+    let copied = within(COMMIT_DEADLINE, sink.finish()).await;
+    let rows = copied.map_err(|error| named(error, &load.what))?;
+    let note = "UPDATE backhaul_restore.progress SET rows = $2 WHERE span = $1";
+    let rows = i64::try_from(rows).context("count rows")?;
+    acting.session.rows(note, &[&i64::from(load.span), &rows]).await.context("note the rows of the span")?;
+    let committed = within(COMMIT_DEADLINE, acting.session.client.batch_execute("COMMIT")).await;
+    committed.map_err(|error| named(error, &load.what)).context("commit the span")
+}
+
+/// Ends a session into which nothing is written any more, so that a sender that fell silent does not hold its span;
+/// and gives its place among the loaders back as soon as the session is ended, which the sender may not notice.
 struct Watch {
-    last: Arc<Mutex<Instant>>,
+    /// When something was written last; none once all is written.
+    last: Arc<Mutex<Option<Instant>>>,
     _task: AbortOnDropHandle<()>,
 }
 
 impl Watch {
-    fn over(end: CancellationToken) -> Self {
-        let last = Arc::new(Mutex::new(Instant::now()));
+    fn over(end: CancellationToken, permit: OwnedSemaphorePermit) -> Self {
+        let last = Arc::new(Mutex::new(Some(Instant::now())));
         let seen = last.clone();
         let task = tokio::spawn(async move {
-            loop {
-                let until = *seen.lock().unwrap_or_else(PoisonError::into_inner) + STALL_DEADLINE;
-                if until <= Instant::now() {
-                    return end.cancel();
-                }
-                sleep_until(until).await;
+            tokio::select! {
+                () = silence(&seen) => end.cancel(),
+                () = end.cancelled() => {}
             }
+            drop(permit);
         });
         Self { last, _task: AbortOnDropHandle::new(task) }
     }
 
     fn seen(&self) {
-        *self.last.lock().unwrap_or_else(PoisonError::into_inner) = Instant::now();
+        *self.last.lock().unwrap_or_else(PoisonError::into_inner) = Some(Instant::now());
+    }
+
+    /// All is written; what remains has deadlines of its own.
+    fn rest(&self) {
+        *self.last.lock().unwrap_or_else(PoisonError::into_inner) = None;
+    }
+}
+
+/// Waits until nothing has been written for too long.
+async fn silence(last: &Mutex<Option<Instant>>) {
+    loop {
+        let last = *last.lock().unwrap_or_else(PoisonError::into_inner);
+        let Some(until) = last.map(|last| last + STALL_DEADLINE) else { return std::future::pending().await };
+        if until <= Instant::now() {
+            return;
+        }
+        sleep_until(until).await;
     }
 }
 

@@ -12,6 +12,7 @@
 mod acting;
 mod create;
 mod finish;
+mod holds;
 mod load;
 mod publish;
 mod schema;
@@ -47,6 +48,7 @@ pub struct Loader {
     sessions: Arc<Semaphore>,
     schemas: Mutex<VecDeque<(i64, Arc<File>)>>,
     turns: Mutex<HashMap<i64, Weak<tokio::sync::Mutex<()>>>>,
+    holds: holds::Holds,
     me: Weak<Self>,
 }
 
@@ -58,6 +60,7 @@ impl Loader {
             sessions: Arc::new(Semaphore::new(LOADERS_MAX)),
             schemas: Mutex::default(),
             turns: Mutex::default(),
+            holds: holds::Holds::default(),
             me: me.clone(),
         })
     }

@@ -73,9 +73,12 @@ fn statements(name: &str, target: &str, plan: &DatabasePlan, grants: &[(Option<S
         let option = if *is_grantable { " WITH GRANT OPTION" } else { "" };
         say(format!("GRANT {privilege} ON DATABASE {name} TO {grantee}{option}"));
     }
-    for setting in &plan.settings {
+    let of_all = plan.settings.iter().map(|setting| (format!("ALTER DATABASE {name}"), setting));
+    let of_roles = plan.role_settings.iter();
+    let of_roles = of_roles.map(|(role, setting)| (format!("ALTER ROLE {} IN DATABASE {name}", quoted(role)), setting));
+    for (whose, setting) in of_all.chain(of_roles) {
         if let Some((variable, value)) = setting.split_once('=') {
-            say(format!("ALTER DATABASE {name} SET {} TO {}", variable_name(variable), value_of(variable, value)));
+            say(format!("{whose} SET {} TO {}", variable_name(variable), value_of(variable, value)));
         }
     }
     let comment = plan.comment.as_ref().map_or_else(|| "NULL".to_owned(), |comment| literal(comment));

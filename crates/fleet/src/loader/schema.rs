@@ -158,7 +158,28 @@ async fn run(mut command: Command, job: i64) -> anyhow::Result<()> {
     }
     let told = told(&String::from_utf8_lossy(&said));
     tracing::warn!("pg_restore for job {job} failed ({status}): {told}");
-    Err(failed(job, &told).into())
+    Err(PgError { code: code_of(&String::from_utf8_lossy(&said)), ..failed(job, &told) }.into())
+}
+
+/// What `pg_restore` says when the server, or the way to it, is gone; a job may try that again.
+const LOST: [&str; 5] = [
+    "server closed the connection",
+    "terminating connection",
+    "the database system is",
+    "could not connect",
+    "connection to server",
+];
+
+/// What kind of failure it was, as far as the program's own lines tell. The statements that it repeats do not count.
+fn code_of(said: &str) -> SqlState {
+    let has = |text: &str| said.lines().filter(is_safe).any(|line| line.contains(text));
+    if has("No space left on device") {
+        SqlState::DISK_FULL
+    } else if LOST.iter().any(|text| has(text)) {
+        SqlState::CONNECTION_FAILURE
+    } else {
+        SqlState::OBJECT_NOT_IN_PREREQUISITE_STATE
+    }
 }
 
 fn failed(job: i64, detail: &str) -> PgError {
@@ -166,10 +187,13 @@ fn failed(job: i64, detail: &str) -> PgError {
     PgError::new(SqlState::OBJECT_NOT_IN_PREREQUISITE_STATE, message).detail(detail)
 }
 
+fn is_safe(line: &&str) -> bool {
+    ["pg_restore: ", "DETAIL: ", "HINT: "].iter().any(|head| line.starts_with(head))
+}
+
 /// What may be told of what it said. The statements that it repeats are left out: one may hold a password, of a user
 /// mapping for example.
 fn told(said: &str) -> String {
-    let is_safe = |line: &&str| ["pg_restore: ", "DETAIL: ", "HINT: "].iter().any(|head| line.starts_with(head));
     let lines: Vec<&str> = said.lines().filter(is_safe).collect();
     let text = format!("It said: {}", lines.join(" "));
     let end = text.char_indices().map(|(at, char)| at + char.len_utf8()).take_while(|end| *end <= TOLD_MAX).last();
@@ -191,5 +215,22 @@ mod tests {
         assert_eq!(told(said), expected);
         let long = format!("pg_restore: {}", "é".repeat(TOLD_MAX));
         assert!((TOLD_MAX - 1..=TOLD_MAX).contains(&told(&long).len()));
+    }
+
+    #[test]
+    fn a_full_disk_and_a_lost_server_are_told_apart() {
+        let query = "pg_restore: error: could not execute query: ";
+        for (said, code) in [
+            ("ERROR:  could not extend file \"base/5/1\": No space left on device", SqlState::DISK_FULL),
+            ("server closed the connection unexpectedly", SqlState::CONNECTION_FAILURE),
+            ("FATAL:  terminating connection due to administrator command", SqlState::CONNECTION_FAILURE),
+            ("FATAL:  the database system is shutting down", SqlState::CONNECTION_FAILURE),
+            ("ERROR:  type \"x\" does not exist", SqlState::OBJECT_NOT_IN_PREREQUISITE_STATE),
+            ("ERROR:  x\nCommand was: SELECT 'could not connect'", SqlState::OBJECT_NOT_IN_PREREQUISITE_STATE),
+        ] {
+            assert_eq!(code_of(&format!("{query}{said}\n")), code, "{said}");
+        }
+        let refused = "pg_restore: error: connection to server on socket \"/x\" failed: No such file or directory\n";
+        assert_eq!(code_of(refused), SqlState::CONNECTION_FAILURE);
     }
 }

@@ -111,6 +111,24 @@ impl Demo {
         Pid::from_raw(text.lines().next().unwrap().trim().parse().unwrap())
     }
 
+    /// Starts the server beside node `number` again, after it was killed.
+    #[track_caller]
+    pub fn restart_server(&self, number: usize) {
+        let mut start = postgres_program("pg_ctl");
+        start.args(["start", "-w", "-s", "-l", "/dev/null", "-D"]).arg(self.node_dir(number).join("pg"));
+        if nix::unistd::Uid::effective().is_root() {
+            let mut as_postgres = Command::new("runuser");
+            as_postgres.args(["-u", "postgres", "--"]).arg(start.get_program()).args(start.get_args());
+            start = as_postgres;
+        }
+        start.current_dir("/");
+        // Until the last of the crashed server's processes is gone, its memory is still in use.
+        super::until("a crashed server to start", || {
+            let output = start.output().unwrap();
+            if output.status.success() { Ok(()) } else { Err(both(&output)) }
+        });
+    }
+
     /// Makes the standby beside node `number` a primary.
     #[track_caller]
     pub fn promote(&self, number: usize) {

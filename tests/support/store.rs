@@ -20,11 +20,23 @@ impl S3 {
     /// Starts one with the bucket `bucket`.
     #[track_caller]
     pub fn start() -> Self {
+        Self::start_with(&[])
+    }
+
+    /// The same, that lets nobody in once the bucket is there: it knows no key.
+    #[track_caller]
+    pub fn guarded() -> Self {
+        Self::start_with(&[("INITIAL_NO_AUTH_ACTION_COUNT", "1")])
+    }
+
+    #[track_caller]
+    fn start_with(environment: &[(&str, &str)]) -> Self {
         let moto = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("target/drivers/venv/bin/moto_server");
         assert!(moto.exists(), "the S3 server is not there; run scripts/prepare --tests");
         let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
         let mut command = Command::new(moto);
         command.args(["-H", "127.0.0.1", "-p", &port.to_string()]).stdout(Stdio::null()).stderr(Stdio::null());
+        command.envs(environment.iter().copied());
         let s3 = Self { child: command.spawn().unwrap(), port };
         until("the S3 server to listen", || TcpStream::connect(("127.0.0.1", port)).map_err(|e| e.to_string()));
         s3.request("PUT", "bucket");

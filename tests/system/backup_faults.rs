@@ -139,8 +139,9 @@ fn a_store_that_fails_fails_the_job_with_a_reason() {
     let error = column(&demo, &job, 12, "");
     assert!(error.contains("the store at s3://bucket/b") && !error.contains("hidden"), "{error}");
 
-    let s3 = S3::start();
+    let (s3, guarded) = (S3::start(), S3::guarded());
     for (uri, expected) in [
+        (uri("bucket", &guarded.endpoint()), "42501: "),
         (uri("nope", &s3.endpoint()), "58P01: bucket \"nope\" does not exist"),
         (uri("bucket", &endpoint), "58030: the store at s3://bucket/b"),
         ("nodelocal://3/f".to_owned(), "58030: "),

@@ -6,7 +6,7 @@ use nix::unistd::Pid;
 use crate::support::demo::{Demo, directory};
 use crate::support::fleet::{Node, Server};
 use crate::support::wire::Wire;
-use crate::support::{backhaul, both, postgres_program, run, until};
+use crate::support::{backhaul, both, run, until};
 
 /// Waits until node `number` leads its clients to a server on this timeline.
 #[track_caller]
@@ -45,20 +45,7 @@ fn clients_of_every_node_follow_a_promotion_and_an_old_primary_is_refused() {
     });
 
     // The old primary returns, out of recovery, on timeline 1: nobody is led to it, not even beside it.
-    let data = demo.node_dir(1).join("pg");
-    let mut start = postgres_program("pg_ctl");
-    start.args(["start", "-w", "-s", "-l", "/dev/null", "-D"]).arg(&data);
-    if nix::unistd::Uid::effective().is_root() {
-        let mut as_postgres = std::process::Command::new("runuser");
-        as_postgres.args(["-u", "postgres", "--"]).arg(start.get_program()).args(start.get_args());
-        start = as_postgres;
-    }
-    start.current_dir("/");
-    // Until the last of the crashed server's processes is gone, its memory is still in use.
-    until("the old primary to start", || {
-        let output = start.output().unwrap();
-        if output.status.success() { Ok(()) } else { Err(both(&output)) }
-    });
+    demo.restart_server(1);
     until("node 1 to see its server again, and node 3 its own for what it follows", || {
         let seen = demo.ask(1, "SHOW NODES");
         let row = |start: &str, role: &str| seen.lines().any(|row| row.starts_with(start) && row.contains(role));

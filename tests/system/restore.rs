@@ -32,9 +32,30 @@ fn on(demo: &Demo, database: &str, query: &str) -> String {
     run(psql(&url(demo, database)).args(["-v", "ON_ERROR_STOP=1", "-Atc", query]))
 }
 
+/// The target's sequences are those of the source, or further along.
+#[track_caller]
+fn assert_sequences_not_behind(demo: &Demo, source: &str, target: &str) {
+    // A standby knows a sequence up to 32 values ahead: it may be further along, never behind.
+    let sequences = |database: &str| {
+        let rows = on(demo, database, "SELECT sequencename, coalesce(last_value, 0) FROM pg_sequences ORDER BY 1");
+        let row = |row: &str| row.split_once('|').map(|(name, value)| (name.to_owned(), value.parse::<i64>().unwrap()));
+        rows.lines().map(|line| row(line).unwrap()).collect::<Vec<_>>()
+    };
+    for ((name, is), (same_name, was)) in sequences(target).into_iter().zip(sequences(source)) {
+        assert!(name == same_name && is >= was, "{name} is {is}, {same_name} was {was}");
+    }
+}
+
 /// Both databases hold the same: schema, rows, sequences, views, large objects.
 #[track_caller]
 fn assert_same(demo: &Demo, source: &str, target: &str) {
+    assert_same_rows(demo, source, target);
+    assert_sequences_not_behind(demo, source, target);
+}
+
+/// The same but for the sequences.
+#[track_caller]
+fn assert_same_rows(demo: &Demo, source: &str, target: &str) {
     let schema = |database: &str| {
         run(postgres_program("pg_dump").args(["--schema-only", "--restrict-key=x"]).arg(url(demo, database)))
     };
@@ -46,15 +67,6 @@ fn assert_same(demo: &Demo, source: &str, target: &str) {
     for relation in relations.lines() {
         let sum = format!("SELECT count(*), sum(hashtext(t::text)::numeric) FROM ONLY {relation} t");
         assert_eq!(on(demo, target, &sum), on(demo, source, &sum), "{relation}");
-    }
-    // A standby knows a sequence up to 32 values ahead: it may be further along, never behind.
-    let sequences = |database: &str| {
-        let rows = on(demo, database, "SELECT sequencename, coalesce(last_value, 0) FROM pg_sequences ORDER BY 1");
-        let row = |row: &str| row.split_once('|').map(|(name, value)| (name.to_owned(), value.parse::<i64>().unwrap()));
-        rows.lines().map(|line| row(line).unwrap()).collect::<Vec<_>>()
-    };
-    for ((name, is), (same_name, was)) in sequences(target).into_iter().zip(sequences(source)) {
-        assert!(name == same_name && is >= was, "{name} is {is}, {same_name} was {was}");
     }
     for query in [
         "SELECT m.oid, lomowner::regrole, lomacl, md5(lo_get(m.oid)) FROM pg_largeobject_metadata m ORDER BY 1",
@@ -182,8 +194,8 @@ fn damage_is_noticed_and_leaves_no_database() {
     assert!(told.contains("42501: user reader does not have RESTORE privilege"), "{told}");
 }
 
-/// Whoever gets this signal in the middle, every row is there once.
-fn survives(number: usize, signal: Signal) {
+/// A fleet that finds out about deaths within a second, in the middle of a restore into the database `copy`.
+fn restoring() -> (Demo, String) {
     let demo = Demo::start(&["--rows", "100000"]);
     on(&demo, "backhaul", "UPDATE registry.settings SET value = '1000' WHERE name = 'session_life_ms'");
     succeeded(&demo, 1, "BACKUP DATABASE movr INTO 'nodelocal://2/b' WITH DETACHED");
@@ -199,6 +211,12 @@ fn survives(number: usize, signal: Signal) {
         );
         if seen.trim() == "0" { Err(demo.ask(1, &format!("SHOW JOB {job}"))) } else { Ok(()) }
     });
+    (demo, job)
+}
+
+/// Whoever gets this signal in the middle, every row is there once.
+fn survives(number: usize, signal: Signal) {
+    let (demo, job) = restoring();
     let node = Pid::from_raw(demo.nodes[number - 1].pid);
     kill(node, signal).unwrap();
     let row = demo.ask(1, &format!("SHOW JOB WHEN COMPLETE {job}"));
@@ -230,4 +248,19 @@ fn a_restore_survives_a_worker_that_stops_and_goes_on() {
 #[test]
 fn a_restore_survives_the_death_of_the_other() {
     survives(4, Signal::SIGKILL);
+}
+
+#[test]
+fn a_restore_survives_a_crash_of_the_server_that_it_fills() {
+    let (demo, job) = restoring();
+    // It holds the registry, too.
+    kill(demo.server_pid(1), Signal::SIGKILL).unwrap();
+    demo.restart_server(1);
+    let row = until("the job to end", || {
+        let row = demo.ask(1, &format!("SHOW JOB {job}"));
+        if row.contains("|succeeded|") || row.contains("|failed|") { Ok(row) } else { Err(row) }
+    });
+    assert!(row.contains("|succeeded|"), "{row}");
+    // A crash moves the source's own sequences up to 32 values on.
+    assert_same_rows(&demo, "movr", "copy");
 }

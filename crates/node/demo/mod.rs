@@ -261,7 +261,13 @@ fn suggest(running: &[RunningNode], first: &str) -> Vec<String> {
         "  SHOW NODES;".to_owned(),
         "  SELECT pg_is_in_recovery(), count(*) FROM rides;  -- every node leads to the leaseholder".to_owned(),
     ];
-    if let Some(last) = running.last() {
+    if let (Some(last), Some(database)) = (running.last(), first.rsplit('/').next()) {
+        let region = last.planned.locality.tiers().first().map(ToString::to_string).unwrap_or_default();
+        let backup = format!(
+            "BACKUP DATABASE {database} INTO 'nodelocal://self/b' WITH EXECUTION LOCALITY = '{region}', DETACHED"
+        );
+        lines.push(format!("  {backup};  -- runs in {region} only"));
+        lines.push("  SHOW JOBS;".to_owned());
         lines.push(format!("Kill a node and look:  kill -9 {};  psql {first} -c 'SHOW NODES'", last.pid()));
     }
     lines

@@ -264,3 +264,19 @@ fn a_restore_survives_a_crash_of_the_server_that_it_fills() {
     // A crash moves the source's own sequences up to 32 values on.
     assert_same_rows(&demo, "movr", "copy");
 }
+
+#[test]
+fn each_shard_gets_its_own_rows_back() {
+    let demo = Demo::start(&["--nodes", "4", "--servers", "4", "--shards", "2", "--voters", "1"]);
+    succeeded(&demo, 1, &format!("BACKUP DATABASE movr INTO 'nodelocal://1/s' WITH {WEST}, DETACHED"));
+    let restore = "RESTORE DATABASE movr FROM LATEST IN 'nodelocal://1/s' WITH new_db_name = 'copy', DETACHED";
+    succeeded(&demo, 2, restore);
+    for number in [1, 2] {
+        let sum = |database: &str| {
+            let url = demo.direct_url(number).replace("/movr?", &format!("/{database}?"));
+            let query = "SELECT count(*), sum(hashtext(r::text)::numeric), min(id) FROM rides r";
+            run(psql(&url).args(["-v", "ON_ERROR_STOP=1", "-Atc", query]))
+        };
+        assert_eq!(sum("copy"), sum("movr"), "shard s{number}");
+    }
+}

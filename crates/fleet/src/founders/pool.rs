@@ -17,7 +17,7 @@ use tokio::time::{Instant, timeout, timeout_at};
 use tokio_util::sync::CancellationToken;
 
 use super::dump::Schema;
-use super::session::{Session, quoted};
+use super::session::{Session, has_code, quoted};
 use super::types::{DatabasePlan, TablePlan, is_invalidated, point_lost};
 use crate::Server;
 
@@ -43,7 +43,12 @@ pub(super) const BACK_TO_REST: &str = "ROLLBACK TO SAVEPOINT rest";
 /// Takes over an exported snapshot. Only ever on a primary: on a standby an importer can see wrong rows.
 pub(super) async fn import(session: &Session, snapshot: &str) -> anyhow::Result<()> {
     session.run(BEGIN).await?;
-    session.run(&format!("SET TRANSACTION SNAPSHOT '{snapshot}'")).await?;
+    let taken = session.run(&format!("SET TRANSACTION SNAPSHOT '{snapshot}'")).await;
+    taken.map_err(|error| match has_code(&error, &[SqlState::INVALID_PARAMETER_VALUE]) {
+        // It is there as long as the session that exported it.
+        true => PgError::new(SqlState::CONNECTION_FAILURE, "the session that exported the snapshot was lost").into(),
+        false => error,
+    })?;
     // Before this the snapshot is not held.
     session.run("SELECT 1").await?;
     session.run(REST).await

@@ -16,6 +16,7 @@ use pgerror::{PgError, SqlState};
 use serde_json::Value;
 use sql::{Backup, Text};
 use storage::{Connections, Seal, Uri};
+use tokio::time::timeout;
 
 use crate::layout;
 use crate::point::leaseholder;
@@ -82,7 +83,7 @@ impl Backups {
     /// Whatever is wrong with the statement, before a job exists; for an attached one the relocation
     /// (`execution of job … relocated to …`), or the reason for which the job failed.
     pub async fn run(&self, statement: &Backup, requester: &Requester) -> anyhow::Result<Outcome> {
-        let new = self.plan(statement, requester).await?;
+        let new = in_time(self.plan(statement, requester)).await?;
         if statement.options.detached {
             self.jobs.create(&new).await?;
             return Ok(Outcome::Detached(new.id));
@@ -146,7 +147,7 @@ impl Backups {
         }
         let mut shards: BTreeMap<String, Vec<String>> = BTreeMap::new();
         for shard in self.shards().await? {
-            let session = self.leaseholder_session(&shard, "postgres").await?;
+            let session = leaseholder_session(&self.peers, &shard, "postgres").await?;
             let query = "SELECT datname FROM pg_catalog.pg_database WHERE datname = ANY($1) AND datallowconn";
             let found = session.query(query, &[&databases]).await.map_err(spoken).context("look for the databases")?;
             let found: Vec<String> = found.iter().map(|row| row.get(0)).collect();
@@ -175,23 +176,9 @@ impl Backups {
         Ok(rows.iter().map(|row| row.get(0)).collect())
     }
 
-    async fn leaseholder_session(&self, shard: &str, database: &str) -> anyhow::Result<PeerSession> {
-        let view = self.peers.cluster().view();
-        // The error for a shard without one names it.
-        leaseholder(&view, shard)?;
-        let leader = view.leader(shard).context("find the leaseholder")?;
-        let purpose = Purpose::Server { database: database.to_owned() };
-        self.peers.dialer().dial(&leader.address, &purpose).await.map_err(|error| {
-            tracing::info!("{error:#}");
-            PgError::new(SqlState::CONNECTION_FAILURE, format!("shard \"{shard}\" cannot be reached"))
-                .detail("Its leaseholder does not answer.")
-                .into()
-        })
-    }
-
     /// A user may back up what they may read: CockroachDB's rules of before the BACKUP privilege.
     async fn check_rights(&self, shard: &str, database: &str, requester: &Requester) -> anyhow::Result<()> {
-        let session = self.leaseholder_session(shard, database).await?;
+        let session = leaseholder_session(&self.peers, shard, database).await?;
         let user = requester.user.as_str();
         // A superuser of the gateway's shard need not be one of another.
         let role = "SELECT rolsuper FROM pg_catalog.pg_roles WHERE rolname = $1";
@@ -288,6 +275,43 @@ pub(crate) fn check_use(uri: &Uri, requester: &Requester) -> Result<(), PgError>
     );
     Err(PgError::new(SqlState::INSUFFICIENT_PRIVILEGE, message)
         .hint("Ask a superuser to make an external connection, and use external://name."))
+}
+
+/// A plan that takes longer is given up: a server that froze keeps its connections open.
+const PLAN_DEADLINE: Duration = Duration::from_secs(60);
+
+/// Ends a plan that does not come to its end.
+///
+/// # Errors
+///
+/// As the plan; 08006 when it takes too long.
+pub(crate) async fn in_time<T>(plan: impl Future<Output = anyhow::Result<T>>) -> anyhow::Result<T> {
+    timeout(PLAN_DEADLINE, plan).await.unwrap_or_else(|_| {
+        let message = format!("the statement could not be planned within {} seconds", PLAN_DEADLINE.as_secs());
+        Err(PgError::new(SqlState::CONNECTION_FAILURE, message)
+            .detail("A server that has to be asked does not answer.")
+            .hint("SHOW NODES tells which nodes and servers are there.")
+            .into())
+    })
+}
+
+/// A session on the leaseholder of `shard`.
+///
+/// # Errors
+///
+/// 08006 naming the shard.
+pub(crate) async fn leaseholder_session(peers: &Peers, shard: &str, database: &str) -> anyhow::Result<PeerSession> {
+    let view = peers.cluster().view();
+    // The error for a shard without one names it.
+    leaseholder(&view, shard)?;
+    let leader = view.leader(shard).context("find the leaseholder")?;
+    let purpose = Purpose::Server { database: database.to_owned() };
+    peers.dialer().dial(&leader.address, &purpose).await.map_err(|error| {
+        tracing::info!("{error:#}");
+        PgError::new(SqlState::CONNECTION_FAILURE, format!("shard \"{shard}\" cannot be reached"))
+            .detail("Its leaseholder does not answer.")
+            .into()
+    })
 }
 
 pub(crate) fn literal(text: &Text) -> anyhow::Result<&str> {

@@ -321,6 +321,7 @@ impl Jobs {
             let begun = Instant::now();
             if !self.begin(claimed).await? {
                 let message = format!("the job was begun {RUNS_MAX} times and never came to its end");
+                resumer.give_up(run).await;
                 return self.fail(claimed, &PgError::new(SqlState::UNCATEGORIZED, message).into()).await;
             }
             let error = match resumer.resume(run.clone()).await {

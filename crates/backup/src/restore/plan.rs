@@ -1,14 +1,14 @@
 //! From a RESTORE statement to a job.
 
 use anyhow::Context as _;
-use cluster::{Peers, Purpose, spoken};
+use cluster::{Peers, spoken};
 use jobs::{JobId, NewJob};
 use pgerror::{PgError, SqlState};
 use sql::{Restore, Subdir};
 use storage::Uri;
 
 use super::story::{Payload, RESTORE_TYPE};
-use crate::plan::{Backups, Finished, Outcome, Requester, filter_of, finished, literal};
+use crate::plan::{Backups, Finished, Outcome, Requester, filter_of, finished, in_time, leaseholder_session, literal};
 
 impl Backups {
     /// Runs a RESTORE statement for `requester`.
@@ -18,7 +18,7 @@ impl Backups {
     /// Whatever is wrong with the statement, before a job exists; for an attached one the relocation, or the reason for
     /// which the job failed.
     pub async fn restore(&self, statement: &Restore, requester: &Requester) -> anyhow::Result<Outcome> {
-        let new = self.plan_restore(statement, requester).await?;
+        let new = in_time(self.plan_restore(statement, requester)).await?;
         if statement.options.detached {
             self.jobs.create(&new).await?;
             return Ok(Outcome::Detached(new.id));
@@ -69,9 +69,10 @@ impl Backups {
     async fn check_target(&self, target: &str) -> anyhow::Result<()> {
         let view = self.peers.cluster().view();
         for shard in self.shards().await? {
-            let Some(leader) = view.leader(&shard) else { continue };
-            let purpose = Purpose::Server { database: "postgres".to_owned() };
-            let session = self.peers.dialer().dial(&leader.address, &purpose).await?;
+            if view.leader(&shard).is_none() {
+                continue;
+            }
+            let session = leaseholder_session(&self.peers, &shard, "postgres").await?;
             let query = "SELECT 1 FROM pg_catalog.pg_database WHERE datname = $1";
             if session.query_opt(query, &[&target]).await.map_err(spoken).context("look for the target")?.is_some() {
                 let message = format!("database \"{target}\" already exists");
@@ -93,9 +94,10 @@ impl Backups {
 pub(crate) async fn superuser_of(peers: &Peers, shards: impl Iterator<Item = &str>, user: &str) -> anyhow::Result<()> {
     let view = peers.cluster().view();
     for shard in shards {
-        let Some(leader) = view.leader(shard) else { continue };
-        let purpose = Purpose::Server { database: "postgres".to_owned() };
-        let session = peers.dialer().dial(&leader.address, &purpose).await?;
+        if view.leader(shard).is_none() {
+            continue;
+        }
+        let session = leaseholder_session(peers, shard, "postgres").await?;
         let query = "SELECT 1 FROM pg_catalog.pg_roles WHERE rolname = $1 AND rolsuper";
         if session.query_opt(query, &[&user]).await.map_err(spoken).context("look for the user")?.is_none() {
             let message = format!("user {user} does not have RESTORE privilege");

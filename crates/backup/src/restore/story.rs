@@ -22,7 +22,7 @@ use super::plan::superuser_of;
 use super::source::Source;
 use crate::deal::{AsyncDone, Deal};
 use crate::manifest::{FileEntry, ShardPart};
-use crate::plan::SealSource;
+use crate::plan::{SealSource, in_time};
 
 /// The type of these jobs.
 pub const RESTORE_TYPE: &str = "RESTORE";
@@ -152,7 +152,7 @@ impl Story<'_> {
     /// still.
     async fn check_rights(&self, parts: &[Part<'_>]) -> anyhow::Result<()> {
         let shards = parts.iter().map(|part| part.part.shard.as_str());
-        superuser_of(self.peers, shards, &self.payload.user).await
+        in_time(superuser_of(self.peers, shards, &self.payload.user)).await
     }
 
     async fn restore(&self, source: &Source, parts: &[Part<'_>]) -> anyhow::Result<Value> {

@@ -1,5 +1,6 @@
 //! What can go wrong with a BACKUP: deaths in the middle, stores that fail, and statements that cannot be.
 
+use std::io::Read;
 use std::path::PathBuf;
 use std::process::Stdio;
 
@@ -111,10 +112,17 @@ fn a_waiting_client_can_cancel_its_wait_but_not_the_job() {
     let demo = fleet();
     let job = backup(&demo, "nodelocal://1/k");
     let mut client = demo.psql(4);
-    client.args(["-v", "VERBOSITY=verbose", "-c", &format!("SHOW JOB WHEN COMPLETE {job}")]);
-    let client = client.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
-    until_writing(&demo, 1);
-    kill(Pid::from_raw(client.id() as i32), Signal::SIGINT).unwrap();
+    // A psql that has not connected yet dies of the signal: the first command says that this one has.
+    client.args(["-v", "VERBOSITY=verbose", "-c", r"\! echo connected"]);
+    client.args(["-c", &format!("SHOW JOB WHEN COMPLETE {job}")]);
+    let mut client = client.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    let mut first = [0; 1];
+    client.stdout.as_mut().unwrap().read_exact(&mut first).unwrap();
+    // One that comes before the statement is sent cancels nothing.
+    until("psql to end", || {
+        kill(Pid::from_raw(client.id() as i32), Signal::SIGINT).unwrap();
+        client.try_wait().unwrap().ok_or_else(|| "waiting still".to_owned())
+    });
     let said = both(&client.wait_with_output().unwrap());
     // A wait that had ended already is no failure of the cancel.
     assert!(said.contains("57014: canceling statement due to user request") || said.contains("succeeded"), "{said}");

@@ -90,7 +90,7 @@ impl Watched {
         let remember = Arc::clone(&seen);
         std::thread::spawn(move || {
             for client in listener.incoming().flatten() {
-                let owner = owner_of(client.peer_addr().unwrap().port());
+                let owner = owner_of(client.peer_addr().unwrap().port(), client.local_addr().unwrap().port());
                 remember.lock().unwrap().extend(owner);
                 let Ok(server) = TcpStream::connect(("127.0.0.1", port)) else { continue };
                 for (mut from, mut to) in [(client.try_clone().unwrap(), server.try_clone().unwrap()), (server, client)]
@@ -118,13 +118,15 @@ impl S3 {
     }
 }
 
-/// The process that holds the local end `port` of an open connection.
-fn owner_of(port: u16) -> Option<i32> {
+/// The process that holds the end `port` of an open connection to `door`. Both are needed: connections of several
+/// processes may have one local port, as long as they lead to different places.
+fn owner_of(port: u16, door: u16) -> Option<i32> {
     let table = std::fs::read_to_string("/proc/net/tcp").ok()?;
-    let wanted = format!(":{port:04X}");
+    let (from, to) = (format!(":{port:04X}"), format!(":{door:04X}"));
     let inode = table.lines().skip(1).find_map(|line| {
         let fields: Vec<&str> = line.split_ascii_whitespace().collect();
-        fields.get(1)?.ends_with(&wanted).then(|| format!("socket:[{}]", fields[9]))
+        let is_it = fields.get(1)?.ends_with(&from) && fields[2].ends_with(&to);
+        is_it.then(|| format!("socket:[{}]", fields[9]))
     })?;
     let processes = std::fs::read_dir("/proc").ok()?.flatten();
     processes.filter_map(|entry| entry.file_name().to_str()?.parse().ok()).find(|pid: &i32| {

@@ -3,7 +3,7 @@
 //! Read in this order. [`plan`] judges a statement before anything exists: filter, databases, rights, URI. A job is
 //! made, and on whichever node coordinates it, [`resume`] tells the story step by step: the lock, a point for each
 //! shard ([`point`]), spans cut from tables ([`spans`]) and dealt to workers ([`assign`], [`deal`]), their export watched
-//! ([`drive`]), tables that keep changing held still ([`hold`]), the manifest written and sealed ([`manifest`], [`seal`]). What a worker does with one span is
+//! ([`drive`]), tables that keep changing held still ([`hold`]), the manifest written and sealed ([`manifest`], [`seal`]), and what is left over removed ([`revert`]). What a worker does with one span is
 //! [`export`]. The way back is [`restore`]. What is in a backup, and under which names, is [`layout`]; how it opens without us is [`restore_text`].
 //!
 //! **What a crash leaves.** Objects are written once and under names that carry the claim, so two coordinators of one
@@ -20,17 +20,20 @@ mod export;
 mod hold;
 mod layout;
 mod manifest;
+mod pausepoints;
 mod plan;
 mod point;
 mod restore;
 mod restore_text;
 mod resume;
+mod revert;
 mod seal;
 mod spans;
 
 pub use export::{EXPORT, Export, PROBE, Probe};
 pub use layout::COLLECTION_FILES;
 pub use manifest::{FileEntry, Manifest, ShardPart};
+pub use pausepoints::PAUSEPOINTS;
 pub use plan::{Backups, Finished, Outcome, Requester, SealSource};
 pub use restore::{IMPORT, Import, RESTORE_TYPE, ResumeRestore, SHOW, Show};
 pub use resume::{JOB_TYPE, Resume};

@@ -130,6 +130,7 @@ impl Backups {
             prefers: shards.into_keys().collect(),
             payload: serde_json::to_value(&payload)?,
             sealed: Some((self.seal)()?.seal(&resolved.exposed())?),
+            pausepoints: Vec::new(),
         })
     }
 

@@ -155,7 +155,7 @@ impl Session {
                 // In this order: a change of the world is heard however much flows, and what is there to be read is
                 // taken before anything is written, so that it goes on in larger pieces.
                 biased;
-                () = &mut stopped => break Err(shutting_down()),
+                () = &mut stopped => break Err(shutting_down(self.running.is_some())),
                 () = &mut moved => break Err(leader_moved(follows.as_ref())),
                 outcome = finished(&mut self.running), if self.outcome.is_none() => self.outcome = Some(outcome),
                 read = client_in.read_buf(&mut self.from_client.bytes), if may_read_client => {
@@ -265,8 +265,13 @@ fn leader_moved(follows: Option<&Follows>) -> PgError {
     PgError::new(SqlState::ADMIN_SHUTDOWN, message).hint("Connect again to reach it.")
 }
 
-fn shutting_down() -> PgError {
+fn shutting_down(waits_for_ours: bool) -> PgError {
+    let hint = if waits_for_ours {
+        "The node is being stopped, and a job goes on elsewhere: connect to another node, find it with SHOW JOBS and wait \
+         with SHOW JOB WHEN COMPLETE."
+    } else {
+        "The node is being stopped; connect to another one."
+    };
     // PostgreSQL's own words for the same.
-    PgError::new(SqlState::ADMIN_SHUTDOWN, "terminating connection due to administrator command")
-        .hint("The node is being stopped; connect to another one.")
+    PgError::new(SqlState::ADMIN_SHUTDOWN, "terminating connection due to administrator command").hint(hint)
 }

@@ -62,6 +62,7 @@ impl Backups {
             prefers: Vec::new(),
             payload: serde_json::to_value(&payload)?,
             sealed: Some((self.seal)()?.seal(&resolved.exposed())?),
+            pausepoints: Vec::new(),
         })
     }
 

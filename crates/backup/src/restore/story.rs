@@ -1,13 +1,12 @@
 //! A restore job, step by step, on its coordinator. Every step can be the first one of a run that takes over.
 
 use std::collections::BTreeMap;
-use std::pin::Pin;
 use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::Context as _;
 use cluster::service::Boxed;
-use cluster::{Filter, NodeId, Peers, Role};
+use cluster::{Filter, NodeId, Peers};
 use fleet::founders::{DatabasePlan, What};
 use fleet::loader::{Create, Created, Finish, LOADER, Load, Loaded, Request, needs_schema};
 use jobs::{Resumer, Retryable, Run};
@@ -93,20 +92,25 @@ impl ResumeRestore {
     }
 
     /// Removes what the job has made, by its mark, in whichever shard: the backup itself may not be readable any more.
-    async fn remove(&self, run: &Run) {
-        if run.check().await.is_err() {
-            // Somebody else works on it.
-            return;
-        }
+    async fn remove(&self, run: &Run) -> anyhow::Result<()> {
         let view = self.peers.cluster().view();
-        let known = view.nodes.values().filter(|known| known.reachable);
-        let leaders = known.filter(|known| view.role(&known.info) == Role::Leaseholder);
-        for node in leaders.filter_map(|known| known.info.node_id) {
-            let request = Request::Drop { job: run.id.0 };
-            if let Err(error) = self.peers.call::<()>(node, LOADER, &request, ASK_DEADLINE).await {
-                tracing::warn!(job = %run.id, %node, "an unfinished database may be left: {error:#}");
+        let mut failed = None;
+        for shard in run.kept_under::<String>("made/").await? {
+            let removed = async {
+                let leader = view.leader(&shard).and_then(|leader| leader.node_id);
+                let node = leader.ok_or_else(|| {
+                    PgError::new(SqlState::CONNECTION_FAILURE, format!("shard \"{shard}\" cannot be reached"))
+                        .detail("A database that was not finished may be there.")
+                })?;
+                let request = Request::Drop { job: run.id.0 };
+                self.peers.call::<()>(node, LOADER, &request, ASK_DEADLINE).await.map_err(passing)
+            };
+            if let Err(error) = removed.await {
+                tracing::warn!(job = %run.id, shard, "an unfinished database may be left: {error:#}");
+                failed = Some(error);
             }
         }
+        failed.map_or(Ok(()), Err)
     }
 
     async fn story(&self, run: &Run) -> anyhow::Result<Value> {
@@ -129,8 +133,13 @@ impl Resumer for ResumeRestore {
         Box::pin(async move { self.story(&run).await })
     }
 
-    fn give_up(&self, run: Run) -> Pin<Box<dyn Future<Output = ()> + Send + '_>> {
-        Box::pin(async move { self.remove(&run).await })
+    fn revert(&self, run: Run) -> Boxed<'_, Option<Value>> {
+        Box::pin(async move { self.remove(&run).await.map(|()| None) })
+    }
+
+    /// Databases are removed by the nodes beside them; no store is touched.
+    fn reverts_where_it_ran(&self) -> bool {
+        false
     }
 }
 
@@ -224,6 +233,8 @@ impl Story<'_> {
 
     async fn create(&self, source: &Source, part: &Part<'_>) -> anyhow::Result<Created> {
         self.run.progress(0.0, &format!("making the database in shard {}", part.part.shard)).await?;
+        // Where there may be something to remove, should the job fail.
+        self.run.keep(&format!("made/{}", part.part.shard), &part.part.shard).await?;
         let target = self.payload.target.clone();
         let request = Request::Create(Box::new(Create { job: self.run.id.0, target, plan: part.database.clone() }));
         let created: Created = self.peers.call(part.node, LOADER, &request, ASK_DEADLINE).await.map_err(passing)?;

@@ -30,6 +30,9 @@ use crate::{hold, layout, seal, spans};
 /// The type of these jobs.
 pub const JOB_TYPE: &str = "BACKUP";
 
+/// Under which key it stands that something may be in the store.
+const TOUCHED: &str = "touched";
+
 /// A schema dump that is longer is not a schema.
 const SCHEMA_MAX: usize = 512 * 1024 * 1024;
 
@@ -149,6 +152,9 @@ impl Story<'_> {
     /// Removes everything, unless the backup is whole.
     async fn take_back(&self) -> anyhow::Result<Option<Value>> {
         close_points(self.run, self.peers).await?;
+        if self.run.kept::<bool>(TOUCHED).await?.is_none() {
+            return Ok(None);
+        }
         if let Some(store) = self.trace().sealed().await? {
             let manifest = seal::complete(self.run, &store, &self.collection, self.when()).await?;
             if let Some(manifest) = &manifest {
@@ -172,6 +178,7 @@ impl Story<'_> {
                 return Err(PgError::new(SqlState::FILE_ALREADY_EXISTS, message).into());
             }
         }
+        self.run.keep(TOUCHED, &true).await?;
         // A lock of this job from an earlier run is as good as a new one.
         let (Created::New | Created::Exists(_)) =
             self.store.create(&mine, Bytes::from(format!("{}\n", self.payload.description))).await?;

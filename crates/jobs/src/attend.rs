@@ -30,7 +30,7 @@ const LONGEST_WAIT: Duration = Duration::from_secs(10);
 
 /// What a job made is tried to be removed for so many seconds; what is there still when they are over stays, and the
 /// job says so.
-const REVERT_FOR: f64 = 60.0;
+const REVERT_FOR: f64 = 30.0;
 
 /// A job that was begun so often, on whichever nodes, fails: it may be what ends its coordinators.
 const RUNS_MAX: i64 = 60;

@@ -59,6 +59,8 @@ pub struct NewJob {
     pub payload: Value,
     /// What the resumer needs and nobody else may read, encrypted.
     pub sealed: Option<Vec<u8>>,
+    /// Where it is to pause by itself, to be looked at.
+    pub pausepoints: Vec<String>,
 }
 
 /// A job as it is shown.

@@ -17,6 +17,7 @@
 //! is read from the rows, so a lost one costs a moment and nothing else. Rows are written and rung for in separate
 //! transactions: together they would hold a lock of the whole server while a synchronous standby is awaited.
 
+mod control;
 mod gate;
 mod job;
 mod ledger;
@@ -24,6 +25,7 @@ mod run;
 mod runner;
 mod show;
 
+pub use control::{Control, Controller};
 pub use job::{Job, JobId, NewJob};
 pub use ledger::Ledger;
 pub use run::{LostClaim, Retryable, Run};

@@ -156,6 +156,24 @@ impl Jobs {
     /// XXUUU `execution of job … relocated to …` when this node may not run it, and another one does; the registry is
     /// not reachable. A job that fails is no error here.
     pub async fn run_attached(&self, new: &NewJob) -> anyhow::Result<Job> {
+        match self.take(new).await? {
+            Some(to) => Err(gate::relocated(new.id, to).into()),
+            None => self.ended(new.id).await,
+        }
+    }
+
+    /// The same, but where another node has to run the job, its end is waited for all the same.
+    ///
+    /// # Errors
+    ///
+    /// The registry is not reachable. A job that fails is no error here.
+    pub async fn run_followed(&self, new: &NewJob) -> anyhow::Result<Job> {
+        self.take(new).await?;
+        self.ended(new.id).await
+    }
+
+    /// Makes a job and begins it here; gives the node that it was relocated to, if it was.
+    async fn take(&self, new: &NewJob) -> anyhow::Result<Option<NodeId>> {
         let session = self.session()?;
         let claimed = Claimed {
             id: new.id,
@@ -172,12 +190,16 @@ impl Jobs {
         if self.matches(&claimed.filter) {
             tokio::spawn(self.clone().execute(claimed, held, session.id));
         } else if let Some(to) = self.relocate(claimed.id, claimed.claim, &claimed.filter, &claimed.prefers).await? {
-            return Err(gate::relocated(new.id, to).into());
+            return Ok(Some(to));
         } else {
             self.postpone(&claimed).await?;
         }
-        let jobs = self.wait(&[new.id]).await?;
-        jobs.into_iter().next().with_context(|| format!("find job {} again", new.id))
+        Ok(None)
+    }
+
+    async fn ended(&self, job: JobId) -> anyhow::Result<Job> {
+        let jobs = self.wait(&[job]).await?;
+        jobs.into_iter().next().with_context(|| format!("find job {job} again"))
     }
 
     fn matches(&self, filter: &Filter) -> bool {

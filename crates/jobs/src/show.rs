@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use pgerror::{PgError, SqlState};
 use tokio::time::timeout;
 
 use crate::job::{COLUMNS, Job, JobId};
@@ -44,7 +45,7 @@ impl Jobs {
     ///
     /// # Errors
     ///
-    /// The registry is not reachable for longer than a statement waits for it.
+    /// One of them is paused; the registry is not reachable for longer than a statement waits for it.
     pub async fn wait(&self, ids: &[JobId]) -> anyhow::Result<Vec<Job>> {
         let mut bell = self.ledger().bell();
         loop {
@@ -52,6 +53,10 @@ impl Jobs {
             let found = self.find(ids).await?;
             if found.iter().all(|job| job.finished.is_some()) {
                 return Ok(found);
+            }
+            if let Some(paused) = found.iter().find(|job| job.status == "paused") {
+                let message = format!("job {} was paused before it completed", paused.id);
+                return Err(PgError::new(SqlState::UNCATEGORIZED, message).into());
             }
             // The bell of a handle that is alive does not end.
             let _ = timeout(LOOK_AGAIN, bell.changed()).await;

@@ -37,7 +37,7 @@ mod targets;
 mod verb;
 
 pub use control::{ControlJobs, ControlVerb};
-pub use parameters::{ParameterType, parse_int8};
+pub use parameters::ParameterType;
 pub use parser::parse;
 pub use scan::is_ours;
 pub use selection::{IDS_MAX, JobKind, Query, Selection};

@@ -210,11 +210,7 @@ fn value(n: usize, values: &[Option<String>]) -> Result<Option<&str>, PgError> {
 }
 
 /// A number as PostgreSQL's `bigint` is read: a sign and white space around are allowed.
-///
-/// # Errors
-///
-/// 22P02 or 22003, in PostgreSQL's words.
-pub fn parse_int8(text: &str) -> Result<i64, PgError> {
+pub(crate) fn parse_int8(text: &str) -> Result<i64, PgError> {
     text.trim_matches(|c: char| c.is_ascii_whitespace() || c == '\x0b').parse().map_err(
         |error: std::num::ParseIntError| match error.kind() {
             IntErrorKind::PosOverflow | IntErrorKind::NegOverflow => PgError::new(

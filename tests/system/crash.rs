@@ -360,7 +360,7 @@ fn strike(fault: Fault, points: &[&str]) {
             }
             restore_equal(&mut case, "base", point)
         };
-        println!("{fault:?} | {point} | {status} | {:.1} s", begun.elapsed().as_secs_f64());
+        eprintln!("{fault:?} | {point} | {status} | {:.1} s", begun.elapsed().as_secs_f64());
         kept = (!once).then_some(case);
     }
 }

@@ -45,8 +45,8 @@ impl Session {
                     let row = (verdict == Verdict::Told).then(|| Bytes::copy_from_slice(body));
                     self.from_server.pass_on(&mut self.to_client);
                     self.from_server.discard(found.len);
-                    if let Some(row) = row {
-                        self.told(&row);
+                    if let Some((row, asking)) = row.zip(self.asking.as_mut()) {
+                        asking.told(&row);
                     }
                     if verdict == Verdict::Asked {
                         self.asked();

@@ -9,7 +9,7 @@ use std::sync::{Arc, Mutex};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
-use super::demo::{Demo, psql};
+use super::demo::{Demo, Node, psql};
 use super::{both, run, until};
 
 /// How a store fails.
@@ -134,9 +134,14 @@ impl Fleet {
     #[track_caller]
     pub fn start(arguments: &[&str]) -> Self {
         let demo = Demo::start(arguments);
-        let lines = demo.nodes.iter().map(|node| command_line(node.pid)).collect();
+        let lines = demo.nodes.iter().map(command_line).collect();
         let fleet = Self { restarted: BTreeMap::new(), lines, demo };
         fleet.registry("UPDATE registry.settings SET value = '1000' WHERE name = 'session_life_ms'");
+        until("every session to be short", || {
+            let long = "SELECT count(*) FROM registry.sessions WHERE expires_at > clock_timestamp() + interval '2 s'";
+            let seen = fleet.registry(long);
+            if seen == "0" { Ok(()) } else { Err(seen) }
+        });
         fleet
     }
 
@@ -174,6 +179,62 @@ impl Fleet {
         self.restarted.insert(number, command.spawn().unwrap());
     }
 
+    /// Makes a job that is held at a pausepoint, and waits until it is there.
+    #[track_caller]
+    pub fn held(&self, statement: &str, point: &str) -> String {
+        let set = format!("SET backhaul.debug_pausepoints = '{point}:hold'");
+        let job = run(self.demo.psql(1).args(["-v", "ON_ERROR_STOP=1", "-Atqc", &set, "-c", statement]));
+        self.until_held(job.trim(), point);
+        job.trim().to_owned()
+    }
+
+    /// Waits until a job is held at a pausepoint.
+    #[track_caller]
+    pub fn until_held(&self, job: &str, point: &str) {
+        until("the job to be held", || {
+            let seen = self.job(job, "coalesce(running_status, status)");
+            if seen == format!("holding at pause point \"{point}\"") { Ok(()) } else { Err(seen) }
+        });
+    }
+
+    /// A column, or an expression, of a job's row.
+    #[track_caller]
+    pub fn job(&self, job: &str, column: &str) -> String {
+        self.registry(&format!("SELECT {column} FROM registry.jobs WHERE id = {job}"))
+    }
+
+    /// Lets a held job go on.
+    #[track_caller]
+    pub fn let_go(&self, job: &str, point: &str) {
+        let without = format!("array_remove(pausepoints, '{point}:hold')");
+        self.registry(&format!("UPDATE registry.jobs SET pausepoints = {without} WHERE id = {job}"));
+    }
+
+    /// Waits for a job's end, and gives its status and error.
+    #[track_caller]
+    pub fn end_of(&self, job: &str) -> (String, String) {
+        until("the job to end", || {
+            let seen = self.job(job, "status || '|' || (finished IS NOT NULL)");
+            if seen.ends_with("|true") { Ok(()) } else { Err(seen) }
+        });
+        (self.job(job, "status"), self.job(job, "error"))
+    }
+
+    /// Ends node `number` by a signal and waits until it is gone.
+    #[track_caller]
+    pub fn end_node(&mut self, number: usize, signal: Signal) {
+        let pid = self.pid(number);
+        self.signal(number, signal);
+        match self.restarted.remove(&number) {
+            Some(mut child) => drop(child.wait()),
+            // The demo reaps its own.
+            None => until("the node to be gone", || match kill(pid, None) {
+                Ok(()) => Err("it is there still".to_owned()),
+                Err(_) => Ok(()),
+            }),
+        }
+    }
+
     /// Waits until every node has a session and answers.
     #[track_caller]
     pub fn until_all_live(&self) {
@@ -195,10 +256,14 @@ impl Fleet {
     }
 }
 
-fn command_line(pid: i32) -> Vec<String> {
-    let line = std::fs::read(format!("/proc/{pid}/cmdline")).unwrap();
+/// How a node was started, on the port that it has been given.
+fn command_line(node: &Node) -> Vec<String> {
+    let line = std::fs::read(format!("/proc/{}/cmdline", node.pid)).unwrap();
     let words = line.split(|byte| *byte == 0).map(|word| String::from_utf8_lossy(word).into_owned());
-    words.filter(|word| !word.is_empty()).collect()
+    let mut words: Vec<String> = words.filter(|word| !word.is_empty()).collect();
+    let flag = words.iter().position(|word| word == "--listen-addr").unwrap();
+    words[flag + 1].clone_from(&node.address);
+    words
 }
 
 impl Drop for Fleet {

@@ -16,7 +16,7 @@ use serde_json::Value;
 
 use crate::support::faults::{FailingDoor, Fleet, Trouble};
 use crate::support::store::{S3, files_in};
-use crate::support::{both, run, until};
+use crate::support::{both, until};
 
 const BACKUP_POINTS: [&str; 8] = [
     "backup.after_lock",
@@ -136,31 +136,10 @@ impl Case {
         }
     }
 
-    /// Makes a job that is held at `point`, and waits until it is there.
-    #[track_caller]
-    fn held(&self, statement: &str, point: &str) -> String {
-        let set = format!("SET backhaul.debug_pausepoints = '{point}:hold'");
-        let job = run(self.fleet.demo.psql(1).args(["-v", "ON_ERROR_STOP=1", "-Atqc", &set, "-c", statement]));
-        let job = job.trim().to_owned();
-        until("the job to be held", || {
-            let seen = self.column(&job, "coalesce(running_status, status)");
-            if seen == format!("holding at pause point \"{point}\"") { Ok(()) } else { Err(seen) }
-        });
-        job
-    }
-
-    fn column(&self, job: &str, column: &str) -> String {
-        self.fleet.registry(&format!("SELECT {column} FROM registry.jobs WHERE id = {job}"))
-    }
-
-    fn let_go(&self, job: &str) {
-        self.fleet.registry(&format!("UPDATE registry.jobs SET pausepoints = '{{}}' WHERE id = {job}"));
-    }
-
     /// Does what the fault is, and lets the job go.
     #[track_caller]
-    fn strike(&mut self, job: &str) {
-        let coordinator: usize = self.column(job, "coordinator_id").parse().unwrap();
+    fn strike(&mut self, job: &str, point: &str) {
+        let coordinator: usize = self.fleet.job(job, "coordinator_id").parse().unwrap();
         let worker = self.workers().into_iter().find(|node| *node != coordinator).unwrap();
         match self.fault {
             Fault::KillCoordinator => self.fleet.signal(coordinator, Signal::SIGKILL),
@@ -169,7 +148,7 @@ impl Case {
             Fault::StopCoordinator | Fault::StopWorker => {
                 let node = if self.fault == Fault::StopWorker { worker } else { coordinator };
                 self.fleet.signal(node, Signal::SIGSTOP);
-                self.let_go(job);
+                self.fleet.let_go(job, point);
                 until("the session of the stopped node to end, and its work to be somebody else's", || {
                     let ended = format!(
                         "SELECT (SELECT expires_at < clock_timestamp() FROM registry.sessions WHERE node_id = {node})
@@ -188,24 +167,12 @@ impl Case {
             }
             Fault::Store(trouble) => self.store.as_ref().unwrap().1.fail(trouble, 3),
         }
-        self.let_go(job);
+        self.fleet.let_go(job, point);
     }
 
     fn promote(&self, primary: usize, standby: usize) {
         nix::sys::signal::kill(self.fleet.demo.server_pid(primary), Signal::SIGKILL).unwrap();
         self.fleet.demo.promote(standby);
-    }
-
-    /// Waits for the job's end as a user does, and gives its status and error.
-    #[track_caller]
-    fn end_of(&self, job: &str) -> (String, String) {
-        until("the job to end", || {
-            let seen = self.column(job, "status || '|' || (finished IS NOT NULL)");
-            if seen.ends_with("|true") { Ok(()) } else { Err(seen) }
-        });
-        let row = self.fleet.demo.ask(1, &format!("SHOW JOB WHEN COMPLETE {job}"));
-        let columns: Vec<&str> = row.split('|').collect();
-        (columns[5].to_owned(), columns[12].to_owned())
     }
 
     /// Brings back what the fault took away.
@@ -222,7 +189,7 @@ impl Case {
             }
         }
         self.fleet.until_all_live();
-        assert_eq!(self.column(job, "finished IS NOT NULL"), "t");
+        assert_eq!(self.fleet.job(job, "finished IS NOT NULL"), "t");
     }
 
     /// Nothing is left of any job but what it was to make.
@@ -294,9 +261,9 @@ fn backup_case(case: &mut Case, point: &str) -> String {
     case.number += 1;
     let name = format!("b{}", case.number);
     let statement = format!("BACKUP DATABASE movr INTO '{}' WITH {FILTER}, DETACHED", case.collection(&name));
-    let job = case.held(&statement, point);
-    case.strike(&job);
-    let (status, error) = case.end_of(&job);
+    let job = case.fleet.held(&statement, point);
+    case.strike(&job, point);
+    let (status, error) = case.fleet.end_of(&job);
     case.heal(&job);
     assert!(status == "succeeded" || status == "failed" && !error.is_empty(), "{status}: {error}");
     assert_files(case, &name, status == "succeeded");
@@ -316,11 +283,11 @@ fn restore_equal(case: &mut Case, name: &str, point: &str) -> String {
     let job = if point.is_empty() {
         case.fleet.demo.ask(1, &statement)
     } else {
-        let job = case.held(&statement, point);
-        case.strike(&job);
+        let job = case.fleet.held(&statement, point);
+        case.strike(&job, point);
         job
     };
-    let (status, error) = case.end_of(&job);
+    let (status, error) = case.fleet.end_of(&job);
     if !point.is_empty() {
         case.heal(&job);
     }
@@ -356,7 +323,7 @@ fn strike(fault: Fault, points: &[&str]) {
             if case.files("base").is_empty() {
                 let made =
                     case.fleet.demo.ask(1, &format!("BACKUP DATABASE movr INTO '{uri}' WITH {FILTER}, DETACHED"));
-                assert_eq!(case.end_of(&made), ("succeeded".to_owned(), String::new()));
+                assert_eq!(case.fleet.end_of(&made), ("succeeded".to_owned(), String::new()));
             }
             restore_equal(&mut case, "base", point)
         };

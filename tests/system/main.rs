@@ -12,6 +12,7 @@ mod failover; // promotion, crash and return of servers and nodes
 mod mistakes; // wrong secrets, shards, stores and addresses
 mod restore; // everything comes back the same, once, and damage is noticed
 mod security; // passwords, TLS, open doors
+mod survival; // jobs outlive nodes that are stopped in turn, and a registry that moves
 mod wire; // what SQL cannot see: frames, pipelines, transactions, cancel
 
 #[path = "../support/mod.rs"]

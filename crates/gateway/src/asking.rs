@@ -9,7 +9,7 @@ use std::time::Duration;
 use backup::{Requester, Settings};
 use bytes::Bytes;
 use pgerror::{PgError, SqlState};
-use sql::{IDS_MAX, Statement};
+use sql::{IDS_MAX, Query, Statement};
 
 use crate::frame::{cut_i16, cut_i32};
 
@@ -36,6 +36,8 @@ pub(crate) struct Asking {
     told: Vec<Option<String>>,
     /// What is wrong with them.
     wrong: Option<PgError>,
+    /// The query that was asked last, if it was one of the user's.
+    query: Option<Query>,
 }
 
 /// What to do after an answer.
@@ -49,7 +51,7 @@ pub(crate) enum Next {
 impl Asking {
     /// Begins with the question to ask first.
     pub(crate) fn begin(statements: Vec<Statement>, execute: Option<Bytes>) -> (Self, String) {
-        let asking = Self { statements, execute, requester: None, told: Vec::new(), wrong: None };
+        let asking = Self { statements, execute, requester: None, told: Vec::new(), wrong: None, query: None };
         (asking, WHO.to_owned())
     }
 
@@ -72,6 +74,12 @@ impl Asking {
         }
     }
 
+    /// The server's error about a query of the user's, as one about the statement that the query stands in.
+    pub(crate) fn of_statement(&self, error: &[u8]) -> Option<Bytes> {
+        let query = self.query.as_ref()?;
+        with_position(error, |position| query.position(position))
+    }
+
     /// An answer is whole.
     ///
     /// # Errors
@@ -90,12 +98,28 @@ impl Asking {
             Some(statement) => statement.answer_query(ids(&told)?),
             None => {}
         }
-        let next = self.statements.iter().find_map(Statement::query);
-        Ok(match next {
+        self.query = self.statements.iter().find_map(Statement::query).cloned();
+        Ok(match &self.query {
             Some(query) => Next::Ask(query.for_server()),
             None => Next::Start(std::mem::take(&mut self.statements), self.requester.take()),
         })
     }
+}
+
+/// An ErrorResponse with this done to the position in it; `None` when there is none. `body` is whole.
+fn with_position(body: &[u8], change: impl FnOnce(usize) -> usize) -> Option<Bytes> {
+    let fields: Vec<&[u8]> = body.split(|byte| *byte == 0).take_while(|field| !field.is_empty()).collect();
+    let at = fields.iter().position(|field| field.first() == Some(&b'P'))?;
+    let position = std::str::from_utf8(&fields[at][1..]).ok()?.parse().ok()?;
+    let changed = format!("P{}", change(position));
+    let mut fields = fields;
+    fields[at] = changed.as_bytes();
+    let mut body = fields.join(&0);
+    body.extend([0, 0]);
+    let mut frame = vec![b'E'];
+    frame.extend(u32::try_from(4 + body.len()).ok()?.to_be_bytes());
+    frame.extend(body);
+    Some(frame.into())
 }
 
 fn requester(told: &[Option<String>]) -> Option<Requester> {
@@ -176,12 +200,12 @@ mod tests {
     fn questions_follow_one_another() {
         let mut asking = told_who();
         let Ok(Next::Ask(first)) = asking.answered() else { panic!("no question") };
-        assert!(first.ends_with("(SELECT 1\n) LIMIT 1001"), "{first}");
+        assert!(first.ends_with("(SELECT 1\n) AS named LIMIT 1001"), "{first}");
         asking.told(&row(&[Some("7"), Some("x")]));
         asking.told(&row(&[None]));
         asking.told(&row(&[Some("-8")]));
         let Ok(Next::Ask(second)) = asking.answered() else { panic!("no question") };
-        assert!(second.ends_with("(TABLE x\n) LIMIT 1001"), "{second}");
+        assert!(second.ends_with("(TABLE x\n) AS named LIMIT 1001"), "{second}");
         let Ok(Next::Start(statements, Some(requester))) = asking.answered() else { panic!("no start") };
         assert_eq!(
             statements,
@@ -195,6 +219,18 @@ mod tests {
         let settings = Settings { on_relocation: "wait".to_owned(), ..Settings::default() };
         let statement_timeout = Some(Duration::from_millis(50));
         assert_eq!(requester, Requester { user: "jürgen".to_owned(), superuser: true, statement_timeout, settings });
+    }
+
+    #[test]
+    fn a_position_is_that_in_the_statement() {
+        let mut asking = told_who();
+        let error = b"SERROR\0C42703\0P22\0Fparse.c\0\0";
+        assert_eq!(asking.of_statement(error), None);
+        assert!(matches!(asking.answered(), Ok(Next::Ask(_))));
+        // `1` of `SHOW JOBS SELECT 1`, behind `SELECT * FROM (`.
+        let moved = asking.of_statement(b"SERROR\0C42703\0P23\0Fparse.c\0\0").unwrap();
+        assert_eq!(&moved[..], b"E\0\0\0\x20SERROR\0C42703\0P18\0Fparse.c\0\0");
+        assert_eq!(asking.of_statement(b"SERROR\0C42703\0\0"), None);
     }
 
     #[test]

@@ -1,8 +1,8 @@
 //! Which jobs a statement is about: ids, or a query of PostgreSQL's that gives ids.
 //!
 //! A query is the user's own. It is not understood here, only cut out of the text, and runs in the user's session on
-//! the server, with the user's rights and in the user's transaction. What is sent there has the query at the very place
-//! where it stands in the statement, so that the position in an error of the server is right as it is.
+//! the server, with the user's rights and in the user's transaction. Its place is kept, so that a position in an error
+//! of the server can be made one in the statement.
 
 use pgerror::PgError;
 use sqlparser::tokenizer::Token;
@@ -57,15 +57,23 @@ impl Query {
 
     /// What the server is to run. Its first column has the ids; of too many rows it gives one more than [`IDS_MAX`].
     ///
-    /// In parentheses a query can neither change data nor make a table. Where its last line is a comment, that ends
-    /// before ours.
+    /// As a part of another query it can neither change data nor make a table. Its last line may be a comment, which
+    /// ends before ours begins.
     pub fn for_server(&self) -> String {
-        let (head, text) = (if self.one_value { "SELECT" } else { "(" }, &self.text);
-        let room = " ".repeat(self.before.saturating_sub(head.len()));
+        let (head, text) = (self.head(), &self.text);
         match self.one_value {
-            true => format!("{room}{head}{text}"),
-            false => format!("{room}{head}{text}\n) LIMIT {}", IDS_MAX + 1),
+            true => format!("{head}{text}"),
+            false => format!("{head}{text}\n) AS named LIMIT {}", IDS_MAX + 1),
         }
+    }
+
+    /// Where a position in what the server ran is in the statement.
+    pub fn position(&self, on_server: usize) -> usize {
+        (on_server + self.before).saturating_sub(self.head().len()).max(1)
+    }
+
+    fn head(&self) -> &'static str {
+        if self.one_value { "SELECT " } else { "SELECT * FROM (" }
     }
 }
 
@@ -132,16 +140,16 @@ mod tests {
     #[test]
     fn a_query_keeps_its_place() {
         for (text, sent) in [
-            ("SHOW JOBS SELECT 1", "         (SELECT 1\n) LIMIT 1001"),
-            ("SHOW JOBS WHEN COMPLETE (SELECT 1) ;", "                       ((SELECT 1)\n) LIMIT 1001"),
-            ("SHOW JOB (SELECT 1)", "   SELECT(SELECT 1)"),
-            ("SHOW JOB(VALUES (1), (2))", "  SELECT(VALUES (1), (2))"),
-            ("SHOW JOBS\n/* é */ TABLE x -- y", "                 (TABLE x -- y\n) LIMIT 1001"),
+            ("SHOW JOBS SELECT 1", "SELECT * FROM (SELECT 1\n) AS named LIMIT 1001"),
+            ("SHOW JOBS WHEN COMPLETE (SELECT 1) ;", "SELECT * FROM ((SELECT 1)\n) AS named LIMIT 1001"),
+            ("SHOW JOB (SELECT 1)", "SELECT (SELECT 1)"),
+            ("SHOW JOB(VALUES (1), (2))", "SELECT (VALUES (1), (2))"),
+            ("SHOW JOBS\n/* é */ TABLE x -- y", "SELECT * FROM (TABLE x -- y\n) AS named LIMIT 1001"),
             (
                 "SHOW JOBS WITH reason AS (SELECT 1) TABLE reason",
-                "         (WITH reason AS (SELECT 1) TABLE reason\n) LIMIT 1001",
+                "SELECT * FROM (WITH reason AS (SELECT 1) TABLE reason\n) AS named LIMIT 1001",
             ),
-            ("SHOW NODES; SHOW JOBS SELECT 'é;'; SHOW NODES", "                     (SELECT 'é;'\n) LIMIT 1001"),
+            ("SHOW NODES; SHOW JOBS SELECT 'é;'; SHOW NODES", "SELECT * FROM (SELECT 'é;'\n) AS named LIMIT 1001"),
         ] {
             let statements = parse(text).expect(text);
             let query = statements.iter().find_map(|statement| match statement {
@@ -150,8 +158,8 @@ mod tests {
             });
             let query = query.expect(text);
             assert_eq!(query.for_server(), sent, "{text}");
-            let (place, same) = (text.find(query.text()).expect(text), sent.find(query.text()).expect(text));
-            assert_eq!(text[..place].chars().count(), sent[..same].chars().count(), "{text}");
+            let characters = |text: &str| text[..text.find(query.text()).expect("its text")].chars().count();
+            assert_eq!(query.position(characters(sent) + 1), characters(text) + 1, "{text}");
         }
     }
 }

@@ -29,13 +29,15 @@ const BACKUP_POINTS: [&str; 8] = [
     "backup.after_latest",
 ];
 
-const RESTORE_POINTS: [&str; 6] = [
+const RESTORE_POINTS: [&str; 8] = [
     "restore.after_source",
     "restore.after_create",
     "restore.after_pre_data",
     "restore.after_first_file",
     "restore.after_load",
+    "restore.after_finish",
     "restore.after_publish",
+    "restore.after_release",
 ];
 
 /// What goes wrong.
@@ -339,7 +341,7 @@ fn a_coordinator_is_killed() {
 
 #[test]
 fn a_worker_is_killed() {
-    strike(Fault::KillWorker, &["backup.after_lock"]);
+    strike(Fault::KillWorker, &["backup.after_lock", "restore.after_finish"]);
 }
 
 #[test]
@@ -349,7 +351,7 @@ fn the_node_beside_the_read_server_is_killed() {
 
 #[test]
 fn a_coordinator_is_stopped_and_goes_on() {
-    strike(Fault::StopCoordinator, &["backup.after_record"]);
+    strike(Fault::StopCoordinator, &["backup.after_record", "restore.after_release"]);
 }
 
 #[test]

@@ -11,6 +11,15 @@ pub(crate) const AFTER_RECORD: &str = "backup.after_record";
 pub(crate) const AFTER_SEAL: &str = "backup.after_seal";
 pub(crate) const AFTER_LATEST: &str = "backup.after_latest";
 
+pub(crate) const AFTER_SOURCE: &str = "restore.after_source";
+pub(crate) const AFTER_CREATE: &str = "restore.after_create";
+pub(crate) const AFTER_PRE_DATA: &str = "restore.after_pre_data";
+pub(crate) const AFTER_FIRST_FILE: &str = "restore.after_first_file";
+pub(crate) const AFTER_LOAD: &str = "restore.after_load";
+pub(crate) const AFTER_FINISH: &str = "restore.after_finish";
+pub(crate) const AFTER_PUBLISH: &str = "restore.after_publish";
+pub(crate) const AFTER_RELEASE: &str = "restore.after_release";
+
 /// All of them, in the order in which a job comes by.
 pub const PAUSEPOINTS: &[&str] =
     &[AFTER_LOCK, AFTER_POINTS, AFTER_SCHEMAS, AFTER_FIRST_SPAN, AFTER_EXPORT, AFTER_RECORD, AFTER_SEAL, AFTER_LATEST];

@@ -21,5 +21,21 @@ pub(crate) const AFTER_PUBLISH: &str = "restore.after_publish";
 pub(crate) const AFTER_RELEASE: &str = "restore.after_release";
 
 /// All of them, in the order in which a job comes by.
-pub const PAUSEPOINTS: &[&str] =
-    &[AFTER_LOCK, AFTER_POINTS, AFTER_SCHEMAS, AFTER_FIRST_SPAN, AFTER_EXPORT, AFTER_RECORD, AFTER_SEAL, AFTER_LATEST];
+pub const PAUSEPOINTS: &[&str] = &[
+    AFTER_LOCK,
+    AFTER_POINTS,
+    AFTER_SCHEMAS,
+    AFTER_FIRST_SPAN,
+    AFTER_EXPORT,
+    AFTER_RECORD,
+    AFTER_SEAL,
+    AFTER_LATEST,
+    AFTER_SOURCE,
+    AFTER_CREATE,
+    AFTER_PRE_DATA,
+    AFTER_FIRST_FILE,
+    AFTER_LOAD,
+    AFTER_FINISH,
+    AFTER_PUBLISH,
+    AFTER_RELEASE,
+];

@@ -11,34 +11,13 @@ use std::collections::BTreeSet;
 use std::path::PathBuf;
 use std::time::Instant;
 
+use backup::PAUSEPOINTS;
 use nix::sys::signal::Signal;
 use serde_json::Value;
 
 use crate::support::faults::{FailingDoor, Fleet, Trouble};
 use crate::support::store::{S3, files_in};
 use crate::support::{both, until};
-
-const BACKUP_POINTS: [&str; 8] = [
-    "backup.after_lock",
-    "backup.after_points",
-    "backup.after_schemas",
-    "backup.after_first_span",
-    "backup.after_export",
-    "backup.after_record",
-    "backup.after_seal",
-    "backup.after_latest",
-];
-
-const RESTORE_POINTS: [&str; 8] = [
-    "restore.after_source",
-    "restore.after_create",
-    "restore.after_pre_data",
-    "restore.after_first_file",
-    "restore.after_load",
-    "restore.after_finish",
-    "restore.after_publish",
-    "restore.after_release",
-];
 
 /// What goes wrong.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -307,8 +286,7 @@ fn restore_equal(case: &mut Case, name: &str, point: &str) -> String {
 #[track_caller]
 fn strike(fault: Fault, points: &[&str]) {
     let all = std::env::var("BACKHAUL_CRASH_MATRIX").is_ok_and(|value| value == "all");
-    let every: Vec<&str> = BACKUP_POINTS.into_iter().chain(RESTORE_POINTS).collect();
-    let points = if all { &every[..] } else { points };
+    let points = if all { PAUSEPOINTS } else { points };
     // After a promotion nothing is as it was.
     let once = matches!(fault, Fault::PromoteSystemShard | Fault::PromoteDataShard);
     let mut kept: Option<Case> = None;

@@ -39,3 +39,17 @@ pub const PAUSEPOINTS: &[&str] = &[
     AFTER_PUBLISH,
     AFTER_RELEASE,
 ];
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_documentation_lists_them_in_order() {
+        let text = std::fs::read_to_string(concat!(env!("CARGO_MANIFEST_DIR"), "/../../docs/jobs.md")).unwrap();
+        let rows = text.lines().filter_map(|line| line.strip_prefix("| `")?.split('`').next());
+        let listed: Vec<&str> =
+            rows.filter(|name| name.starts_with("backup.") || name.starts_with("restore.")).collect();
+        assert_eq!(listed, PAUSEPOINTS);
+    }
+}

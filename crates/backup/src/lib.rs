@@ -34,7 +34,7 @@ pub use export::{EXPORT, Export, PROBE, Probe};
 pub use layout::COLLECTION_FILES;
 pub use manifest::{FileEntry, Manifest, ShardPart};
 pub use plan::{Backups, Finished, OnWait, Outcome, Requester, SealSource};
-pub use restore::{IMPORT, Import, RESTORE_TYPE, ResumeRestore, SHOW, Show};
+pub use restore::{Created, IMPORT, Import, RESTORE_TYPE, ResumeRestore, SHOW, Show, Shown};
 pub use resume::{JOB_TYPE, Resume};
 pub use settings::Settings;
 

@@ -64,10 +64,10 @@ impl Control {
             Self::Pause { .. } => "status = 'pause-requested', pause_reason = $5",
             // Everything that would keep a node from taking it at once is forgotten.
             Self::Resume => {
-                "status = CASE WHEN ends_as IS NULL THEN 'running' ELSE 'reverting' END, claim_id = NULL,
+                "status = CASE WHEN j.ends_as IS NULL THEN 'running' ELSE 'reverting' END, claim_id = NULL,
                  claim_session = NULL, coordinator_id = NULL, next_run = NULL, unmatched_since = NULL,
                  pause_reason = $5, running_status = NULL,
-                 reverting_since = CASE WHEN ends_as IS NOT NULL THEN clock_timestamp() END"
+                 reverting_since = CASE WHEN j.ends_as IS NOT NULL THEN clock_timestamp() END"
             }
             Self::Cancel { .. } => "status = 'cancel-requested', pause_reason = $5",
         }

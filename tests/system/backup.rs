@@ -294,6 +294,9 @@ fn ddl_during_an_export_never_costs_a_row() {
 #[test]
 fn a_backup_opens_with_stock_tools() {
     let demo = Demo::start(&[]);
+    let properties = "ALTER DATABASE movr CONNECTION LIMIT 30; COMMENT ON DATABASE movr IS 'it''s :\"target\" \\ $HOME';
+        ALTER DATABASE movr SET search_path = \"$user\", public, \"a, b\"; ALTER ROLE root IN DATABASE movr SET work_mem = '7MB'";
+    run(demo.psql_direct(1).args(["-v", "ON_ERROR_STOP=1", "-c", properties]));
     let statement = format!("BACKUP DATABASE movr INTO 'nodelocal://self/b' WITH {WEST}, DETACHED");
     succeeded(&demo, 1, &detached(&demo, 1, &statement));
     let dir = directory();
@@ -325,6 +328,9 @@ fn a_backup_opens_with_stock_tools() {
         "SELECT count(*), sum(hashtext(m::text)::bigint) FROM revenue_by_city m",
         "SELECT count(*), min(md5(lo_get(oid))) FROM pg_largeobject_metadata",
         "SELECT count(*) FROM pg_constraint WHERE contype = 'f'",
+        "SELECT datconnlimit, shobj_description(oid, 'pg_database'), datlocprovider, datcollate FROM pg_database
+         WHERE datname = 'movr'",
+        "SELECT setrole::regrole, setconfig FROM pg_db_role_setting ORDER BY 1",
     ] {
         let restored = run(psql(&url).args(["-Atc", query]));
         assert_eq!(restored, run(demo.psql_direct(1).args(["-Atc", query])), "{query}");

@@ -209,10 +209,24 @@ fn damage_is_noticed_and_leaves_no_database() {
     refused(restore, "58P01");
     std::fs::write(&file, &whole).unwrap();
 
-    let manifest = files_in(&demo.node_dir(3).join("extern"))
-        .into_iter()
-        .find(|file| file.ends_with("BACKUP_MANIFEST"))
-        .expect("the manifest");
+    // One bit in each of the other kinds of file.
+    let held = files_in(&demo.node_dir(3).join("extern"));
+    for (kind, expected) in [
+        (".dump", "It holds the schema of database \"movr\""),
+        ("BACKUP_MANIFEST", "the manifest of the backup in nodelocal://3/b"),
+        ("BACKUP_MANIFEST-CHECKSUM", "checksum mismatch"),
+    ] {
+        let file = held.iter().find(|file| file.to_string_lossy().ends_with(kind)).expect(kind);
+        let whole = std::fs::read(file).unwrap();
+        let mut flipped = whole.clone();
+        let middle = flipped.len() / 2;
+        flipped[middle] ^= 1;
+        std::fs::write(file, &flipped).unwrap();
+        refused(restore, expected);
+        refused(restore, "XX001");
+        std::fs::write(file, &whole).unwrap();
+    }
+    let manifest = held.into_iter().find(|file| file.ends_with("BACKUP_MANIFEST")).expect("the manifest");
     let whole = std::fs::read_to_string(&manifest).unwrap();
     std::fs::write(&manifest, whole.replacen("\"rows\": 1", "\"rows\": 2", 1)).unwrap();
     refused(restore, "checksum mismatch");
@@ -222,6 +236,11 @@ fn damage_is_noticed_and_leaves_no_database() {
     let checksum = manifest.with_file_name("BACKUP_MANIFEST-CHECKSUM");
     std::fs::write(&checksum, sum.split(' ').next().unwrap()).unwrap();
     refused(restore, "0A000: the backup has format 99");
+    let earlier = whole.replacen("\"format\": 1", "\"format\": 0", 1);
+    std::fs::write(&manifest, &earlier).unwrap();
+    let sum = run(std::process::Command::new("sha256sum").arg(&manifest));
+    std::fs::write(&checksum, sum.split(' ').next().unwrap()).unwrap();
+    refused(restore, "0A000: the backup has format 0");
     std::fs::remove_file(&manifest).unwrap();
     refused(restore, "could not find BACKUP manifest file");
     refused(&restore.replace("3/b", "3/nothing"), "58P01: path does not contain a completed latest backup");
@@ -233,29 +252,35 @@ fn damage_is_noticed_and_leaves_no_database() {
     assert!(told.contains("42501: user reader does not have RESTORE privilege"), "{told}");
 }
 
-/// A fleet that finds out about deaths within a second, in the middle of a restore into the database `copy`.
-fn restoring() -> (Demo, String) {
-    let demo = Demo::start(&["--rows", "100000"]);
+const LOADING: &str = "query LIKE 'COPY %FROM STDIN%' AND datname LIKE '\\_backhaul%'";
+const BUILDING: &str = "application_name LIKE 'backhaul post-data%' AND query LIKE 'CREATE INDEX%'";
+
+/// Something to be built that takes seconds.
+const SLOW: &str = "
+    CREATE FUNCTION slow(a int) RETURNS int IMMUTABLE PARALLEL UNSAFE LANGUAGE plpgsql
+        AS 'BEGIN PERFORM pg_catalog.pg_sleep(0.02); RETURN a; END';
+    CREATE TABLE slowly (a int); INSERT INTO slowly SELECT generate_series(1, 150); CREATE INDEX ON slowly (slow(a))";
+
+/// A fleet that finds out about deaths within a second, in the middle of a restore into the database `copy`: where
+/// there is a session that `doing` is true for.
+fn restoring(rows: &str, setup: &str, doing: &str) -> (Demo, String) {
+    let demo = Demo::start(&["--rows", rows]);
+    on(&demo, "movr", setup);
     on(&demo, "backhaul", "UPDATE registry.settings SET value = '1000' WHERE name = 'session_life_ms'");
     succeeded(&demo, 1, "BACKUP DATABASE movr INTO 'nodelocal://2/b' WITH DETACHED");
     let job = demo.ask(
         1,
         &format!("RESTORE DATABASE movr FROM LATEST IN 'nodelocal://2/b' WITH new_db_name = 'copy', {WEST}, DETACHED"),
     );
-    until("the restore to load", || {
-        let seen = on(
-            &demo,
-            "postgres",
-            "SELECT count(*) FROM pg_stat_activity WHERE query LIKE 'COPY %FROM STDIN%' AND datname LIKE '\\_backhaul%'",
-        );
+    until("the restore to get there", || {
+        let seen = on(&demo, "postgres", &format!("SELECT count(*) FROM pg_stat_activity WHERE {doing}"));
         if seen.trim() == "0" { Err(demo.ask(1, &format!("SHOW JOB {job}"))) } else { Ok(()) }
     });
     (demo, job)
 }
 
-/// Whoever gets this signal in the middle, every row is there once.
-fn survives(number: usize, signal: Signal) {
-    let (demo, job) = restoring();
+/// Whoever gets this signal in the middle, everything is there once.
+fn survives((demo, job): (Demo, String), number: usize, signal: Signal) {
     let node = Pid::from_raw(demo.nodes[number - 1].pid);
     kill(node, signal).unwrap();
     let row = demo.ask(1, &format!("SHOW JOB WHEN COMPLETE {job}"));
@@ -274,24 +299,12 @@ fn survives(number: usize, signal: Signal) {
     assert_eq!(on(&demo, "postgres", left), "0\n");
 }
 
-#[test]
-fn a_restore_survives_the_death_of_one_worker() {
-    survives(3, Signal::SIGKILL);
+fn coordinator(demo: &Demo, job: &str) -> usize {
+    demo.ask(1, &format!("SHOW JOB {job}")).split('|').nth(13).unwrap().parse().unwrap()
 }
 
-#[test]
-fn a_restore_survives_a_worker_that_stops_and_goes_on() {
-    survives(4, Signal::SIGSTOP);
-}
-
-#[test]
-fn a_restore_survives_the_death_of_the_other() {
-    survives(4, Signal::SIGKILL);
-}
-
-#[test]
-fn a_restore_survives_a_crash_of_the_server_that_it_fills() {
-    let (demo, job) = restoring();
+/// A server that crashed is started again, and everything is there once.
+fn survives_a_crash((demo, job): (Demo, String)) {
     // It holds the registry, too.
     kill(demo.server_pid(1), Signal::SIGKILL).unwrap();
     demo.restart_server(1);
@@ -302,6 +315,45 @@ fn a_restore_survives_a_crash_of_the_server_that_it_fills() {
     assert!(row.contains("|succeeded|"), "{row}");
     // A crash moves the source's own sequences up to 32 values on.
     assert_same_rows(&demo, "movr", "copy");
+}
+
+#[test]
+fn a_restore_survives_the_death_of_one_worker() {
+    survives(restoring("100000", "", LOADING), 3, Signal::SIGKILL);
+}
+
+#[test]
+fn a_restore_survives_a_worker_that_stops_and_goes_on() {
+    survives(restoring("100000", "", LOADING), 4, Signal::SIGSTOP);
+}
+
+#[test]
+fn a_restore_survives_the_death_of_the_other() {
+    survives(restoring("100000", "", LOADING), 4, Signal::SIGKILL);
+}
+
+#[test]
+fn a_restore_survives_a_crash_of_the_server_that_it_fills() {
+    survives_a_crash(restoring("100000", "", LOADING));
+}
+
+#[test]
+fn a_restore_survives_a_crash_of_the_server_while_it_builds_indexes() {
+    survives_a_crash(restoring("5000", SLOW, BUILDING));
+}
+
+#[test]
+fn a_restore_survives_the_death_of_its_coordinator_while_indexes_are_built() {
+    let (demo, job) = restoring("5000", SLOW, BUILDING);
+    let node = coordinator(&demo, &job);
+    survives((demo, job), node, Signal::SIGKILL);
+}
+
+#[test]
+fn a_restore_survives_a_coordinator_that_stops_and_goes_on() {
+    let (demo, job) = restoring("5000", SLOW, BUILDING);
+    let node = coordinator(&demo, &job);
+    survives((demo, job), node, Signal::SIGSTOP);
 }
 
 #[test]
@@ -318,4 +370,29 @@ fn each_shard_gets_its_own_rows_back() {
         };
         assert_eq!(sum("copy"), sum("movr"), "shard s{number}");
     }
+}
+
+#[test]
+fn all_shards_get_the_name_or_none() {
+    let arguments = ["--nodes", "4", "--servers", "4", "--shards", "2", "--voters", "1", "--rows", "20000"];
+    let demo = Demo::start(&arguments);
+    succeeded(&demo, 1, &format!("BACKUP DATABASE movr INTO 'nodelocal://1/s' WITH {WEST}, DETACHED"));
+    let restore = "RESTORE DATABASE movr FROM LATEST IN 'nodelocal://1/s' WITH new_db_name = 'copy', DETACHED";
+    let job = demo.ask(2, restore);
+    let in_shard = |number: usize, query: &str| {
+        let url = demo.direct_url(number).replace("/movr?", "/postgres?");
+        run(psql(&url).args(["-v", "ON_ERROR_STOP=1", "-Atc", query]))
+    };
+    // Somebody takes the name in the second shard meanwhile.
+    let begun = "SELECT count(*) FROM pg_database WHERE datname LIKE '\\_backhaul%'";
+    until("the second shard's database", || if in_shard(2, begun) == "0\n" { Err(String::new()) } else { Ok(()) });
+    in_shard(2, "CREATE DATABASE copy");
+    let name = "SELECT oid FROM pg_database WHERE datname = 'copy'";
+    let theirs = in_shard(2, name);
+    let row = demo.ask(1, &format!("SHOW JOB WHEN COMPLETE {job}"));
+    assert!(row.contains("|failed|") && row.contains("database \"copy\" already exists"), "{row}");
+    assert_eq!((in_shard(1, name), in_shard(2, name)), (String::new(), theirs));
+    assert_eq!((in_shard(1, begun).as_str(), in_shard(2, begun).as_str()), ("0\n", "0\n"));
+    in_shard(2, "DROP DATABASE copy");
+    succeeded(&demo, 2, restore);
 }

@@ -268,7 +268,7 @@ const KINDS: &str = r#"
     ALTER ROLE granted IN DATABASE shop SET search_path = "A, b", app; ALTER ROLE granted IN DATABASE shop SET work_mem
     = '7MB'; ALTER DATABASE shop SET app.note = 'it''s'; COMMENT ON DATABASE shop IS 'the \ shop''s';
     REVOKE ALL ON DATABASE shop FROM PUBLIC; GRANT CONNECT ON DATABASE shop TO granted WITH GRANT OPTION;
-    ALTER DATABASE shop OWNER TO owner CONNECTION LIMIT 17; ALTER DATABASE shop IS_TEMPLATE true;
+    ALTER DATABASE shop OWNER TO owner; ALTER DATABASE shop CONNECTION LIMIT 17; ALTER DATABASE shop IS_TEMPLATE true;
     CREATE FUNCTION forbid_no() RETURNS event_trigger LANGUAGE plpgsql AS 'BEGIN END';
     CREATE INDEX "odd
  name" ON app.child (parent DESC); COMMENT ON INDEX app."odd
@@ -424,7 +424,7 @@ async fn nothing_is_made_where_something_is_missing_or_in_the_way() {
     removed(&place, 7).await;
     assert_eq!(place.ask("postgres", "SELECT 1 FROM pg_database WHERE datname ~ '^(_backhaul|new)'").await, [""; 0]);
     let oid = backup.load_all(&loader, 9, "new", None).await;
-    backup.end(&place.loader(), 9, oid, "new").await.unwrap();
+    backup.end(&loader, 9, oid, "new").await.unwrap();
     assert_eq!(place.ask("new", "SELECT a FROM t").await, ["1"]);
     // What would be refused at the end is refused before anybody sees the name.
     let mut ghostly = Backup::of(&place).await;

@@ -100,10 +100,12 @@ impl<'l> Restorer<'l> {
         }
     }
 
-    /// What is in the dump, or in one section of it, with what it depends on.
+    /// What is in the dump, with what it depends on; or what is in one section of it, without, because a list with
+    /// dependencies shows all sections.
     pub(super) async fn list(&self, section: Option<&str>) -> anyhow::Result<String> {
         let mut command = self.command()?;
-        command.args(["--list", "--verbose"]).args(section.map(|section| format!("--section={section}")));
+        command.arg("--list");
+        command.arg(section.map_or_else(|| "--verbose".to_owned(), |section| format!("--section={section}")));
         command.stdout(Stdio::piped()).stderr(Stdio::null());
         let mut child = command.spawn().context("start pg_restore")?;
         let out = child.stdout.take().context("read from pg_restore")?;

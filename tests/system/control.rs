@@ -1,6 +1,6 @@
 //! What clients may ask of running jobs, and what they are told while they wait.
 
-use std::io::{BufRead as _, BufReader, Read as _};
+use std::io::{BufRead as _, BufReader, Read as _, Write as _};
 use std::process::{Child, Command, Stdio};
 
 use crate::support::demo::{Demo, psql};
@@ -64,10 +64,11 @@ fn a_job_pauses_and_goes_on() {
 fn a_cancelled_job_leaves_no_backup() {
     let demo = fleet();
     let job = backup(&demo);
+    assert_eq!(tag(&demo, 4, &format!("CANCEL JOB {job}")), "CANCEL JOBS 1");
     let other = backup(&demo);
     assert_eq!(tag(&demo, 1, &format!("PAUSE JOB {other}")), "PAUSE JOBS 1");
     until_status(&demo, &other, "paused");
-    assert_eq!(tag(&demo, 4, "CANCEL ALL BACKUP JOBS"), "CANCEL JOBS 2");
+    assert_eq!(tag(&demo, 4, "CANCEL ALL BACKUP JOBS"), "CANCEL JOBS 1");
     for job in [&job, &other] {
         let row = demo.ask(2, &format!("SHOW JOB WHEN COMPLETE {job}"));
         assert!(row.contains("|canceled|") && row.contains("|job canceled by user|"), "{row}");
@@ -180,6 +181,30 @@ fn a_client_that_waits_is_told_how_far_its_job_is() {
     // Who does not ask is not told.
     let quiet = demo.psql(2).args(["-At", "-c", &format!("SHOW JOB WHEN COMPLETE {job}")]).output().unwrap();
     assert!(quiet.stderr.is_empty() && both(&quiet).contains("|succeeded|"));
+}
+
+#[test]
+fn a_client_that_backs_up_is_told_how_far_it_is() {
+    let demo = Demo::start(&[]);
+    // While a table is locked its backup does not end.
+    let mut locker = Waiting::start(demo.psql_direct(1).arg("-q").stdin(Stdio::piped()));
+    locker.0.stdin.as_mut().unwrap().write_all(b"BEGIN; LOCK TABLE rides;\n").unwrap();
+    until("the table to be locked", || {
+        let held = "SELECT count(*) FROM pg_locks WHERE relation = 'rides'::regclass AND mode = 'AccessExclusiveLock'";
+        let seen = demo.ask(1, held);
+        if seen == "1" { Ok(()) } else { Err(seen) }
+    });
+    let mut client = demo.psql(1);
+    client.args(["-At", "-c", "SET backhaul.progress = true", "-c"]);
+    client.arg("BACKUP DATABASE movr INTO 'nodelocal://1/c' WITH EXECUTION LOCALITY = 'region=us-east-1,zone=a'");
+    let mut client = Waiting::start(&mut client);
+    let mut said = BufReader::new(client.0.stderr.take().unwrap()).lines().map(Result::unwrap);
+    let line = said.next().unwrap();
+    assert!(line.starts_with("NOTICE:  job ") && line.contains(": 0% done"), "{line}");
+    drop(locker);
+    let mut row = String::new();
+    client.0.stdout.take().unwrap().read_to_string(&mut row).unwrap();
+    assert!(row.contains("|succeeded|1.0|"), "{row}{:?}", said.collect::<Vec<_>>());
 }
 
 #[test]

@@ -9,7 +9,7 @@ use pgerror::{PgError, SqlState};
 use crate::PAUSEPOINTS;
 use crate::plan::Requester;
 
-/// What a pausepoint ends in where the job is to stay with its claim, instead of giving it back.
+/// What a pausepoint may end in.
 const HOLD: &str = ":hold";
 
 /// The settings, as the session has them.

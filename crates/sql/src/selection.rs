@@ -57,7 +57,7 @@ impl Query {
 
     /// What the server is to run. Its first column has the ids; of too many rows it gives one more than [`IDS_MAX`].
     ///
-    /// As a part of another query it can neither change data nor make a table. Its last line may be a comment, which
+    /// As a part of another query it has no INSERT, UPDATE, DELETE or INTO: PostgreSQL refuses them. Its last line may be a comment, which
     /// ends before ours begins.
     pub fn for_server(&self) -> String {
         let (head, text) = (self.head(), &self.text);

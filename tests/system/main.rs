@@ -4,6 +4,7 @@
 
 mod backup; // what BACKUP promises: where it runs, what clients are told, what is in it
 mod backup_faults; // deaths in the middle, stores that fail, statements that cannot be
+mod check; // what `backhaul check` finds, and that its statements mend it
 mod clients; // every client takes every node for PostgreSQL: psql and its friends
 mod demo; // what `backhaul demo` promises: its fleet, its ends, its refusals
 mod drivers; // the same for application drivers

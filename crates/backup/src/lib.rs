@@ -32,5 +32,6 @@ pub use export::{EXPORT, Export, PROBE, Probe};
 pub use layout::COLLECTION_FILES;
 pub use manifest::{FileEntry, Manifest, ShardPart};
 pub use plan::{Backups, Finished, Outcome, Requester, SealSource};
+pub use point::{LAG_MAX, READERS};
 pub use restore::{IMPORT, Import, RESTORE_TYPE, ResumeRestore, SHOW, Show};
 pub use resume::{JOB_TYPE, Resume};

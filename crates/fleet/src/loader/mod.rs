@@ -30,6 +30,7 @@ use serde_json::Value;
 use tokio::sync::{OwnedMutexGuard, Semaphore};
 use tokio::time::timeout;
 
+pub(crate) use self::schema::find as find_pg_restore;
 pub use self::types::*;
 use crate::Server;
 

@@ -7,8 +7,8 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
 use crate::support::demo::{Demo, directory, psql};
-use crate::support::fleet::Server;
-use crate::support::{backhaul, both, until};
+use crate::support::fleet::{Node, Server};
+use crate::support::{backhaul, both, run, until};
 
 /// What a check prints, and its exit code.
 fn check(arguments: &[&str]) -> (i32, String) {
@@ -76,6 +76,7 @@ fn what_is_broken_is_named_and_its_statement_mends_it() {
     // The server that is broken and mended, how, the exit code, and what is said.
     for (number, broken, code, what) in [
         (1, "REVOKE EXECUTE ON FUNCTION pg_wal_replay_pause() FROM backhaul;", 1, "may not pause replay"),
+        (1, "REVOKE pg_monitor FROM backhaul;", 1, "may not see replication"),
         (1, "REVOKE pg_read_all_data FROM backhaul;", 1, "may not read all tables"),
         (1, "ALTER ROLE backhaul NOBYPASSRLS;", 1, "is subject to row security"),
         (1, "ALTER ROLE backhaul RESET lo_compat_privileges;", 1, "may not read large objects"),
@@ -189,7 +190,65 @@ fn one_server_can_be_looked_at_before_there_is_a_node() {
     let wrong = format!("{conninfo} password='of another'");
     let (code, said) = check(&["--postgres", &wrong, "--secret-file", "/nowhere"]);
     assert!(code == 1 && said.contains("password authentication failed") && !said.contains("of another"), "{said}");
-    assert!(mending(&said, "password authentication failed").starts_with("\\password backhaul"), "{said}");
+    assert!(said.contains("\\password \"backhaul\"\n"), "{said}");
     let (code, said) = one(&["--secret-file", "/nowhere"]);
     assert!(code == 1 && said.contains("BACKHAUL_POSTGRES, with the role's password"), "{said}");
+}
+
+#[test]
+fn a_fleet_with_passwords_is_led_from_nothing_to_sound() {
+    let dir = directory();
+    let mut server = Server::primary(dir.path(), "server", &Vec::new());
+    server.ask("ALTER ROLE root PASSWORD 'of root'");
+    server.set_hba("local all all scram-sha-256\nlocal replication all scram-sha-256\n");
+    let secret = dir.path().join("secret");
+    cluster::secret::ClusterSecret::create(&secret).unwrap();
+    let postgres = format!("{} password='of backhaul'", server.instance.conninfo("backhaul"));
+    let trust = ["--secret-file", secret.to_str().unwrap()];
+    let node = Node::start(dir.path(), "n1", &[&trust[..], &["--postgres", &postgres]].concat());
+    let checked = || check(&[&trust[..], &["--host", &node.address]].concat());
+    let root = || {
+        let mut root = psql(&format!("{} dbname=postgres", server.instance.conninfo("root")));
+        root.env("PGPASSWORD", "of root");
+        root
+    };
+    // One node asks the other although neither has a number yet; only the one that joined knows of both.
+    let second = Node::start(dir.path(), "n2", &[&trust[..], &["--join", &node.address]].concat());
+    let through_second = || check(&[&trust[..], &["--host", &second.address]].concat());
+    let title = format!("the node at {}: server down, shard \"s1\"\n", node.address);
+    until("the first node to be asked by the second", || match through_second() {
+        (1, said) if said.contains(&title) && said.contains("the node cannot ask the server ") => Ok(()),
+        (code, said) => Err(format!("{code}\n{said}")),
+    });
+    // The server does not tell whether the role or its password is wrong: the lines mend both.
+    let (code, said) = checked();
+    assert!(code == 1 && said.contains("the fleet has no registry"), "{said}");
+    let lines = mending(&said, "password authentication failed");
+    let statements: Vec<&str> = lines.lines().filter(|line| line.ends_with(';')).collect();
+    assert!(lines.contains("\n\\password \"backhaul\"\n"), "{said}");
+    for _ in 0..2 {
+        type_into(root(), &statements.join("\n"));
+    }
+    type_into(root(), "ALTER ROLE backhaul PASSWORD 'of backhaul';");
+    let said = until("the node to know its server", || match checked() {
+        (1, said) if said.contains("backhaul init --host ") => Ok(said),
+        (code, said) => Err(format!("{code}\n{said}")),
+    });
+    let line = mending(&said, "the fleet has no registry");
+    let words = line.split_ascii_whitespace().skip(1);
+    run(backhaul().args(words).args(["--user", "root"]).args(trust).env("PGPASSWORD", "of root"));
+    let said = until("a sound fleet", || match checked() {
+        (0, said) => Ok(said),
+        (code, said) => Err(format!("{code}\n{said}")),
+    });
+    for advice in ["no synchronous standby", "nodes may not restore", "the node may not read pg_hba.conf"] {
+        assert!(said.contains(advice), "{advice}:\n{said}");
+    }
+    // Nobody without the secret is told anything, and what is told holds none.
+    let other = dir.path().join("other");
+    cluster::secret::ClusterSecret::create(&other).unwrap();
+    let (code, refused) = check(&["--secret-file", other.to_str().unwrap(), "--host", &node.address]);
+    assert!(code == 1 && refused.contains("the cluster secret does not match"), "{refused}");
+    let secrets = [std::fs::read_to_string(&secret).unwrap(), "of backhaul".to_owned()];
+    assert!(secrets.iter().all(|secret| !said.contains(secret.trim()) && !node.log().contains(secret.trim())));
 }

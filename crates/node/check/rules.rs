@@ -1,6 +1,6 @@
 //! What the facts of all nodes together mean: pure, from what was seen to what is told.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use chrono::TimeDelta;
 use cluster::leader::ShardFloor;
@@ -215,7 +215,9 @@ fn of_fleet(fleet: &Fleet) -> Vec<Finding> {
             found.extend(alone(node));
         }
     }
-    for shard in fleet.floors.keys().filter(|shard| fleet.leader(shard).is_none()) {
+    // A shard that has just been added may not have reached the durable list that this node knows.
+    let shards: BTreeSet<&String> = fleet.floors.keys().chain(fleet.nodes.iter().map(|seen| &seen.shard)).collect();
+    for shard in shards.into_iter().filter(|shard| fleet.leader(shard).is_none()) {
         let what = format!("shard \"{shard}\" has no leaseholder: what is in it can be neither backed up nor restored");
         found.push(Finding::missing(what));
     }

@@ -8,12 +8,13 @@ use anyhow::Context as _;
 use chrono::{DateTime, TimeDelta, Utc};
 use cluster::registry::{Listed, Registry};
 use cluster::service::{Boxed, Reply, Service};
-use cluster::{Known, Peers, View};
+use cluster::{Known, Peers, Purpose, View};
 use fleet::Server;
 use fleet::readiness::{self, Closed, ServerFacts};
 use nix::sys::statvfs::statvfs;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
+use sql::Verb;
 use tokio::net::TcpListener;
 use tokio::sync::Semaphore;
 use tokio::task::JoinSet;
@@ -138,10 +139,6 @@ impl Check {
             });
         }
         let mut nodes = asking.join_all().await;
-        // This node needs no number to be asked.
-        if let Some(mine) = nodes.iter_mut().find(|seen| seen.address == me.address && seen.answer.is_none()) {
-            mine.answer = Some(Ok(own(&self.place).await));
-        }
         nodes.sort_by_key(|seen| (seen.id.map_or(i32::MAX, |id| id.0), seen.address.clone()));
         let registry = view.registry().map(|(node, _)| node.address.clone());
         Fleet { nodes, floors: me.shards, is_initialized: me.cluster_id.is_some(), registry, listing_failed }
@@ -195,14 +192,27 @@ fn of_view(view: &View, known: &Known) -> Seen {
 
 /// Asks a node for itself, and finds by how much its clock is certainly off from this one's.
 async fn ask(peers: &Peers, mut seen: Seen) -> Seen {
-    let Some(id) = seen.id.filter(|_| seen.role.is_some()) else { return seen };
+    if seen.role.is_none() {
+        return seen;
+    }
     let sent = Utc::now();
-    let answer = peers.call::<Own>(id, CHECK, &Request::Own, OWN_DEADLINE).await;
+    let answer = match seen.id {
+        Some(id) => peers.call::<Own>(id, CHECK, &Request::Own, OWN_DEADLINE).await,
+        None => call_newcomer(peers, &seen.address).await,
+    };
     if let Ok(own) = &answer {
         seen.skew = certain_skew(sent, own.clock, Utc::now());
     }
     seen.answer = Some(answer.map_err(|error| format!("{error:#}")));
     seen
+}
+
+/// Before there is a registry, nodes have addresses and no numbers.
+async fn call_newcomer(peers: &Peers, address: &str) -> anyhow::Result<Own> {
+    let session = peers.dialer().dial(address, &Purpose::Verbs).await?;
+    let verb = Verb::Call { service: CHECK.to_owned(), request: serde_json::to_string(&Request::Own)? };
+    let answer = session.ask(verb, OWN_DEADLINE).await?;
+    serde_json::from_str(&answer).context("read what the node knows of itself")
 }
 
 /// A clock that was read between two readings of another one, and shows a time outside of them, is off.

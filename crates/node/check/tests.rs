@@ -235,6 +235,21 @@ const CASES: &[Case] = &[
         (1, 0),
     ),
     (
+        "a shard that is not listed yet",
+        |f| {
+            f.nodes.push(Seen {
+                shard: "s3".to_owned(),
+                role: Some(Role::None),
+                server: None,
+                answer: None,
+                ..node(3, true)
+            });
+        },
+        "the fleet",
+        &["shard \"s3\" has no leaseholder"],
+        (1, 0),
+    ),
+    (
         "an asynchronous standby of the registry",
         |f| f.nodes[0].server.as_mut().unwrap().downstream[0].sync_state = "async".to_owned(),
         "the fleet",

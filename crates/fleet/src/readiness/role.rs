@@ -135,20 +135,22 @@ pub fn closed(closed: &Closed) -> Finding {
     let Closed { address, user, database, code, reason, .. } = closed;
     let (of, primary) = (quoted(user), Place::Primary { database: database.clone() });
     let finding = Finding::missing(format!("the node cannot ask the server {address} as role {of}: {reason}"));
-    let create = |exists| make_service_role(user, exists);
     match code.as_str() {
         "28000" if reason.contains("pg_hba.conf") => finding.mended(Place::Hba, [hba_line(closed)]),
         "28000" if reason.contains("not permitted to log in") => {
             finding.mended(primary, [format!("ALTER ROLE {of} LOGIN;")])
         }
-        "28000" => finding.mended(primary, create(false)),
-        "28P01" => finding
-            .mended(primary, [format!("\\password {user}")])
+        "28000" if reason.contains("does not exist") => finding.mended(primary, make_service_role(user, false)),
+        // Whether the role or only its password is wrong, the server does not tell.
+        "28000" | "28P01" => finding
+            .mended(primary, make_sure_of_service_role(user))
             .mended(Place::Node, ["BACKHAUL_POSTGRES, with the same password, in the node's environment".to_owned()]),
         "3D000" => {
             finding.mended(Place::Node, [format!("--postgres with a database that exists, not dbname={database}")])
         }
-        "42501" => finding.mended(primary, [format!("GRANT CONNECT ON DATABASE {} TO {of};", quoted(database))]),
+        "42501" if reason.contains("for database") => {
+            finding.mended(primary, [format!("GRANT CONNECT ON DATABASE {} TO {of};", quoted(database))])
+        }
         "53300" if reason.contains("for role") => {
             finding.mended(primary, [format!("ALTER ROLE {of} CONNECTION LIMIT -1;")])
         }
@@ -157,6 +159,15 @@ pub fn closed(closed: &Closed) -> Finding {
             .mended(Place::Node, ["BACKHAUL_POSTGRES, with the role's password, in the node's environment".to_owned()]),
         _ => finding,
     }
+}
+
+/// Statements that are right whether the role is there or not, and its password.
+fn make_sure_of_service_role(role: &str) -> Vec<String> {
+    let create = format!("CREATE ROLE {};", quoted(role));
+    let mut lines = vec![format!("DO $$ BEGIN {create} EXCEPTION WHEN duplicate_object THEN NULL; END $$;")];
+    lines.extend(make_service_role(role, true));
+    lines.push(format!("\\password {}", quoted(role)));
+    lines
 }
 
 fn hba_line(closed: &Closed) -> String {

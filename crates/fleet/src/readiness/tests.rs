@@ -292,7 +292,7 @@ fn a_login_that_fails_is_told_what_lets_it_in() {
             "no pg_hba.conf entry for host \"127.0.0.1\"",
             "host  all  \"backhaul\"  127.0.0.1/32  scram-sha-256",
         ),
-        ("28P01", "password authentication failed", "\\password backhaul"),
+        ("28P01", "password authentication failed", "\\password \"backhaul\""),
         ("42501", "permission denied for database \"postgres\"", "GRANT CONNECT ON DATABASE \"postgres\""),
         ("53300", "too many connections for role \"backhaul\"", "CONNECTION LIMIT -1;"),
         ("57P03", "not accepting connections (Hot standby mode is disabled.)", "hot_standby = on"),

@@ -93,16 +93,15 @@ pub(crate) async fn run(flags: Start) -> anyhow::Result<()> {
     if let Some(http) = &http {
         tracing::info!(address = %http.local_addr()?, "HTTP is served");
     }
-    let (mut interrupted, mut terminated) = (signal(SignalKind::interrupt())?, signal(SignalKind::terminate())?);
     let requested = flags.node_id.map(NodeId);
+    let stopped = drained(&jobs)?;
     let ended = tokio::select! {
-        _ = interrupted.recv() => Ok(()),
-        _ = terminated.recv() => Ok(()),
+        () = stopped => Ok(()),
         error = probe(server, flags.trust.insecure, door, cluster.clone()) => Err(error),
         () = follow_peers(cluster.clone(), dialer.clone()) => Ok(()),
         error = registry.clone().run(cluster.clone(), dialer.clone(), requested) => Err(error),
         () = ledger.run(cluster.clone(), dialer) => Ok(()),
-        () = jobs.run() => Ok(()),
+        () = jobs.clone().run() => Ok(()),
         error = health::serve(http, cluster, registry) => Err(error),
         _ = &mut serving => bail!("the node's port was closed"),
     };
@@ -110,6 +109,20 @@ pub(crate) async fn run(flags: Start) -> anyhow::Result<()> {
     shutdown.cancel();
     serving.await.context("close the node's port")?;
     ended
+}
+
+/// Waits until the node is told to stop, and lets others take its jobs while everything else here still works.
+fn drained(jobs: &Jobs) -> anyhow::Result<impl Future<Output = ()>> {
+    let (mut interrupted, mut terminated) = (signal(SignalKind::interrupt())?, signal(SignalKind::terminate())?);
+    let jobs = jobs.clone();
+    Ok(async move {
+        tokio::select! {
+            _ = interrupted.recv() => {}
+            _ = terminated.recv() => {}
+        }
+        tracing::info!("node is told to stop");
+        jobs.drain().await;
+    })
 }
 
 /// What this node does for others, and the jobs it can do.
@@ -126,7 +139,7 @@ fn offer(peers: &Peers, jobs: &Jobs, extern_dir: &Path, server: Option<Server>, 
         peers.offer(FOUNDERS, Founders::new(server.clone()));
         peers.offer(LOADER, Loader::new(server));
     }
-    peers.offer(EXPORT, Export::new(peers.clone(), stores.clone()));
+    peers.offer(EXPORT, Export::new(peers.clone(), stores.clone(), jobs.clone()));
     peers.offer(PROBE, StoreProbe::new(stores.clone()));
     peers.offer(IMPORT, Import::new(peers.clone(), stores.clone()));
     peers.offer(SHOW, Show::new(peers.clone(), stores.clone()));

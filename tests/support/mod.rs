@@ -4,6 +4,7 @@
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on panics")]
 
 pub mod demo;
+pub mod faults;
 pub mod fleet;
 pub mod store;
 pub mod wire;

@@ -8,6 +8,7 @@ use std::sync::{Arc, Mutex};
 
 use serde_json::Value;
 
+use super::faults::FailingDoor;
 use super::{run, until};
 
 /// An S3 server; ended when dropped.
@@ -41,6 +42,11 @@ impl S3 {
         until("the S3 server to listen", || TcpStream::connect(("127.0.0.1", port)).map_err(|e| e.to_string()));
         s3.request("PUT", "bucket");
         s3
+    }
+
+    /// A door in front of it that can be made to fail.
+    pub fn failing(&self) -> FailingDoor {
+        FailingDoor::open(self.port)
     }
 
     /// `http://host:port`.

@@ -6,12 +6,14 @@ mod backup; // what BACKUP promises: where it runs, what clients are told, what 
 mod backup_faults; // deaths in the middle, stores that fail, statements that cannot be
 mod check; // what `backhaul check` finds, and that its statements mend it
 mod clients; // every client takes every node for PostgreSQL: psql and its friends
+mod crash; // whatever dies, wherever a job is: it ends right, once, and leaves nothing
 mod demo; // what `backhaul demo` promises: its fleet, its ends, its refusals
 mod drivers; // the same for application drivers
 mod failover; // promotion, crash and return of servers and nodes
 mod mistakes; // wrong secrets, shards, stores and addresses
 mod restore; // everything comes back the same, once, and damage is noticed
 mod security; // passwords, TLS, open doors
+mod survival; // jobs outlive nodes that are stopped in turn, and a registry that moves
 mod wire; // what SQL cannot see: frames, pipelines, transactions, cancel
 
 #[path = "../support/mod.rs"]

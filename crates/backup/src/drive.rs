@@ -12,9 +12,10 @@ use serde::{Deserialize, Serialize};
 use tokio::time::Instant;
 
 use crate::deal::{AsyncDone, Deal};
-use crate::export::{EXPORT, Task};
+use crate::export::{EXPORT, Request, Task};
 use crate::layout;
 use crate::manifest::FileEntry;
+use crate::pausepoints::AFTER_FIRST_SPAN;
 use crate::point::ShardPoint;
 use crate::spans::Span;
 
@@ -94,15 +95,16 @@ impl Shard<'_> {
     async fn one(&self, worker: NodeId, span: Span) -> anyhow::Result<FileEntry> {
         // A try that seems lost may still be writing: it never shares a name with the next.
         static NEXT: AtomicU64 = AtomicU64::new(1);
-        let path = layout::data(self.run.id.0, self.run.claim, NEXT.fetch_add(1, Ordering::Relaxed));
+        let path = layout::data(self.run.id, self.run.claim, NEXT.fetch_add(1, Ordering::Relaxed));
         let task = Task {
+            job: self.run.id.0,
             uri: self.uri.to_owned(),
             filter: self.filter.to_string(),
             path,
             founder: self.point.node,
             span: SpanRequest { lease: self.point.lease, database: span.database, what: span.what },
         };
-        self.peers.call(worker, EXPORT, &task, SPAN_DEADLINE).await
+        self.peers.call(worker, EXPORT, &Request::Span(Box::new(task)), SPAN_DEADLINE).await
     }
 }
 
@@ -122,6 +124,7 @@ impl AsyncDone<Span, FileEntry> for &mut Noted<'_> {
         self.shard.run.keep(&key, &entry).await?;
         self.done += weight;
         self.finished.push(entry);
+        self.shard.run.pausepoint(AFTER_FIRST_SPAN).await?;
         if self.reported.elapsed() >= PROGRESS_EVERY {
             self.reported = Instant::now();
             let (begin, share) = self.shard.progress;

@@ -3,6 +3,7 @@
 //! Rows come as COPY text from the node that lends the founder, are compressed and hashed on their way, and go to the
 //! store in pieces; nothing is held whole. The object appears under its name only when all of it is there.
 
+use std::collections::BTreeMap;
 use std::io::Write as _;
 use std::sync::Arc;
 use std::time::Duration;
@@ -11,12 +12,14 @@ use anyhow::{Context as _, bail};
 use bytes::Bytes;
 use cluster::service::{Boxed, Reply, Service};
 use cluster::{Filter, NodeId, Peers};
-use fleet::founders::{FOUNDERS, Request, SpanRequest};
+use fleet::founders::{self, FOUNDERS, SpanRequest};
 use futures_util::StreamExt as _;
+use jobs::Jobs;
 use pgerror::{PgError, SqlState};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest as _, Sha256};
 use storage::{Stores, Uri};
+use tokio::sync::watch;
 use tokio::time::timeout;
 
 use crate::manifest::FileEntry;
@@ -29,6 +32,9 @@ const FIRST_BYTES_DEADLINE: Duration = Duration::from_secs(120);
 
 /// A stream of rows that stands still for so long is given up.
 const STALL_DEADLINE: Duration = Duration::from_secs(120);
+
+/// Spans of a job whose coordinator does not want them any more have ended by then.
+const SETTLE_DEADLINE: Duration = Duration::from_secs(30);
 
 /// Fast, and still four times smaller than the text; level 3 gains a twentieth and costs twice the time.
 const COMPRESSION_LEVEL: i32 = 1;
@@ -69,9 +75,24 @@ impl Service for Probe {
     }
 }
 
+/// What a worker can be asked.
+#[derive(Serialize, Deserialize)]
+pub(crate) enum Request {
+    /// Export a span. Answered with its [`FileEntry`].
+    Span(Box<Task>),
+    /// Answered with null when nothing is exported here for this job any more. Its coordinator has gone away or has
+    /// ended its calls, so that is soon.
+    Settle {
+        /// The job.
+        job: i64,
+    },
+}
+
 /// One span for one worker.
 #[derive(Clone, Serialize, Deserialize)]
 pub(crate) struct Task {
+    /// The job.
+    pub(crate) job: i64,
     /// The directory of the backup, with its keys: never logged.
     pub(crate) uri: String,
     /// The filter of the job; a node that does not match refuses.
@@ -88,12 +109,48 @@ pub(crate) struct Task {
 pub struct Export {
     peers: Peers,
     stores: Stores,
+    jobs: Jobs,
+    /// How many spans are exported here, by job.
+    at_work: watch::Sender<BTreeMap<i64, usize>>,
+}
+
+/// A span that is being exported; dropping it says that it is not any more.
+struct AtWork<'e> {
+    export: &'e Export,
+    job: i64,
+}
+
+impl Drop for AtWork<'_> {
+    fn drop(&mut self) {
+        self.export.at_work.send_modify(|at_work| {
+            let left = at_work.remove(&self.job).unwrap_or_default().saturating_sub(1);
+            if left > 0 {
+                at_work.insert(self.job, left);
+            }
+        });
+    }
 }
 
 impl Export {
     /// A service to be offered as [`EXPORT`].
-    pub fn new(peers: Peers, stores: Stores) -> Arc<Self> {
-        Arc::new(Self { peers, stores })
+    pub fn new(peers: Peers, stores: Stores, jobs: Jobs) -> Arc<Self> {
+        Arc::new(Self { peers, stores, jobs, at_work: watch::Sender::default() })
+    }
+
+    fn begin(&self, job: i64) -> AtWork<'_> {
+        self.at_work.send_modify(|at_work| *at_work.entry(job).or_default() += 1);
+        AtWork { export: self, job }
+    }
+
+    async fn settle(&self, job: i64) -> anyhow::Result<()> {
+        let mut at_work = self.at_work.subscribe();
+        match timeout(SETTLE_DEADLINE, at_work.wait_for(|at_work| !at_work.contains_key(&job))).await {
+            Ok(settled) => settled.map(drop).context("wait for exports to stop"),
+            Err(_) => {
+                let message = format!("job {job} is still worked on");
+                Err(PgError::new(SqlState::CONNECTION_FAILURE, message).into())
+            }
+        }
     }
 
     async fn export(&self, task: Task) -> anyhow::Result<FileEntry> {
@@ -102,8 +159,10 @@ impl Export {
         if let Some(tier) = me.locality.first_unmatched(&filter) {
             bail!("{} was given a span of a job for {tier}", me.name());
         }
+        let _at_work = self.begin(task.job);
+        let session = self.jobs.session()?.id;
         let store = self.stores.open(&Uri::parse(&task.uri)?).await?;
-        let request = Request::Span(task.span.clone());
+        let request = founders::Request::Span(task.span.clone());
         let mut rows = self.peers.download(task.founder, FOUNDERS, &request, FIRST_BYTES_DEADLINE).await?;
         let mut writer = store.writer(&task.path).await?;
         let mut encoder = zstd::Encoder::new(Vec::with_capacity(PIECE * 2), COMPRESSION_LEVEL)?;
@@ -133,6 +192,11 @@ impl Export {
         hash.update(&end);
         file_bytes += end.len() as u64;
         writer.write(Bytes::from(end)).await?;
+        // A node that stood still for longer than its session lives finishes nothing: the job may have ended since.
+        if self.jobs.session()?.id != session {
+            let message = "the node's session has ended while it worked";
+            return Err(PgError::new(SqlState::CONNECTION_FAILURE, message).into());
+        }
         writer.finish().await?;
         Ok(FileEntry {
             path: task.path,
@@ -152,8 +216,13 @@ impl Export {
 impl Service for Export {
     fn call(&self, request: serde_json::Value) -> Boxed<'_, Reply> {
         Box::pin(async move {
-            let task: Task = serde_json::from_value(request).context("read a span's task")?;
-            Ok(Reply::Answer(serde_json::to_value(self.export(task).await?)?))
+            match serde_json::from_value(request).context("read what is to be exported")? {
+                Request::Span(task) => Ok(Reply::Answer(serde_json::to_value(self.export(*task).await?)?)),
+                Request::Settle { job } => {
+                    self.settle(job).await?;
+                    Ok(Reply::Answer(serde_json::Value::Null))
+                }
+            }
         })
     }
 }

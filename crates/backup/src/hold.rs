@@ -13,6 +13,8 @@ use fleet::founders::TablePlan;
 use pgerror::{PgError, SqlState};
 use tokio::time::timeout;
 
+use crate::restore_text::identifier;
+
 /// Points that may be spoilt before tables are held.
 pub(crate) const SPOILT_MAX: u32 = 2;
 
@@ -43,7 +45,7 @@ pub(crate) async fn hold(peers: &Peers, shard: &str, tables: &[(String, TablePla
     for (database, table) in tables {
         let purpose = Purpose::Server { database: database.clone() };
         let session = peers.dialer().dial(&leader.address, &purpose).await?;
-        let name = format!("{}.{}", quoted(&table.schema), quoted(&table.name));
+        let name = format!("{}.{}", identifier(&table.schema), identifier(&table.name));
         let lock = format!(
             "SET idle_in_transaction_session_timeout = 0; SET lock_timeout = '{LOCK_WAIT}'; BEGIN READ ONLY;
              LOCK TABLE ONLY {name} IN ACCESS SHARE MODE"
@@ -93,8 +95,4 @@ pub(crate) fn table_of<'p>(
         .iter()
         .flat_map(|database| database.tables.iter().map(|table| (database.name.clone(), table.clone())))
         .filter(move |(_, table)| spoilt && is_meant(table))
-}
-
-fn quoted(name: &str) -> String {
-    format!("\"{}\"", name.replace('"', "\"\""))
 }

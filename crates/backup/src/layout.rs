@@ -38,8 +38,18 @@ pub(crate) fn body(claim: Uuid) -> String {
 }
 
 /// The rows of one span.
-pub(crate) fn data(job: i64, claim: Uuid, number: u64) -> String {
-    format!("data/{job}-{claim}-{number}.copy.zst")
+pub(crate) fn data(job: JobId, claim: Uuid, number: u64) -> String {
+    format!("{}{claim}-{number}.copy.zst", data_of(job))
+}
+
+/// What the names of a job's rows begin with.
+pub(crate) fn data_of(job: JobId) -> String {
+    format!("data/{job}-")
+}
+
+/// Whether a file is a part of a backup, which its manifest has to name.
+pub(crate) fn is_part(path: &str) -> bool {
+    ["data/", "schema/", "MANIFEST-"].iter().any(|prefix| path.starts_with(prefix))
 }
 
 /// The schema of one database of one shard; the lease says of which point.

@@ -3,8 +3,10 @@
 //! Read in this order. [`plan`] judges a statement before anything exists: filter, databases, rights, URI. A job is
 //! made, and on whichever node coordinates it, [`resume`] tells the story step by step: the lock, a point for each
 //! shard ([`point`]), spans cut from tables ([`spans`]) and dealt to workers ([`assign`], [`deal`]), their export watched
-//! ([`drive`]), tables that keep changing held still ([`hold`]), the manifest written and sealed ([`manifest`], [`seal`]). What a worker does with one span is
-//! [`export`]. The way back is [`restore`]. What is in a backup, and under which names, is [`layout`]; how it opens without us is [`restore_text`].
+//! ([`drive`]), tables that keep changing held still ([`hold`]), the manifest written and sealed ([`manifest`], [`seal`]),
+//! and what is left over removed ([`revert`]). What a worker does with one span is [`export`]. The way back is
+//! [`restore`]. What is in a backup, and under which names, is [`layout`]; how it opens without us is [`restore_text`];
+//! what a session sets is [`settings`], where a job can be made to stop [`pausepoints`].
 //!
 //! **What a crash leaves.** Objects are written once and under names that carry the claim, so two coordinators of one
 //! job never write the same object. Before the seal there is a lock and files that nobody's manifest names; after it
@@ -20,18 +22,23 @@ mod export;
 mod hold;
 mod layout;
 mod manifest;
+mod pausepoints;
 mod plan;
 mod point;
 mod restore;
 mod restore_text;
 mod resume;
+mod revert;
 mod seal;
+mod settings;
 mod spans;
 
 pub use export::{EXPORT, Export, PROBE, Probe};
 pub use layout::COLLECTION_FILES;
 pub use manifest::{FileEntry, Manifest, ShardPart};
-pub use plan::{Backups, Finished, Outcome, Requester, SealSource};
+pub use pausepoints::PAUSEPOINTS;
+pub use plan::{Backups, Finished, OnWait, Outcome, Requester, SealSource};
 pub use point::{LAG_MAX, READERS};
 pub use restore::{IMPORT, Import, RESTORE_TYPE, ResumeRestore, SHOW, Show};
 pub use resume::{JOB_TYPE, Resume};
+pub use settings::Settings;

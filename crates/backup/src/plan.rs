@@ -21,6 +21,7 @@ use tokio::time::timeout;
 use crate::layout;
 use crate::point::leaseholder;
 use crate::resume::{JOB_TYPE, Payload};
+use crate::settings::{OnRelocation, Settings};
 
 /// Gives the fleet's seal. Asked for at each use, because the cluster secret may come, or be replaced, at any time.
 pub type SealSource = Arc<dyn Fn() -> anyhow::Result<Seal> + Send + Sync>;
@@ -34,7 +35,12 @@ pub struct Requester {
     pub superuser: bool,
     /// The session's `statement_timeout`.
     pub statement_timeout: Option<Duration>,
+    /// The session's own settings of ours.
+    pub settings: Settings,
 }
+
+/// Is told of the job that a client begins to wait for.
+pub type OnWait<'w> = &'w (dyn Fn(JobId) + Send + Sync);
 
 /// What became of a BACKUP statement.
 #[derive(Clone, Debug)]
@@ -82,13 +88,30 @@ impl Backups {
     ///
     /// Whatever is wrong with the statement, before a job exists; for an attached one the relocation
     /// (`execution of job … relocated to …`), or the reason for which the job failed.
-    pub async fn run(&self, statement: &Backup, requester: &Requester) -> anyhow::Result<Outcome> {
+    pub async fn run(&self, statement: &Backup, requester: &Requester, on_wait: OnWait<'_>) -> anyhow::Result<Outcome> {
         let new = in_time(self.plan(statement, requester)).await?;
-        if statement.options.detached {
-            self.jobs.create(&new).await?;
+        self.start(&new, statement.options.detached, requester, on_wait).await
+    }
+
+    /// Makes the job, and, unless the client wants its id only, waits for its end.
+    pub(crate) async fn start(
+        &self,
+        new: &NewJob,
+        detached: bool,
+        requester: &Requester,
+        on_wait: OnWait<'_>,
+    ) -> anyhow::Result<Outcome> {
+        let on_relocation = requester.settings.on_relocation()?;
+        if detached {
+            self.jobs.create(new).await?;
             return Ok(Outcome::Detached(new.id));
         }
-        finished(self.jobs.run_attached(&new).await?).map(Outcome::Finished)
+        on_wait(new.id);
+        let job = match on_relocation {
+            OnRelocation::Error => self.jobs.run_attached(new).await?,
+            OnRelocation::Wait => self.jobs.run_followed(new).await?,
+        };
+        finished(job).map(Outcome::Finished)
     }
 
     /// The fleet's external connections.
@@ -102,6 +125,7 @@ impl Backups {
 
     async fn plan(&self, statement: &Backup, requester: &Requester) -> anyhow::Result<NewJob> {
         let filter = filter_of(statement.options.execution_locality.as_ref())?;
+        let pausepoints = requester.pausepoints()?;
         // Whoever cannot make a job need not plan one.
         let id = JobId::new(self.jobs.node_id()?);
         let created = Utc::now();
@@ -130,6 +154,7 @@ impl Backups {
             prefers: shards.into_keys().collect(),
             payload: serde_json::to_value(&payload)?,
             sealed: Some((self.seal)()?.seal(&resolved.exposed())?),
+            pausepoints,
         })
     }
 
@@ -324,7 +349,7 @@ pub(crate) fn filter_of(option: Option<&Text>) -> anyhow::Result<Filter> {
     Ok(parsed.map_err(|error| PgError::new(SqlState::UNCATEGORIZED, error.to_string()))?)
 }
 
-pub(crate) fn finished(job: Job) -> anyhow::Result<Finished> {
+fn finished(job: Job) -> anyhow::Result<Finished> {
     let count =
         |name: &str| job.result.as_ref().and_then(|result| result.get(name)).and_then(Value::as_i64).unwrap_or(0);
     if job.status != "succeeded" {

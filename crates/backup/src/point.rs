@@ -46,10 +46,40 @@ pub(crate) struct ShardPoint {
     pub(crate) node: NodeId,
     /// The founders' lease.
     pub(crate) lease: Uuid,
-    /// How often a point of this shard was taken before this one.
-    pub(crate) attempt: u32,
+    /// What became of the points of this shard that were taken before this one.
+    #[serde(default)]
+    pub(crate) tries: Tries,
     /// The point, and what the databases hold at it.
     pub(crate) opened: Opened,
+}
+
+/// Points that a shard's export had to be begun anew after.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Tries {
+    /// Tables had changed.
+    pub(crate) spoilt: u32,
+    /// The node or the server that held them was lost.
+    pub(crate) lost: u32,
+}
+
+impl Tries {
+    /// Schema changes that spoil so many points do not stop by themselves.
+    const SPOILT_MAX: u32 = 4;
+
+    /// Every node and server of a large fleet may be restarted once while a backup runs.
+    const LOST_MAX: u32 = 30;
+
+    pub(crate) fn spoilt(self) -> Self {
+        Self { spoilt: self.spoilt + 1, ..self }
+    }
+
+    pub(crate) fn lost(self) -> Self {
+        Self { lost: self.lost + 1, ..self }
+    }
+
+    pub(crate) fn are_over(self) -> bool {
+        self.spoilt >= Self::SPOILT_MAX || self.lost >= Self::LOST_MAX
+    }
 }
 
 /// A server that may be read.
@@ -133,7 +163,7 @@ pub(crate) async fn open(
     peers: &Peers,
     (shard, databases): (&str, &[String]),
     filter: &Locality,
-    attempt: u32,
+    tries: Tries,
 ) -> anyhow::Result<ShardPoint> {
     let job = run.id.0;
     let candidates = replicas(&peers.cluster().view(), shard, filter)?;
@@ -152,7 +182,7 @@ pub(crate) async fn open(
             Ok(opened) => {
                 let point = &opened.point;
                 tracing::info!(job, shard, node = %candidate.node, lsn = %point.lsn, mode = ?point.mode, "point taken");
-                return Ok(ShardPoint { shard: shard.to_owned(), node: candidate.node, lease, attempt, opened });
+                return Ok(ShardPoint { shard: shard.to_owned(), node: candidate.node, lease, tries, opened });
             }
             Err(error) => {
                 tracing::warn!(job, shard, node = %candidate.node, "no point on this server: {error:#}");

@@ -14,6 +14,7 @@ const HEADER: &str = "\
 set -eu
 cd \"$(dirname \"$0\")\"
 run() { psql -X -q -v ON_ERROR_STOP=1 -d \"$TARGET\" \"$@\"; }
+own() { psql -X -q -v ON_ERROR_STOP=1 -v target=\"$TARGET\" -d postgres; }
 rows() { zstd -dc -- \"$1\" | run -c \"$2\"; }
 ";
 
@@ -45,12 +46,7 @@ fn one(out: &mut String, shard: &ShardPart, database: &DatabasePlan, alone: bool
     line(format!("export PGCLIENTENCODING={}", shell(encoding)));
     let own = shell(&database.name);
     line(if alone { format!("TARGET=${{TARGET:-${{PREFIX:-}}{own}}}") } else { format!("TARGET=${{PREFIX:-}}{own}") });
-    line(format!(
-        "createdb -T template0 -E {} --lc-collate={} --lc-ctype={} -- \"$TARGET\"",
-        shell(&database.encoding),
-        shell(&database.collate),
-        shell(&database.ctype)
-    ));
+    line(format!("createdb {} -- \"$TARGET\"", created(database)));
     let schema = shard.schemas.iter().find(|file| file.database == database.name);
     let schema = schema.map(|file| shell(&file.path)).unwrap_or_default();
     line(format!("pg_restore --exit-on-error --section=pre-data -d \"$TARGET\" {schema}"));
@@ -73,8 +69,9 @@ fn one(out: &mut String, shard: &ShardPart, database: &DatabasePlan, alone: bool
         let name = format!("{}.{}", identifier(&view.schema), identifier(&view.name));
         line(format!("run -c {}", shell(&format!("REFRESH MATERIALIZED VIEW {name}"))));
     }
+    line("run -c ANALYZE".to_owned());
     properties(&mut line, database);
-    line("run -c ANALYZE\nunset TARGET".to_owned());
+    line("unset TARGET".to_owned());
 }
 
 /// What there is to know before.
@@ -103,23 +100,40 @@ fn about(line: &mut impl FnMut(String), shard: &ShardPart, database: &DatabasePl
     }
 }
 
-/// What belongs to the database itself.
-fn properties(line: &mut impl FnMut(String), database: &DatabasePlan) {
-    for setting in &database.settings {
-        let Some((name, value)) = setting.split_once('=') else { continue };
-        let set = format!(
-            "DO $do$ BEGIN EXECUTE format('ALTER DATABASE %I SET %s = %L', current_database(), {}, {}); END $do$",
-            literal(name),
-            literal(value)
-        );
-        line(format!("run -c {}", shell(&set)));
+/// How the database is made.
+fn created(database: &DatabasePlan) -> String {
+    let mut options = vec![
+        "-T template0".to_owned(),
+        format!("-E {}", shell(&database.encoding)),
+        format!("--lc-collate={}", shell(&database.collate)),
+        format!("--lc-ctype={}", shell(&database.ctype)),
+    ];
+    // The C library's is what every release knows, and the older ones do not know the option.
+    let provider = match database.locale_provider.as_str() {
+        "i" => Some(("icu", "icu-locale")),
+        "b" => Some(("builtin", "builtin-locale")),
+        _ => None,
+    };
+    if let Some((provider, option)) = provider {
+        options.push(format!("--locale-provider={provider}"));
+        options.extend(database.locale.as_ref().map(|locale| format!("--{option}={}", shell(locale))));
+        options.extend(database.locale_rules.as_ref().map(|rules| format!("--icu-rules={}", shell(rules))));
     }
+    options.extend(database.tablespace.as_ref().map(|tablespace| format!("-D {}", shell(tablespace))));
+    options.join(" ")
+}
+
+/// What belongs to the database itself. It comes last, because nobody may be able to connect then.
+fn properties(line: &mut impl FnMut(String), database: &DatabasePlan) {
+    // For psql, which puts the name in.
+    let name = ":\"target\"";
+    let mut statements = Vec::new();
     if let Some(text) = &database.comment {
-        let note = format!(
-            "DO $do$ BEGIN EXECUTE format('COMMENT ON DATABASE %I IS %L', current_database(), {}); END $do$",
-            literal(text)
-        );
-        line(format!("run -c {}", shell(&note)));
+        statements.push(format!("COMMENT ON DATABASE {name} IS {}", literal(text)));
+    }
+    statements.extend(fleet::loader::properties(name, database));
+    for statement in statements {
+        line(format!("printf '%s\\n' {} | own", shell(&format!("{statement};"))));
     }
     line(comment(&format!("Its owner was {}; its privileges: {:?}.", database.owner, database.acl)));
 }
@@ -181,7 +195,8 @@ fn shell(text: &str) -> String {
     format!("'{}'", text.replace('\'', "'\\''"))
 }
 
-fn identifier(name: &str) -> String {
+/// A name as SQL reads it back.
+pub(crate) fn identifier(name: &str) -> String {
     format!("\"{}\"", name.replace('"', "\"\""))
 }
 

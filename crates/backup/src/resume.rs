@@ -1,7 +1,6 @@
 //! A backup job, step by step, on its coordinator. Every step can be the first one of a run that takes over.
 
 use std::collections::BTreeMap;
-use std::pin::Pin;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -10,7 +9,7 @@ use bytes::{Bytes, BytesMut};
 use chrono::{DateTime, Utc};
 use cluster::service::Boxed;
 use cluster::{Filter, NodeId, Peers};
-use fleet::founders::{DatabasePlan, FOUNDERS, Request, SequencePlan, TablePlan, is_point_lost};
+use fleet::founders::{DatabasePlan, FOUNDERS, Request, SequencePlan, TablePlan, is_invalidated, is_point_lost};
 use futures_util::StreamExt as _;
 use jobs::{Resumer, Run};
 use pgerror::{PgError, SqlState};
@@ -22,15 +21,17 @@ use tokio::time::timeout;
 use crate::drive::{self, Finished, Invalidated, Shard};
 use crate::export::sha256;
 use crate::manifest::{FORMAT, FileEntry, Manifest, NodeWork, ShardPart};
+use crate::pausepoints::{AFTER_EXPORT, AFTER_LATEST, AFTER_LOCK, AFTER_POINTS, AFTER_RECORD, AFTER_SCHEMAS};
 use crate::plan::SealSource;
-use crate::point::{self, ShardPoint};
+use crate::point::{self, ShardPoint, Tries};
+use crate::revert::Trace;
 use crate::{hold, layout, seal, spans};
 
 /// The type of these jobs.
 pub const JOB_TYPE: &str = "BACKUP";
 
-/// A shard's export begins anew at another point this often at most.
-const POINTS_MAX: u32 = 4;
+/// Under which key it stands that something may be in the store.
+const TOUCHED: &str = "touched";
 
 /// A schema dump that is longer is not a schema.
 const SCHEMA_MAX: usize = 512 * 1024 * 1024;
@@ -67,6 +68,8 @@ struct Story<'s> {
     uri: String,
     store: Store,
     collection: Store,
+    stores: &'s Stores,
+    directory: Uri,
 }
 
 impl Resume {
@@ -75,55 +78,93 @@ impl Resume {
         Arc::new(Self { peers, stores, seal })
     }
 
-    async fn story(&self, run: &Run) -> anyhow::Result<Value> {
+    async fn story<'s>(&'s self, run: &'s Run) -> anyhow::Result<Story<'s>> {
         let payload: Payload = serde_json::from_value(run.payload.clone()).context("read the job's payload")?;
         let sealed = run.sealed.as_deref().context("read the job's URI")?;
         let collection = Uri::parse(&(self.seal)()?.open(sealed)?)?;
         let uri = collection.join(payload.subdir.trim_start_matches('/'));
-        let story = Story {
+        Ok(Story {
             run,
             peers: &self.peers,
             filter: payload.filter.parse().context("read the job's filter")?,
             store: self.stores.open(&uri).await?,
             collection: self.stores.open(&collection).await?,
+            stores: &self.stores,
             uri: uri.exposed(),
+            directory: uri,
             payload,
-        };
-        story.tell().await
+        })
     }
 }
 
 impl Resumer for Resume {
     fn resume(&self, run: Run) -> Boxed<'_, Value> {
-        Box::pin(async move { self.story(&run).await })
+        Box::pin(async move { self.story(&run).await?.tell().await })
     }
 
-    fn give_up(&self, run: Run) -> Pin<Box<dyn Future<Output = ()> + Send + '_>> {
-        Box::pin(async move {
-            if run.check().await.is_ok()
-                && let Err(error) = close_points(&run, &self.peers).await
-            {
-                tracing::info!(job = %run.id, "founders end by themselves: {error:#}");
-            }
-        })
+    fn revert(&self, run: Run) -> Boxed<'_, Option<Value>> {
+        Box::pin(async move { self.story(&run).await?.take_back().await })
     }
 }
 
 impl Story<'_> {
     async fn tell(&self) -> anyhow::Result<Value> {
-        let when = (self.payload.subdir.as_str(), self.payload.created);
         // The store is the judge: what is sealed is done.
-        let mut manifest = seal::complete(self.run, &self.store, &self.collection, when).await?;
+        let mut manifest = seal::complete(self.run, &self.store, &self.collection, self.when()).await?;
         if manifest.is_none() {
             self.lock().await?;
+            self.run.pausepoint(AFTER_LOCK).await?;
             let body = match seal::recorded(self.run, &self.store).await? {
                 Some(body) => body,
-                None => seal::record(self.run, &self.store, &self.export().await?).await?,
+                None => {
+                    let manifest = self.export().await?;
+                    self.run.pausepoint(AFTER_EXPORT).await?;
+                    seal::record(self.run, &self.store, &manifest).await?
+                }
             };
-            manifest = Some(seal::seal(self.run, &self.store, &self.collection, body, when).await?);
+            self.run.pausepoint(AFTER_RECORD).await?;
+            manifest = Some(seal::seal(self.run, &self.store, &self.collection, body, self.when()).await?);
         }
+        self.run.pausepoint(AFTER_LATEST).await?;
+        let manifest = manifest.context("find the manifest")?;
+        self.tidy(&manifest).await?;
+        Ok(result(&manifest))
+    }
+
+    fn when(&self) -> (&str, DateTime<Utc>) {
+        (self.payload.subdir.as_str(), self.payload.created)
+    }
+
+    fn trace(&self) -> Trace<'_> {
+        let (run, peers, stores) = (self.run, self.peers, self.stores);
+        Trace { run, peers, stores, filter: &self.filter, directory: &self.directory }
+    }
+
+    /// The backup is whole. That something is left beside it is no reason to fail.
+    async fn tidy(&self, manifest: &Manifest) -> anyhow::Result<()> {
         close_points(self.run, self.peers).await?;
-        manifest.as_ref().map(result).context("find the manifest")
+        if let Err(error) = self.trace().remove_strays(manifest).await {
+            tracing::warn!(job = %self.run.id, "files that the manifest does not name may be left: {error:#}");
+        }
+        Ok(())
+    }
+
+    /// Removes everything, unless the backup is whole.
+    async fn take_back(&self) -> anyhow::Result<Option<Value>> {
+        close_points(self.run, self.peers).await?;
+        if self.run.kept::<bool>(TOUCHED).await?.is_none() {
+            return Ok(None);
+        }
+        if let Some(store) = self.trace().sealed().await? {
+            let manifest = seal::complete(self.run, &store, &self.collection, self.when()).await?;
+            if let Some(manifest) = &manifest {
+                self.tidy(manifest).await?;
+                return Ok(Some(result(manifest)));
+            }
+        }
+        self.trace().remove_all().await?;
+        self.collection.delete(&layout::latest(self.payload.created, self.run.id)).await?;
+        Ok(None)
     }
 
     /// The directory is this job's, and stays so.
@@ -137,6 +178,7 @@ impl Story<'_> {
                 return Err(PgError::new(SqlState::FILE_ALREADY_EXISTS, message).into());
             }
         }
+        self.run.keep(TOUCHED, &true).await?;
         // A lock of this job from an earlier run is as good as a new one.
         let (Created::New | Created::Exists(_)) =
             self.store.create(&mine, Bytes::from(format!("{}\n", self.payload.description))).await?;
@@ -152,6 +194,7 @@ impl Story<'_> {
             let point = self.point(shard, databases).await?;
             points.push((point::keep_alive(self.peers, &point), point));
         }
+        self.run.pausepoint(AFTER_POINTS).await?;
         for (index, (_alive, point)) in points.into_iter().enumerate() {
             shards.push(self.shard(point, (share * index as f64, share)).await?);
         }
@@ -175,24 +218,29 @@ impl Story<'_> {
     async fn point(&self, shard: &str, databases: &[String]) -> anyhow::Result<ShardPoint> {
         let key = format!("point/{shard}");
         let before = self.run.kept::<ShardPoint>(&key).await?;
-        let attempt = match before {
+        let tries = match before {
             Some(point) if point::is_alive(self.peers, &point).await => {
                 tracing::info!(job = %self.run.id, shard, "an earlier run's point is kept");
                 return Ok(point);
             }
-            Some(point) => point.attempt + 1,
-            None => 0,
+            Some(point) => point.tries.lost(),
+            None => Tries::default(),
         };
-        self.new_point(shard, databases, attempt).await
+        self.new_point(shard, databases, tries).await
     }
 
-    async fn new_point(&self, shard: &str, databases: &[String], attempt: u32) -> anyhow::Result<ShardPoint> {
-        if attempt >= POINTS_MAX {
-            let message = format!("shard \"{shard}\" could not be read at one point in {POINTS_MAX} attempts");
-            return Err(PgError::new(SqlState::OBJECT_NOT_IN_PREREQUISITE_STATE, message).into());
+    async fn new_point(&self, shard: &str, databases: &[String], tries: Tries) -> anyhow::Result<ShardPoint> {
+        if tries.are_over() {
+            let Tries { spoilt, lost } = tries;
+            let message = format!("shard \"{shard}\" could not be read at one point");
+            return Err(PgError::new(SqlState::OBJECT_NOT_IN_PREREQUISITE_STATE, message)
+                .detail(format!(
+                    "Points taken: {spoilt} were spoilt by schema changes, {lost} were lost with their server or node."
+                ))
+                .into());
         }
         self.run.progress(0.0, &format!("taking a point of shard {shard}")).await?;
-        let point = point::open(self.run, self.peers, (shard, databases), &self.filter, attempt).await?;
+        let point = point::open(self.run, self.peers, (shard, databases), &self.filter, tries).await?;
         // Kept before anything is read at it: two points are never mixed.
         self.run.forget(&format!("span/{shard}/")).await?;
         self.run.keep(&format!("point/{shard}"), &point).await?;
@@ -204,7 +252,7 @@ impl Story<'_> {
         let mut spoilt: BTreeMap<(String, u32), TablePlan> = BTreeMap::new();
         let mut _held = None;
         loop {
-            let (attempt, node, lease) = (point.attempt, point.node, point.lease);
+            let (node, lease) = (point.node, point.lease);
             let error = match self.read(&point, progress).await {
                 Ok(part) => return Ok(part),
                 Err(error) => error,
@@ -213,12 +261,13 @@ impl Story<'_> {
             tracing::warn!(job = %self.run.id, shard = point.shard, "another point is needed: {reason}");
             self.run.note(&anyhow::Error::from(reason.clone()).context("read at another point")).await?;
             point::close(self.peers, node, lease).await;
-            if attempt + 1 >= POINTS_MAX {
+            let tries = if is_invalidated(&reason) { point.tries.spoilt() } else { point.tries.lost() };
+            if tries.are_over() {
                 return Err(reason.into());
             }
             let tables = hold::table_of(&reason, &point.opened.databases);
             spoilt.extend(tables.map(|(database, table)| ((database, table.oid), table)));
-            if attempt + 1 >= hold::SPOILT_MAX && !spoilt.is_empty() {
+            if tries.spoilt >= hold::SPOILT_MAX && !spoilt.is_empty() {
                 let tables: Vec<_> = spoilt.iter().map(|((name, _), table)| (name.clone(), table.clone())).collect();
                 // What was held before goes when the new locks are there.
                 match hold::hold(self.peers, &point.shard, &tables).await {
@@ -227,7 +276,7 @@ impl Story<'_> {
                 }
             }
             let databases = self.payload.shards.get(&point.shard).cloned().unwrap_or_default();
-            point = self.new_point(&point.shard, &databases, attempt + 1).await?;
+            point = self.new_point(&point.shard, &databases, tries).await?;
         }
     }
 
@@ -237,6 +286,7 @@ impl Story<'_> {
         for database in &point.opened.databases {
             schemas.push(self.schema(point, &database.name).await?);
         }
+        self.run.pausepoint(AFTER_SCHEMAS).await?;
         let finished: Vec<Finished> = self.run.kept_under(&drive::key(point)).await?;
         let shard = Shard { run: self.run, peers: self.peers, point, uri: &self.uri, filter: &self.filter, progress };
         let files = shard.export(&spans::cut(&point.opened.databases), finished).await?;

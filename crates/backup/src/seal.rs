@@ -4,20 +4,28 @@
 //! claim. Only a recorded body is ever copied to the name that seals the backup, byte for byte, by whoever holds the
 //! job then. So there is one seal, whoever dies in between, and whoever wakes up too late.
 
+use std::time::Duration;
+
 use anyhow::{Context as _, bail};
 use bytes::Bytes;
 use chrono::{DateTime, Utc};
 use jobs::{Retryable, Run};
 use serde::{Deserialize, Serialize};
 use storage::{Created, Store};
+use tokio::time::timeout;
 
 use crate::export::sha256;
 use crate::layout;
 use crate::manifest::{FORMAT, Manifest};
+use crate::pausepoints::AFTER_SEAL;
 use crate::restore_text;
 
 /// Under which key the recorded body stands.
 const RECORDED: &str = "seal";
+
+/// A job that is being reverted has ended by then, and is looked at so often.
+const WITHDRAW_DEADLINE: Duration = Duration::from_secs(120);
+const WITHDRAW_LOOK: Duration = Duration::from_millis(200);
 
 /// A body that has been written and may be sealed.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -83,7 +91,27 @@ pub(crate) async fn seal(
             bail!("job {} has sealed a backup in this directory", other.job);
         }
     }
+    // Whoever stood still between the last look and the seal may have sealed what others have removed meanwhile.
+    if let Err(error) = run.check().await {
+        withdraw(run, store).await?;
+        return Err(error);
+    }
+    run.pausepoint(AFTER_SEAL).await?;
     complete(run, store, collection, (subdir, created)).await?.context("find the seal that was just made")
+}
+
+/// Takes the seal back if the job has failed or was canceled. If it has not, somebody else goes on behind the seal.
+async fn withdraw(run: &Run, store: &Store) -> anyhow::Result<()> {
+    let decided = async {
+        loop {
+            match run.status().await?.as_deref() {
+                Some("failed" | "canceled") => return store.delete(layout::SEAL).await,
+                Some("reverting" | "cancel-requested") => tokio::time::sleep(WITHDRAW_LOOK).await,
+                _ => return Ok(()),
+            }
+        }
+    };
+    timeout(WITHDRAW_DEADLINE, decided).await.unwrap_or(Ok(()))
 }
 
 /// If the backup is sealed, writes what belongs to the seal and is made from it, and points LATEST at it. Whoever comes

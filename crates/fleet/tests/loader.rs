@@ -3,6 +3,7 @@
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on panics")]
 
 use std::os::unix::fs::PermissionsExt as _;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -11,8 +12,8 @@ use cluster::service::{Reply, Service as _, Upload};
 use fleet::Server;
 use fleet::founders::{self, DatabasePlan, Founders, Open, Opened, SpanRequest, What};
 use fleet::loader::{
-    Create, Created, Finish, LOADERS_MAX, Load, Loaded, Loader, Progress, RESTORE_ROLE, Request, is_already_loaded,
-    needs_schema,
+    Create, Created, Finish, LOADERS_MAX, Load, Loaded, Loader, Progress, Publish, RESTORE_ROLE, Request,
+    is_already_loaded, is_superseded, needs_schema,
 };
 use fleet::private::{Installation, Instance, RunAs};
 use futures_util::{FutureExt as _, StreamExt as _};
@@ -126,33 +127,52 @@ impl Backup {
     }
 
     fn create(&self, job: i64, target: &str) -> Request {
-        Request::Create(Box::new(Create { job, target: target.to_owned(), plan: self.plan.clone() }))
+        self.create_by(1, job, target)
+    }
+
+    fn create_by(&self, run: i64, job: i64, target: &str) -> Request {
+        Request::Create(Box::new(Create { job, run, target: target.to_owned(), plan: self.plan.clone() }))
     }
 
     fn finish(&self, job: i64, database_oid: u32, target: &str) -> Request {
+        self.finish_by(1, job, database_oid, target)
+    }
+
+    fn finish_by(&self, run: i64, job: i64, database_oid: u32, target: &str) -> Request {
         let (target, plan) = (target.to_owned(), self.plan.clone());
         let rows = self.spans.iter().filter_map(|(loaded, bytes)| {
             let Loaded::Table { schema, name, .. } = loaded else { return None };
             let rows = bytes.iter().filter(|byte| **byte == b'\n').count() as u64;
             Some((schema.clone(), name.clone(), rows))
         });
-        Request::Finish(Box::new(Finish { job, database_oid, target, plan, rows: rows.collect() }))
+        Request::Finish(Box::new(Finish { job, database_oid, run, target, plan, rows: rows.collect() }))
+    }
+
+    fn publish(&self, run: i64, job: i64, database_oid: u32, target: &str) -> Box<Publish> {
+        Box::new(Publish { job, database_oid, run, target: target.to_owned(), plan: self.plan.clone() })
+    }
+
+    /// From loaded rows to the user's database.
+    async fn end(&self, loader: &Arc<Loader>, job: i64, database_oid: u32, target: &str) -> anyhow::Result<()> {
+        answer::<_, ()>(loader, &self.finish(job, database_oid, target)).await?;
+        let publish = || self.publish(1, job, database_oid, target);
+        answer::<_, ()>(loader, &Request::Publish(publish())).await?;
+        answer(loader, &Request::Release(publish())).await
     }
 
     fn load(&self, job: i64, database_oid: u32, span: usize) -> Request {
-        Request::Load(Load {
-            job,
-            database_oid,
-            span: span as u32,
-            what: self.spans[span].0.clone(),
-            encoding: String::new(),
-        })
+        self.load_by(1, job, database_oid, span)
+    }
+
+    fn load_by(&self, run: i64, job: i64, database_oid: u32, span: usize) -> Request {
+        let (what, encoding) = (self.spans[span].0.clone(), self.plan.copy_encoding.clone());
+        Request::Load(Load { job, database_oid, run, span: span as u32, what, encoding })
     }
 
     /// Creates the database and loads all of it but `but`.
     async fn load_all(&self, loader: &Arc<Loader>, job: i64, target: &str, but: Option<usize>) -> u32 {
         let created: Created = answer(loader, &self.create(job, target)).await.unwrap();
-        send(loader, &Request::PreData { job, database_oid: created.oid }, &self.schema).await.unwrap();
+        send(loader, &Request::PreData { job, database_oid: created.oid, run: 1 }, &self.schema).await.unwrap();
         for (span, (_, bytes)) in self.spans.iter().enumerate().filter(|(span, _)| Some(*span) != but) {
             send(loader, &self.load(job, created.oid, span), bytes).await.unwrap();
         }
@@ -200,6 +220,22 @@ fn said<T>(result: anyhow::Result<T>) -> PgError {
     PgError::of(&error).unwrap_or_else(|| panic!("{error:#}")).clone()
 }
 
+/// Removes a job's database through a node that remembers nothing.
+async fn removed(place: &Place, job: i64) {
+    answer::<_, ()>(&place.loader(), &Request::Drop { job, run: 1 }).await.unwrap();
+}
+
+/// Makes a directory in which the server can write.
+fn give(directory: &Path) {
+    std::fs::create_dir_all(directory).unwrap();
+    if nix::unistd::Uid::effective().is_root() {
+        let given = std::process::Command::new("chown").arg("postgres").arg(directory).status().unwrap();
+        assert!(given.success());
+    }
+}
+
+const OURS: &str = "SELECT 1 FROM pg_database WHERE datname ~ '^_backhaul'";
+
 const KINDS: &str = r#"
     CREATE ROLE owner; CREATE ROLE granted; CREATE SCHEMA app AUTHORIZATION owner;
     CREATE EXTENSION file_fdw; CREATE SERVER files FOREIGN DATA WRAPPER file_fdw;
@@ -207,7 +243,7 @@ const KINDS: &str = r#"
     CREATE TABLE app.parent (id int GENERATED ALWAYS AS IDENTITY PRIMARY KEY, k app.kind, "B c" text,
                              twice int GENERATED ALWAYS AS (length("B c") * 2) STORED, CHECK (length("B c") < 9));
     INSERT INTO app.parent (k, "B c") SELECT 'b', E'x\ty\\' || n % 7 FROM generate_series(1, 500) n;
-    CREATE TABLE app.child (id serial, parent int REFERENCES app.parent ON DELETE CASCADE, UNIQUE (parent));
+    CREATE TABLE app.child (id serial UNIQUE, parent int REFERENCES app.parent ON DELETE CASCADE, UNIQUE (parent));
     INSERT INTO app.child (parent) SELECT id FROM app.parent WHERE id > 300; SELECT setval('app.child_id_seq', 5000);
     ALTER TABLE app.child OWNER TO owner; GRANT SELECT ON app.child TO granted;
     CREATE TABLE nothing (); INSERT INTO nothing DEFAULT VALUES; INSERT INTO nothing DEFAULT VALUES;
@@ -232,8 +268,22 @@ const KINDS: &str = r#"
     ALTER ROLE granted IN DATABASE shop SET search_path = "A, b", app; ALTER ROLE granted IN DATABASE shop SET work_mem
     = '7MB'; ALTER DATABASE shop SET app.note = 'it''s'; COMMENT ON DATABASE shop IS 'the \ shop''s';
     REVOKE ALL ON DATABASE shop FROM PUBLIC; GRANT CONNECT ON DATABASE shop TO granted WITH GRANT OPTION;
-    ALTER DATABASE shop OWNER TO owner;
-    CREATE EVENT TRIGGER forbid ON ddl_command_start EXECUTE FUNCTION forbid();"#;
+    ALTER DATABASE shop OWNER TO owner CONNECTION LIMIT 17; ALTER DATABASE shop IS_TEMPLATE true;
+    CREATE FUNCTION forbid_no() RETURNS event_trigger LANGUAGE plpgsql AS 'BEGIN END';
+    CREATE INDEX "odd
+ name" ON app.child (parent DESC); COMMENT ON INDEX app."odd
+ name" IS 'odd'; ALTER TABLE app.child CLUSTER ON child_parent_key;
+    ALTER TABLE app.child REPLICA IDENTITY USING INDEX child_id_key;
+    CREATE VIEW grouped AS SELECT id, k FROM app.parent GROUP BY id;
+    CREATE MATERIALIZED VIEW late AS SELECT id, k FROM app.parent GROUP BY id; CREATE UNIQUE INDEX ON late (id);
+    CREATE TABLE keyed (a int PRIMARY KEY, r int REFERENCES keyed) PARTITION BY RANGE (a);
+    CREATE TABLE keyed1 PARTITION OF keyed FOR VALUES FROM (0) TO (10) PARTITION BY RANGE (a);
+    CREATE TABLE keyed11 PARTITION OF keyed1 DEFAULT; CREATE INDEX ON keyed (r); INSERT INTO keyed VALUES (1, 1), (2, 1);
+    CREATE TABLE to_keyed (a int REFERENCES keyed); INSERT INTO to_keyed VALUES (2);
+    CREATE STATISTICS both_of ON k, "B c" FROM app.parent; CREATE RULE nowhere AS ON DELETE TO nothing DO INSTEAD NOTHING;
+    COMMENT ON CONSTRAINT child_parent_fkey ON app.child IS 'fk';
+    CREATE EVENT TRIGGER another ON ddl_command_end EXECUTE FUNCTION forbid_no();
+    CREATE EVENT TRIGGER forbid ON ddl_command_start EXECUTE FUNCTION forbid(); COMMENT ON EVENT TRIGGER forbid IS 'x';"#;
 
 /// Everything that a schema does not say.
 const CONTENT: &str = "
@@ -254,10 +304,10 @@ async fn what_comes_out_is_what_went_in() {
     let oid = created.oid;
     assert_eq!(created.progress, Progress::default());
     // An upload that is dropped leaves nothing.
-    let mut dropped = upload(&loader, &Request::PreData { job: 7, database_oid: oid }).await.unwrap();
+    let mut dropped = upload(&loader, &Request::PreData { job: 7, database_oid: oid, run: 1 }).await.unwrap();
     dropped.write(backup.schema.slice(..100)).await.unwrap();
     drop(dropped);
-    send(&loader, &Request::PreData { job: 7, database_oid: oid }, &backup.schema).await.unwrap();
+    send(&loader, &Request::PreData { job: 7, database_oid: oid, run: 1 }, &backup.schema).await.unwrap();
     let largest = backup.spans.iter().position(|(_, bytes)| !bytes.is_empty()).unwrap();
     let mut dropped = upload(&loader, &backup.load(7, oid, largest)).await.unwrap();
     dropped.write(backup.spans[largest].1.clone()).await.unwrap();
@@ -273,30 +323,35 @@ async fn what_comes_out_is_what_went_in() {
     let error = said(call(&loader, &backup.finish(7, oid, "again")).await);
     assert!(needs_schema(&error), "{error:?}");
     assert_eq!(answer::<_, Created>(&loader, &backup.create(7, "again")).await.unwrap(), Created { oid, progress });
-    send(&loader, &Request::PreData { job: 7, database_oid: oid }, &backup.schema).await.unwrap();
+    send(&loader, &Request::PreData { job: 7, database_oid: oid, run: 1 }, &backup.schema).await.unwrap();
     for _ in 0..2 {
         // A session of somebody's own is in the way of the last step.
         let _session = place.server("root").session_in("_backhaul_7").await;
-        answer::<_, ()>(&loader, &backup.finish(7, oid, "again")).await.unwrap();
+        backup.end(&loader, 7, oid, "again").await.unwrap();
     }
     let dump = place.dump("again").replace("again", "shop");
     assert_eq!(dump, place.dump("shop"));
     assert_eq!(place.ask("again", CONTENT).await, place.ask("shop", CONTENT).await);
     let views = "SELECT relname || relispopulated FROM pg_class WHERE relkind = 'm' ORDER BY relname";
-    assert_eq!(place.ask("again", views).await, ["aatrue", "aaatrue", "basetrue", "emptiedfalse", "neverfalse"]);
+    assert_eq!(
+        place.ask("again", views).await,
+        ["aatrue", "aaatrue", "basetrue", "emptiedfalse", "latetrue", "neverfalse"]
+    );
     let analyzed = "SELECT count(*) FROM pg_stats WHERE tablename = 'child'";
     assert_eq!(place.ask("again", analyzed).await, ["2"]);
     // It is the user's now.
     assert_eq!(said(call(&loader, &backup.create(7, "again")).await).code, SqlState::DUPLICATE_DATABASE);
-    answer::<_, ()>(&loader, &Request::Drop { job: 7 }).await.unwrap();
+    removed(&place, 7).await;
+    // A repeat, by whoever it is, finds nothing to do.
+    backup.end(&place.loader(), 7, oid, "again").await.unwrap();
     assert_eq!(place.ask("postgres", "SELECT oid FROM pg_database WHERE datname = 'again'").await, [oid.to_string()]);
     // What the last section brings is no obstacle to removing a database.
     backup.load_all(&loader, 8, "third", None).await;
     let late = "CREATE SUBSCRIPTION x CONNECTION 'host=/nowhere' PUBLICATION p WITH (connect = false);
                 CREATE EVENT TRIGGER forbid ON ddl_command_start EXECUTE FUNCTION forbid()";
     place.run("_backhaul_8", late).await;
-    answer::<_, ()>(&loader, &Request::Drop { job: 8 }).await.unwrap();
-    assert_eq!(place.ask("postgres", "SELECT 1 FROM pg_database WHERE datname ~ '^_backhaul'").await, [""; 0]);
+    removed(&place, 8).await;
+    assert_eq!(place.ask("postgres", OURS).await, [""; 0]);
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -324,7 +379,7 @@ async fn nothing_is_made_where_something_is_missing_or_in_the_way() {
         (error.code, error.message.as_str()),
         (SqlState::DUPLICATE_DATABASE, "database \"shop\" already exists")
     );
-    assert_eq!(place.ask("postgres", "SELECT 1 FROM pg_database WHERE datname ~ '^_backhaul'").await, [""; 0]);
+    assert_eq!(place.ask("postgres", OURS).await, [""; 0]);
 
     // A database of the same name that is somebody else's, though one that looks like ours.
     place.run("postgres", "CREATE DATABASE _backhaul_7").await;
@@ -332,7 +387,7 @@ async fn nothing_is_made_where_something_is_missing_or_in_the_way() {
         place.run("postgres", &format!("ALTER DATABASE _backhaul_7 OWNER TO {owner}")).await;
         place.run("_backhaul_7", "CREATE TABLE IF NOT EXISTS kept ()").await;
         assert_eq!(said(call(&loader, &backup.create(7, "new")).await).code, SqlState::DUPLICATE_DATABASE);
-        answer::<_, ()>(&loader, &Request::Drop { job: 7 }).await.unwrap();
+        removed(&place, 7).await;
         let oid = place.ask("postgres", "SELECT oid FROM pg_database WHERE datname = '_backhaul_7'").await[0]
             .parse()
             .unwrap();
@@ -342,24 +397,43 @@ async fn nothing_is_made_where_something_is_missing_or_in_the_way() {
     }
     // One that was made and not marked yet is removed, or made anew.
     place.run("_backhaul_7", "DROP TABLE kept").await;
-    answer::<_, ()>(&loader, &Request::Drop { job: 7 }).await.unwrap();
-    assert_eq!(place.ask("postgres", "SELECT 1 FROM pg_database WHERE datname ~ '^_backhaul'").await, [""; 0]);
+    removed(&place, 7).await;
+    assert_eq!(place.ask("postgres", OURS).await, [""; 0]);
     // The mark alone makes it nobody's.
     place.run("postgres", "CREATE DATABASE _backhaul_7 OWNER nobody").await;
-    place.run("postgres", "COMMENT ON DATABASE _backhaul_7 IS 'backhaul restore of job 7'").await;
+    place.run("postgres", "COMMENT ON DATABASE _backhaul_7 IS 'backhaul restore of job 7, run 1'").await;
     assert_eq!(said(call(&loader, &backup.create(7, "new")).await).code, SqlState::DUPLICATE_DATABASE);
-    answer::<_, ()>(&loader, &Request::Drop { job: 7 }).await.unwrap();
+    removed(&place, 7).await;
     place.run("postgres", "COMMENT ON DATABASE _backhaul_7 IS NULL").await;
     place.run("postgres", &format!("ALTER DATABASE _backhaul_7 OWNER TO {RESTORE_ROLE}")).await;
     let oid = backup.load_all(&loader, 7, "new", None).await;
+    let publish = || Request::Publish(backup.publish(1, 7, oid, "new"));
+    assert_eq!(said(call(&loader, &publish()).await).message, "the database of restore job 7 is not whole");
     // The name is taken meanwhile, and free again.
     place.run("postgres", "CREATE DATABASE new").await;
-    assert_eq!(said(call(&loader, &backup.finish(7, oid, "new")).await).code, SqlState::DUPLICATE_DATABASE);
+    answer::<_, ()>(&loader, &backup.finish(7, oid, "new")).await.unwrap();
+    let release = Request::Release(backup.publish(1, 7, oid, "new"));
+    assert_eq!(said(call(&loader, &release).await).message, "the database of restore job 7 has no name yet");
+    assert_eq!(said(call(&loader, &publish()).await).code, SqlState::DUPLICATE_DATABASE);
     let progress: Progress = answer(&loader, &Request::Progress { job: 7 }).await.unwrap();
     assert!(progress.whole);
     place.run("postgres", "DROP DATABASE new").await;
-    answer::<_, ()>(&place.loader(), &backup.finish(7, oid, "new")).await.unwrap();
+    // Between its name and its user nobody is let in, and it is removed by its mark.
+    answer::<_, ()>(&loader, &publish()).await.unwrap();
+    assert!(place.server("root").session_in("new").await.is_err());
+    removed(&place, 7).await;
+    assert_eq!(place.ask("postgres", "SELECT 1 FROM pg_database WHERE datname ~ '^(_backhaul|new)'").await, [""; 0]);
+    let oid = backup.load_all(&loader, 9, "new", None).await;
+    backup.end(&place.loader(), 9, oid, "new").await.unwrap();
     assert_eq!(place.ask("new", "SELECT a FROM t").await, ["1"]);
+    // What would be refused at the end is refused before anybody sees the name.
+    let mut ghostly = Backup::of(&place).await;
+    let oid = ghostly.load_all(&loader, 10, "other", None).await;
+    answer::<_, ()>(&loader, &ghostly.finish(10, oid, "other")).await.unwrap();
+    ghostly.plan.owner = "ghost".to_owned();
+    let error = said(call(&loader, &Request::Publish(ghostly.publish(1, 10, oid, "other"))).await);
+    assert_eq!(error.message, "role \"ghost\" does not exist");
+    assert_eq!(place.ask("postgres", "SELECT 1 FROM pg_database WHERE datname = 'other'").await, [""; 0]);
 }
 
 const SLOW: &str = "
@@ -399,7 +473,7 @@ async fn a_restore_that_died_is_repeated_and_a_wrong_one_is_refused() {
     let finish = backup.finish(7, oid, "new");
     let ending = async {
         let query = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity
-                     WHERE application_name = 'backhaul post-data' AND query ~ '^CREATE INDEX b'";
+                     WHERE application_name LIKE 'backhaul post-data%' AND query ~ '^CREATE INDEX b'";
         while place.ask("postgres", query).await.is_empty() {
             tokio::time::sleep(Duration::from_millis(20)).await;
         }
@@ -420,6 +494,7 @@ async fn a_restore_that_died_is_repeated_and_a_wrong_one_is_refused() {
             &Request::Load(Load {
                 job: 7,
                 database_oid: oid,
+                run: 1,
                 span: 99,
                 what: backup.spans[u].0.clone(),
                 encoding: String::new(),
@@ -428,7 +503,7 @@ async fn a_restore_that_died_is_repeated_and_a_wrong_one_is_refused() {
         .await,
     );
     assert_eq!(error.message, "restore job 7 does not take rows any more");
-    answer::<_, ()>(&loader, &backup.finish(7, oid, "new")).await.unwrap();
+    backup.end(&loader, 7, oid, "new").await.unwrap();
     assert_eq!(place.dump("new").replace("new", "shop"), place.dump("shop"));
     assert_eq!(place.ask("new", CONTENT).await, place.ask("shop", CONTENT).await);
 
@@ -439,13 +514,8 @@ async fn a_restore_that_died_is_repeated_and_a_wrong_one_is_refused() {
     let error = said(call(&loader, &wrong.finish(8, oid, "other")).await);
     assert_eq!(error.message, "pg_restore for restore job 8 failed");
     assert!(error.detail.unwrap().contains("violates foreign key constraint"));
-    assert_eq!(
-        place
-            .ask("_backhaul_8", "SELECT count(*) FROM pg_index WHERE indexrelid >= 16384 AND indrelid = 't'::regclass")
-            .await,
-        ["0"]
-    );
-    answer::<_, ()>(&loader, &Request::Drop { job: 8 }).await.unwrap();
+    assert_eq!(place.ask("_backhaul_8", "SELECT count(*) FROM pg_constraint WHERE contype = 'f'").await, ["0"]);
+    removed(&place, 8).await;
     assert_eq!(said(call(&loader, &Request::Progress { job: 8 }).await).code, SqlState::UNDEFINED_DATABASE);
 }
 
@@ -470,6 +540,211 @@ async fn whoever_comes_later_takes_a_span_over() {
     }
     let error = said(call(&loader, &backup.load(7, oid, 0)).await);
     assert!(is_already_loaded(&error), "{error:?}");
-    answer::<_, ()>(&loader, &backup.finish(7, oid, "new")).await.unwrap();
+    backup.end(&loader, 7, oid, "new").await.unwrap();
     assert_eq!(place.ask("new", "SELECT count(*) FROM t").await, ["5000"]);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn everything_is_built_side_by_side_and_once() {
+    let place = Place::start(KINDS).await;
+    let (mut backup, loader) = (Backup::of(&place).await, place.loader());
+    // As if every table were a large one: each index, key and foreign key is a transaction of its own.
+    backup.plan.tables.iter_mut().for_each(|table| table.bytes = 1 << 30);
+    let oid = backup.load_all(&loader, 7, "again", None).await;
+    // Died many times, each time a little later, with what it had begun still at work.
+    for step in 0..12 {
+        let finish = serde_json::to_value(backup.finish(7, oid, "again")).unwrap();
+        if timeout(Duration::from_millis(150 + step * 60), loader.call(finish)).await.is_ok() {
+            break;
+        }
+    }
+    backup.end(&loader, 7, oid, "again").await.unwrap();
+    assert_eq!(place.dump("again").replace("again", "shop"), place.dump("shop"));
+    assert_eq!(place.ask("again", CONTENT).await, place.ask("shop", CONTENT).await);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_coordinator_that_comes_too_late_is_refused() {
+    let place = Place::start(SLOW).await;
+    let (backup, loader) = (Backup::of(&place).await, place.loader());
+    let oid = backup.load_all(&loader, 7, "new", Some(0)).await;
+    // Its session in the middle of a span ends by itself, when somebody newer sends the same.
+    let mut stopped = upload(&loader, &backup.load(7, oid, 0)).await.unwrap();
+    answer::<_, Created>(&loader, &backup.create_by(2, 7, "new")).await.unwrap();
+    send(&loader, &backup.load_by(2, 7, oid, 0), &backup.spans[0].1).await.unwrap();
+    let _ = stopped.write(backup.spans[0].1.clone()).await;
+    assert!(stopped.finish().await.is_err());
+    let late = |run: i64| {
+        [
+            backup.create_by(run, 7, "new"),
+            Request::PreData { job: 7, database_oid: oid, run },
+            backup.load_by(run, 7, oid, 1),
+            backup.finish_by(run, 7, oid, "new"),
+            Request::Publish(backup.publish(run, 7, oid, "new")),
+            Request::Release(backup.publish(run, 7, oid, "new")),
+        ]
+    };
+    // Also by a node that was started anew: the database itself remembers.
+    for loader in [&loader, &place.loader()] {
+        for request in late(1) {
+            let error = said(call(loader, &request).await);
+            assert!(is_superseded(&error), "{request:?}: {error:?}");
+        }
+        answer::<_, ()>(loader, &Request::Drop { job: 7, run: 1 }).await.unwrap();
+        assert_eq!(place.ask("postgres", OURS).await, ["1"]);
+    }
+    // Whoever is at work when a newer one comes ends; what it has made is taken up.
+    send(&loader, &Request::PreData { job: 7, database_oid: oid, run: 2 }, &backup.schema).await.unwrap();
+    let newer = async {
+        let building = "SELECT 1 FROM pg_stat_activity WHERE application_name LIKE 'backhaul post-data%'";
+        while place.ask("postgres", building).await.is_empty() {
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+        answer::<_, ()>(&loader, &backup.finish_by(3, 7, oid, "new")).await
+    };
+    let older = backup.finish_by(2, 7, oid, "new");
+    let (older, newer) = tokio::join!(call(&loader, &older), newer);
+    assert!(is_superseded(&said(older)));
+    newer.unwrap();
+    answer::<_, ()>(&loader, &Request::Publish(backup.publish(3, 7, oid, "new"))).await.unwrap();
+    let error = said(call(&place.loader(), &Request::Release(backup.publish(2, 7, oid, "new"))).await);
+    assert!(is_superseded(&error), "{error:?}");
+    answer::<_, ()>(&loader, &Request::Drop { job: 7, run: 4 }).await.unwrap();
+    assert_eq!(place.ask("postgres", "SELECT 1 FROM pg_database WHERE datname ~ '^(_backhaul|new)'").await, [""; 0]);
+    let error = said(call(&loader, &backup.create_by(4, 7, "new")).await);
+    assert!(is_superseded(&error), "{error:?}");
+    assert_eq!(place.ask("postgres", OURS).await, [""; 0]);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_span_whose_commit_was_not_answered_is_there_once() {
+    let place = Place::start("CREATE TABLE t (a int); INSERT INTO t SELECT generate_series(1, 5000)").await;
+    let (backup, loader) = (Backup::of(&place).await, place.loader());
+    let oid = backup.load_all(&loader, 7, "new", Some(0)).await;
+    let set = async |value: &str| {
+        place.run("postgres", &format!("ALTER SYSTEM SET synchronous_standby_names = '{value}'")).await;
+        place.run("postgres", "ALTER SYSTEM SET synchronous_commit = on").await;
+        place.run("postgres", "SELECT pg_reload_conf()").await;
+        while place.ask("postgres", "SHOW synchronous_standby_names").await != [value] {
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    };
+    // The commit is durable, and its answer waits for a standby that never comes.
+    set("ghost").await;
+    let mut rows = upload(&loader, &backup.load(7, oid, 0)).await.unwrap();
+    rows.write(backup.spans[0].1.clone()).await.unwrap();
+    let committing = tokio::spawn(rows.finish());
+    let end = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE wait_event = 'SyncRep'";
+    while place.ask("postgres", end).await.is_empty() {
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    let error = said(timeout(Duration::from_secs(30), committing).await.unwrap().unwrap());
+    assert!([SqlState::CONNECTION_FAILURE, SqlState::ADMIN_SHUTDOWN].contains(&error.code), "{error:?}");
+    set("").await;
+    let error = said(send(&loader, &backup.load(7, oid, 0), &backup.spans[0].1).await);
+    assert!(is_already_loaded(&error), "{error:?}");
+    backup.end(&loader, 7, oid, "new").await.unwrap();
+    assert_eq!(place.ask("new", "SELECT count(*) FROM t").await, ["5000"]);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_database_keeps_what_it_was_made_with() {
+    let place = Place::start("").await;
+    let directory = place._dir.path().join("fast");
+    give(&directory);
+    place.run("postgres", &format!("CREATE TABLESPACE fast LOCATION '{}'", directory.display())).await;
+    for (job, made, text) in [
+        (7, "ENCODING 'LATIN1' LC_COLLATE 'C' LC_CTYPE 'C' TABLESPACE fast CONNECTION LIMIT 5", "é"),
+        (8, "ENCODING 'UTF8' LOCALE_PROVIDER icu ICU_LOCALE 'de-DE-u-ks-level1' LC_COLLATE 'C' LC_CTYPE 'C'", "ß語"),
+        (9, "ENCODING 'SQL_ASCII' LC_COLLATE 'C' LC_CTYPE 'C' IS_TEMPLATE true", "é"),
+    ] {
+        place.run("postgres", "DROP DATABASE IF EXISTS shop").await;
+        place.run("postgres", &format!("CREATE DATABASE shop TEMPLATE template0 {made}")).await;
+        place
+            .run(
+                "shop",
+                &format!("CREATE TABLE t AS SELECT '{text}'::text AS a, 'x'::text AS b; CREATE INDEX ON t (a)"),
+            )
+            .await;
+        let (backup, loader) = (Backup::of(&place).await, place.loader());
+        let oid = backup.load_all(&loader, job, "again", None).await;
+        backup.end(&loader, job, oid, "again").await.unwrap();
+        assert_eq!(place.dump("again").replace("again", "shop"), place.dump("shop"), "{made}");
+        assert_eq!(place.ask("again", "TABLE t").await, place.ask("shop", "TABLE t").await, "{made}");
+        place.run("postgres", "ALTER DATABASE shop IS_TEMPLATE false").await;
+        place.run("postgres", "ALTER DATABASE again IS_TEMPLATE false").await;
+        place.run("postgres", "DROP DATABASE again").await;
+    }
+    // It is in no backup that was made by connecting, but a plan may say it.
+    let (mut backup, loader) = (Backup::of(&place).await, place.loader());
+    (backup.plan.allows_connections, backup.plan.tablespace) = (false, None);
+    let oid = backup.load_all(&loader, 10, "closed", None).await;
+    backup.end(&loader, 10, oid, "closed").await.unwrap();
+    assert_eq!(place.ask("postgres", "SELECT datallowconn FROM pg_database WHERE datname = 'closed'").await, ["f"]);
+}
+
+/// A small disk, where it may be mounted.
+struct Disk(PathBuf, #[expect(dead_code, reason = "it is removed behind the disk")] TempDir);
+
+impl Disk {
+    fn mount() -> Option<Self> {
+        let dir = tempfile::tempdir().unwrap();
+        std::fs::set_permissions(dir.path(), std::fs::Permissions::from_mode(0o711)).unwrap();
+        let place = dir.path().join("disk");
+        std::fs::create_dir(&place).unwrap();
+        let mut mount = std::process::Command::new("mount");
+        mount.args(["-t", "tmpfs", "-o", "size=64m,mode=755", "none"]).arg(&place);
+        mount.output().is_ok_and(|output| output.status.success()).then_some(Self(place, dir))
+    }
+
+    /// Leaves no room at all.
+    fn fill(&self) {
+        let mut file = std::fs::File::create(self.0.join("filler")).unwrap();
+        while std::io::Write::write_all(&mut file, &[1; 4096]).is_ok() {}
+    }
+
+    fn free(&self) {
+        std::fs::remove_file(self.0.join("filler")).unwrap();
+    }
+}
+
+impl Drop for Disk {
+    fn drop(&mut self) {
+        let _ = std::process::Command::new("umount").arg("--lazy").arg(&self.0).status();
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_full_disk_is_told_wherever_it_is_met() {
+    let Some(disk) = Disk::mount() else {
+        eprintln!("no disk can be mounted here: how a full one is told stays untested");
+        return;
+    };
+    let data =
+        "CREATE TABLE t (a int, b text); INSERT INTO t SELECT i, repeat('x', 100) FROM generate_series(1, 20000) i;
+                CREATE INDEX ON t (a); CREATE INDEX ON t (b)";
+    let place = Place::start(data).await;
+    let directory = disk.0.join("space");
+    give(&directory);
+    place.run("postgres", &format!("CREATE TABLESPACE small LOCATION '{}'", directory.display())).await;
+    let (mut backup, loader) = (Backup::of(&place).await, place.loader());
+    backup.plan.tablespace = Some("small".to_owned());
+    let table = backup.spans.iter().position(|(_, bytes)| !bytes.is_empty()).unwrap();
+    let assert_full = |error: PgError, job: i64| {
+        let message = format!("on server {} for database \"_backhaul_{job}\"", place.server("svc").address());
+        assert!(error.code == SqlState::DISK_FULL && error.message.ends_with(&message), "{error:?}");
+    };
+    disk.fill();
+    assert_full(said(call(&loader, &backup.create(7, "new")).await), 7);
+    removed(&place, 7).await;
+    disk.free();
+    let oid = backup.load_all(&loader, 8, "new", Some(table)).await;
+    disk.fill();
+    assert_full(said(send(&loader, &backup.load(8, oid, table), &backup.spans[table].1).await), 8);
+    disk.free();
+    send(&loader, &backup.load(8, oid, table), &backup.spans[table].1).await.unwrap();
+    disk.fill();
+    assert_full(said(call(&loader, &backup.finish(8, oid, "new")).await), 8);
+    removed(&place, 8).await;
+    assert_eq!(place.ask("postgres", OURS).await, [""; 0]);
 }

@@ -19,6 +19,7 @@ use pgwire::messages::simplequery::Query;
 use pgwire::messages::startup::Authentication;
 use pgwire::types::ToSqlText;
 use pgwire::types::format::FormatOptions;
+use sql::Statement;
 use tokio_postgres::types::ToSql;
 
 use crate::pipeline::{POISON, Transaction};
@@ -77,6 +78,21 @@ pub(crate) struct Answer {
     pub(crate) rows: Vec<Vec<Value>>,
     /// What the client should know beside the rows.
     pub(crate) notices: Vec<PgError>,
+    /// What the command tag ends in, if it counts something.
+    pub(crate) count: Option<u64>,
+}
+
+impl Answer {
+    /// Rows, and nothing to be said about them.
+    pub(crate) fn of(rows: Vec<Vec<Value>>) -> Self {
+        Self { rows, notices: Vec::new(), count: None }
+    }
+
+    /// The command tag that a statement with this answer is completed with.
+    pub(crate) fn tag(&self, statement: &Statement) -> String {
+        let tag = statement.tag();
+        self.count.map_or_else(|| tag.to_owned(), |count| format!("{tag} {count}"))
+    }
 }
 
 /// How a client wants a column: text or binary.
@@ -192,17 +208,13 @@ impl Writer<'_> {
         }
     }
 
-    /// To the server: who is the client? Answered as [`crate::pipeline`] expects it.
-    pub(crate) fn ask(&mut self, extended: bool) {
-        // In hexadecimal digits, because the answer comes in the client's encoding.
-        const WHO: &str = "SELECT pg_catalog.encode(pg_catalog.convert_to(current_user::text, 'UTF8'), 'hex'), \
-                           pg_catalog.current_setting('is_superuser'), \
-                           (SELECT setting FROM pg_catalog.pg_settings WHERE name = 'statement_timeout')";
+    /// To the server: a question of this gateway's own, answered as [`crate::pipeline`] expects it.
+    pub(crate) fn ask(&mut self, question: String, extended: bool) {
         if !extended {
-            return self.put(&Query::new(WHO.to_owned()));
+            return self.put(&Query::new(question));
         }
         let name = || Some("backhaul_ask".to_owned());
-        self.put(&Parse::new(name(), WHO.to_owned(), Vec::new()));
+        self.put(&Parse::new(name(), question, Vec::new()));
         self.put(&Bind::new(name(), name(), Vec::new(), Vec::new(), Vec::new()));
         self.put(&Execute::new(name(), 0));
         self.put(&Close::new(b'P', name()));

@@ -1,18 +1,17 @@
 //! What a client sends, frame by frame: passed on, or ours.
 
-use std::time::Duration;
-
 use backup::Requester;
 use bytes::{Bytes, BytesMut};
 use pgerror::{PgError, SqlState};
 use sql::Statement;
 
 use crate::answer::{Format, Writer};
-use crate::frame::{Header, cut_i16, cut_i32, cut_string, header};
+use crate::asking::{Asking, Next};
+use crate::frame::{Header, cut_string, header};
 use crate::local::{Execution, concerns, utf8};
 use crate::pipeline::Transaction;
 use crate::run::columns;
-use crate::session::{Asking, BUFFER_MAX, Outcome, Running, Session};
+use crate::session::{BUFFER_MAX, Outcome, Running, Session};
 
 /// No more than this much of a frame is looked at; a statement of ours that is longer is refused.
 const LOOK_MAX: usize = 64 * 1024;
@@ -172,53 +171,35 @@ impl Session {
             let tag = if execute.is_some() { b'E' } else { b'Q' };
             return self.fail(tag, &in_transaction(verb));
         }
-        let extended = execute.is_some();
-        Writer(&mut self.to_server).ask(extended);
-        self.pipeline.asked(extended);
-        self.asking = Some(Asking { statements, execute, requester: None });
+        let (asking, question) = Asking::begin(statements, execute);
+        self.put_question(asking, question);
     }
 
-    /// The row of the answer: the current role, and whether it is a superuser.
-    pub(crate) fn told(&mut self, mut row: &[u8]) {
-        let mut read = || {
-            cut_i16(&mut row)?;
-            let mut value = || {
-                let length = usize::try_from(cut_i32(&mut row)?).ok()?;
-                let (value, rest) = row.split_at_checked(length)?;
-                row = rest;
-                std::str::from_utf8(value).ok().map(str::to_owned)
-            };
-            let user = value()?;
-            let bytes: Option<Vec<u8>> = user
-                .as_bytes()
-                .chunks(2)
-                .map(|digits| u8::from_str_radix(std::str::from_utf8(digits).ok()?, 16).ok())
-                .collect();
-            let (user, superuser) = (String::from_utf8(bytes?).ok()?, value()? == "on");
-            let milliseconds: u64 = value()?.parse().ok()?;
-            let statement_timeout = (milliseconds > 0).then(|| Duration::from_millis(milliseconds));
-            Some(Requester { user, superuser, statement_timeout })
-        };
-        let requester = read();
-        if let Some(asking) = &mut self.asking {
-            asking.requester = requester;
-        }
+    fn put_question(&mut self, asking: Asking, question: String) {
+        let extended = asking.execute.is_some();
+        Writer(&mut self.to_server).ask(question, extended);
+        self.pipeline.asked(extended);
+        self.asking = Some(asking);
     }
 
     /// The answer is whole.
     pub(crate) fn asked(&mut self) {
-        let Some(asking) = self.asking.take() else { return };
-        self.start(asking.statements, asking.execute, asking.requester);
+        let Some(mut asking) = self.asking.take() else { return };
+        match asking.answered() {
+            Ok(Next::Ask(question)) => self.put_question(asking, question),
+            Ok(Next::Start(statements, requester)) => self.start(statements, asking.execute, requester),
+            Err(error) => self.fail(if asking.execute.is_some() { b'E' } else { b'Q' }, &error),
+        }
     }
 
     fn start(&mut self, statements: Vec<Statement>, execute: Option<Bytes>, requester: Option<Requester>) {
         let gateway = self.gateway.clone();
-        let cancelled = self.cancelable.begin();
+        let (cancelled, remarks) = (self.cancelable.begin(), self.remarks.sender());
         let future = Box::pin(async move {
             let mut outcome = Vec::with_capacity(statements.len());
             for statement in statements {
                 let answer = tokio::select! {
-                    answer = gateway.run(&statement, requester.as_ref()) => answer,
+                    answer = gateway.run(&statement, requester.as_ref(), &remarks) => answer,
                     () = cancelled.cancelled() => Err(cancelled_by_user()),
                 };
                 let failed = answer.is_err();
@@ -236,6 +217,7 @@ impl Session {
     pub(crate) fn finish(&mut self, outcome: Outcome) {
         self.cancelable.end();
         let Some(running) = self.running.take() else { return };
+        self.remarks.clear();
         let tag = if running.execute.is_some() { b'E' } else { b'Q' };
         for (statement, answer) in outcome {
             let written = answer.and_then(|answer| match &running.execute {
@@ -247,7 +229,7 @@ impl Session {
                         out.row_description(columns(&statement), |_| Format::Text);
                     }
                     answer.rows.iter().for_each(|row| out.row(row, |_| Format::Text));
-                    out.command_complete(statement.tag());
+                    out.command_complete(&answer.tag(&statement));
                     Ok(())
                 }
             });

@@ -68,7 +68,7 @@ pub(crate) fn columns(statement: &ShowBackup) -> &'static [Column] {
 pub(crate) async fn list(gateway: &Gateway, collection: &Text, requester: &Requester) -> anyhow::Result<Answer> {
     let paths = gateway.backups.show_backups(collection, requester).await?;
     let rows = paths.into_iter().map(|path| vec![Value::Text(Some(path))]).collect();
-    Ok(Answer { rows, notices: Vec::new() })
+    Ok(Answer::of(rows))
 }
 
 /// Runs SHOW BACKUP. What the backup leaves out is told in notices.
@@ -90,7 +90,7 @@ pub(crate) async fn show(gateway: &Gateway, statement: &ShowBackup, requester: &
         let message = format!("{} {} of database {} is left out: {}", it.kind, it.object, database.name, it.reason);
         PgError::new(SqlState::SUCCESSFUL_COMPLETION, message)
     };
-    Ok(Answer { rows, notices: left_out.map(notice).collect() })
+    Ok(Answer { notices: left_out.map(notice).collect(), ..Answer::of(rows) })
 }
 
 fn number(value: u64) -> Value {

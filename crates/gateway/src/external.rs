@@ -32,7 +32,7 @@ pub(crate) async fn run(gateway: &Gateway, statement: &Statement, requester: &Re
             let uri = Uri::parse(text(uri)?)?;
             let notice = reach(gateway, &uri).await?;
             connections.create(&session, text(name)?, &uri, &requester.user, *if_not_exists).await?;
-            Ok(Answer { rows: Vec::new(), notices: vec![notice] })
+            Ok(Answer { notices: vec![notice], ..Answer::of(Vec::new()) })
         }
         Statement::DropExternalConnection { name } => {
             let name = text(name)?;
@@ -42,7 +42,7 @@ pub(crate) async fn run(gateway: &Gateway, statement: &Statement, requester: &Re
                 return Err(PgError::new(SqlState::INSUFFICIENT_PRIVILEGE, message).into());
             }
             connections.drop(&session, name).await?;
-            Ok(Answer { rows: Vec::new(), notices: Vec::new() })
+            Ok(Answer::of(Vec::new()))
         }
         Statement::ShowExternalConnections { name } => {
             let name = name.as_ref().map(text).transpose()?;
@@ -52,7 +52,7 @@ pub(crate) async fn run(gateway: &Gateway, statement: &Statement, requester: &Re
                 let texts = [listed.name, listed.uri_redacted, "STORAGE".to_owned()];
                 texts.map(|text| Value::Text(Some(text))).to_vec()
             };
-            Ok(Answer { rows: listed.into_iter().map(row).collect(), notices: Vec::new() })
+            Ok(Answer::of(listed.into_iter().map(row).collect()))
         }
         other => anyhow::bail!("{} is not about external connections", other.tag()),
     }

@@ -3,8 +3,8 @@
 //! Everything arrives here: clients of PostgreSQL, clients of ours, other nodes, cancel requests. A connection is read
 //! in this order: its first packets ([`startup`]); then, for a peer, [`peer`]; for anybody else a server is chosen
 //! ([`route`]) and the session relayed ([`session`]), with every frame of the client judged in [`client_frames`] and
-//! every frame of the server noted in [`server_frames`]; what is ours is done in [`run`] and answered from [`local`] and
-//! [`answer`].
+//! every frame of the server noted in [`server_frames`]; what is ours is done in [`run`], after the client's own session
+//! has been asked what only it knows ([`asking`]), and answered from [`local`] and [`answer`].
 //!
 //! **The relay is faithful.** Frames pass byte for byte. PostgreSQL authenticates its own clients through it; no
 //! password is kept and no user list exists. A frame is looked at only where it may be ours: the text of Query and
@@ -17,17 +17,20 @@
 //! that node for, and relays there; the leading node only checks that it is what it is taken for and copies bytes.
 
 mod answer;
+mod asking;
 mod bound;
 mod calls;
 mod cancel;
 mod client_frames;
 mod collections;
+mod control;
 mod external;
 mod frame;
 mod inbound;
 mod local;
 mod peer;
 mod pipeline;
+mod progress;
 mod route;
 mod run;
 mod server_frames;

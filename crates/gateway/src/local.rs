@@ -40,6 +40,8 @@ struct Portal {
     formats: Vec<i16>,
     /// Once executed: the rows that have not been fetched.
     rows: Option<VecDeque<Vec<Value>>>,
+    /// What its completion is reported with.
+    tag: String,
 }
 
 impl Portal {
@@ -173,7 +175,8 @@ impl Locals {
             let message = format!("cursor \"{}\" already exists", String::from_utf8_lossy(portal));
             return Err(PgError::new(SqlState::DUPLICATE_CURSOR, message));
         }
-        self.portals.insert(portal.to_vec(), Portal { statement, formats, rows: None });
+        self.portals
+            .insert(portal.to_vec(), Portal { tag: statement.tag().to_owned(), statement, formats, rows: None });
         Writer(out).bind_complete();
         Ok(())
     }
@@ -225,6 +228,7 @@ impl Locals {
         let mut out = Writer(out);
         if let Some(answer) = answer {
             answer.notices.iter().for_each(|notice| out.notice(notice));
+            portal.tag = answer.tag(&portal.statement);
             portal.rows = Some(answer.rows.into());
         }
         let mut rows = portal.rows.take().unwrap_or_default();
@@ -234,7 +238,7 @@ impl Locals {
             out.row(&row, |column| portal.format(column));
         }
         if rows.is_empty() {
-            out.command_complete(portal.statement.tag())
+            out.command_complete(&portal.tag)
         } else {
             out.portal_suspended()
         }

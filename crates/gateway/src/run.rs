@@ -5,11 +5,12 @@
 use backup::{Outcome, Requester};
 use jobs::{Job, JobId};
 use pgerror::{PgError, SqlState};
-use sql::{Number, ShowJobs, Statement};
+use sql::{ShowJobs, Statement};
+use tokio::sync::{mpsc, watch};
 
 use crate::Gateway;
 use crate::answer::{Answer, Column, Kind, Value, spoken};
-use crate::{collections, external, show};
+use crate::{collections, control, external, progress, show};
 
 const fn column(name: &'static str, kind: Kind) -> Column {
     Column { name, kind }
@@ -63,13 +64,20 @@ pub(crate) fn columns(statement: &Statement) -> &'static [Column] {
         Statement::ShowBackup(show) => collections::columns(show),
         Statement::ShowJobs(_) => &JOBS,
         Statement::CreateExternalConnection { .. } | Statement::DropExternalConnection { .. } => &[],
+        Statement::ControlJobs(_) => &[],
         Statement::ShowExternalConnections { .. } => &external::COLUMNS,
     }
 }
 
 impl Gateway {
-    /// Runs one statement of ours for a client; `requester` is who that is, for statements that depend on it.
-    pub(crate) async fn run(&self, statement: &Statement, requester: Option<&Requester>) -> Result<Answer, PgError> {
+    /// Runs one statement of ours for a client; `requester` is who that is, for statements that depend on it. What it
+    /// has to say before its end goes to `remarks`.
+    pub(crate) async fn run(
+        &self,
+        statement: &Statement,
+        requester: Option<&Requester>,
+        remarks: &mpsc::Sender<PgError>,
+    ) -> Result<Answer, PgError> {
         let done = match statement {
             Statement::ShowLocality => return Ok(one_text(self.cluster.me().locality.to_string())),
             Statement::ShowNodes => return Ok(show::nodes(&self.cluster, &self.registry).await),
@@ -77,7 +85,7 @@ impl Gateway {
                 let requester = requester.ok_or_else(|| {
                     PgError::new(SqlState::INTERNAL_ERROR, "the server did not say who the client is")
                 })?;
-                let work = self.run_for(statement, requester);
+                let work = self.run_for(statement, requester, remarks);
                 match requester.statement_timeout {
                     None => work.await,
                     Some(limit) => tokio::time::timeout(limit, work).await.unwrap_or_else(|_| Err(timed_out().into())),
@@ -87,38 +95,54 @@ impl Gateway {
         done.map_err(|error| spoken(&error))
     }
 
-    async fn run_for(&self, statement: &Statement, requester: &Requester) -> anyhow::Result<Answer> {
+    async fn run_for(
+        &self,
+        statement: &Statement,
+        requester: &Requester,
+        remarks: &mpsc::Sender<PgError>,
+    ) -> anyhow::Result<Answer> {
+        let (tell, waited_for) = watch::channel(Vec::new());
+        let on_wait = move |id| drop(tell.send_replace(vec![id]));
         match statement {
             Statement::Backup(backup) => {
-                let outcome = self.backups.run(backup, requester).await?;
-                Ok(outcome_answer(outcome))
+                let work = self.backups.run(backup, requester, &on_wait);
+                progress::telling(&self.backups.jobs, requester, waited_for, remarks, work).await.map(outcome_answer)
             }
-            Statement::Restore(restore) => Ok(outcome_answer(self.backups.restore(restore, requester).await?)),
+            Statement::Restore(restore) => {
+                let work = self.backups.restore(restore, requester, &on_wait);
+                progress::telling(&self.backups.jobs, requester, waited_for, remarks, work).await.map(outcome_answer)
+            }
             Statement::ShowBackups { collection } => collections::list(self, collection, requester).await,
             Statement::ShowBackup(show) => collections::show(self, show, requester).await,
-            Statement::ShowJobs(which) => self.show_jobs(which, requester).await,
+            Statement::ShowJobs(which) => self.show_jobs(which, requester, remarks).await,
+            Statement::ControlJobs(statement) => control::run(self, statement, requester).await,
             other => external::run(self, other, requester).await,
         }
     }
 
-    /// A superuser sees all jobs, anybody else their own.
-    async fn show_jobs(&self, which: &ShowJobs, requester: &Requester) -> anyhow::Result<Answer> {
-        let may_see = |job: &Job| requester.superuser || job.user_name == requester.user;
-        let jobs = match which {
-            ShowJobs::All => self.backups.jobs.list().await?,
-            ShowJobs::These { ids, when_complete } => {
-                let number = |id: &Number| match id {
-                    Number::Literal(id) => Some(JobId(*id)),
-                    Number::Null | Number::Placeholder(_) => None,
-                };
-                let ids: Vec<JobId> = ids.iter().filter_map(number).collect();
-                let found = self.backups.jobs.find(&ids).await?;
-                let ids: Vec<JobId> = found.iter().filter(|job| may_see(job)).map(|job| job.id).collect();
-                if *when_complete { self.backups.jobs.wait(&ids).await? } else { self.backups.jobs.find(&ids).await? }
+    async fn show_jobs(
+        &self,
+        which: &ShowJobs,
+        requester: &Requester,
+        remarks: &mpsc::Sender<PgError>,
+    ) -> anyhow::Result<Answer> {
+        let jobs = &self.backups.jobs;
+        let found = match which {
+            ShowJobs::All => jobs.list().await?,
+            ShowJobs::These { jobs: named, when_complete } => {
+                let found = jobs.find(&control::ids(named)).await?;
+                let ids: Vec<JobId> =
+                    found.iter().filter(|job| control::may_see(requester, job)).map(|job| job.id).collect();
+                if *when_complete {
+                    let (_named, named) = watch::channel(ids.clone());
+                    progress::telling(jobs, requester, named, remarks, jobs.wait(&ids)).await?
+                } else {
+                    found
+                }
             }
         };
-        let rows = jobs.into_iter().filter(may_see).map(job_row).collect();
-        Ok(Answer { rows, notices: Vec::new() })
+        let rows = found.into_iter().filter(|job| control::may_see(requester, job)).map(job_row).collect();
+        Ok(Answer::of(rows))
     }
 }
 
@@ -129,7 +153,7 @@ fn timed_out() -> PgError {
 }
 
 fn one_text(text: String) -> Answer {
-    Answer { rows: vec![vec![Value::Text(Some(text))]], notices: Vec::new() }
+    Answer::of(vec![vec![Value::Text(Some(text))]])
 }
 
 fn outcome_answer(outcome: Outcome) -> Answer {
@@ -140,7 +164,7 @@ fn outcome_answer(outcome: Outcome) -> Answer {
             done.notices.iter().map(notice).collect()
         }
     };
-    Answer { rows: vec![outcome_row(outcome)], notices }
+    Answer { notices, ..Answer::of(vec![outcome_row(outcome)]) }
 }
 
 fn outcome_row(outcome: Outcome) -> Vec<Value> {

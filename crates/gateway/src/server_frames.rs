@@ -33,7 +33,14 @@ impl Session {
             match self.pipeline.received(found.tag, body.first().copied()) {
                 Verdict::Pass => {
                     let body = Bytes::copy_from_slice(body);
-                    self.from_server.pass(found.len);
+                    let asking = self.asking.as_ref().filter(|_| found.tag == b'E' && body.len() + 5 == found.len);
+                    if let Some(moved) = asking.and_then(|asking| asking.of_statement(&body)) {
+                        self.from_server.pass_on(&mut self.to_client);
+                        self.to_client.extend_from_slice(&moved);
+                        self.from_server.discard(found.len);
+                    } else {
+                        self.from_server.pass(found.len);
+                    }
                     self.read_along(found.tag, &body);
                 }
                 Verdict::Replace(ours) => {
@@ -45,8 +52,8 @@ impl Session {
                     let row = (verdict == Verdict::Told).then(|| Bytes::copy_from_slice(body));
                     self.from_server.pass_on(&mut self.to_client);
                     self.from_server.discard(found.len);
-                    if let Some(row) = row {
-                        self.told(&row);
+                    if let Some((row, asking)) = row.zip(self.asking.as_mut()) {
+                        asking.told(&row);
                     }
                     if verdict == Verdict::Asked {
                         self.asked();

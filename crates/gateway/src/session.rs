@@ -11,7 +11,6 @@ use std::pin::{Pin, pin};
 use std::sync::Arc;
 use std::time::Duration;
 
-use backup::Requester;
 use bytes::{Bytes, BytesMut};
 use cluster::View;
 use cluster::socket::Socket;
@@ -24,10 +23,12 @@ use uuid::Uuid;
 
 use crate::Gateway;
 use crate::answer::{Answer, Writer};
+use crate::asking::Asking;
 use crate::cancel::{Cancelable, Registered};
 use crate::inbound::Inbound;
 use crate::local::Locals;
 use crate::pipeline::Pipeline;
+use crate::progress::Remarks;
 
 /// Reading from one side stops while this much waits to be written to the other.
 pub(crate) const BUFFER_MAX: usize = 128 * 1024;
@@ -47,13 +48,6 @@ pub(crate) struct Running {
     pub(crate) future: Pin<Box<dyn Future<Output = Outcome> + Send>>,
     /// The Execute message that waits for it; `None` in the simple protocol.
     pub(crate) execute: Option<Bytes>,
-}
-
-/// Statements of ours that wait for the server to say who asks.
-pub(crate) struct Asking {
-    pub(crate) statements: Vec<Statement>,
-    pub(crate) execute: Option<Bytes>,
-    pub(crate) requester: Option<Requester>,
 }
 
 /// Everything about one client but its sockets.
@@ -77,6 +71,8 @@ pub(crate) struct Session {
     pub(crate) running: Option<Running>,
     /// What came of the running statement, until it can be told.
     pub(crate) outcome: Option<Outcome>,
+    /// What the running statement has to say before its end.
+    pub(crate) remarks: Remarks,
     /// A statement of ours has come in and waits for its turn.
     pub(crate) held: bool,
     pub(crate) cancelable: Arc<Cancelable>,
@@ -108,6 +104,7 @@ impl Session {
             asking: None,
             running: None,
             outcome: None,
+            remarks: Remarks::default(),
             held: false,
             cancelable,
             registered: None,
@@ -155,9 +152,10 @@ impl Session {
                 // In this order: a change of the world is heard however much flows, and what is there to be read is
                 // taken before anything is written, so that it goes on in larger pieces.
                 biased;
-                () = &mut stopped => break Err(shutting_down()),
+                () = &mut stopped => break Err(shutting_down(self.running.is_some())),
                 () = &mut moved => break Err(leader_moved(follows.as_ref())),
                 outcome = finished(&mut self.running), if self.outcome.is_none() => self.outcome = Some(outcome),
+                () = self.remarks.heard(), if self.to_client.len() < BUFFER_MAX => {}
                 read = client_in.read_buf(&mut self.from_client.bytes), if may_read_client => {
                     client_open = matches!(read, Ok(read) if read > 0);
                     if !client_open && self.running.is_some() {
@@ -200,10 +198,13 @@ impl Session {
     /// Takes all that has come in as far as possible.
     fn digest(&mut self) -> Result<(), PgError> {
         self.digest_server()?;
-        if self.from_server.is_between_frames()
-            && let Some(outcome) = self.outcome.take()
-        {
-            self.finish(outcome);
+        if self.from_server.is_between_frames() {
+            if let Some(remark) = self.remarks.take() {
+                Writer(&mut self.to_client).notice(&remark);
+            }
+            if let Some(outcome) = self.outcome.take() {
+                self.finish(outcome);
+            }
         }
         self.digest_client()
     }
@@ -265,8 +266,13 @@ fn leader_moved(follows: Option<&Follows>) -> PgError {
     PgError::new(SqlState::ADMIN_SHUTDOWN, message).hint("Connect again to reach it.")
 }
 
-fn shutting_down() -> PgError {
+fn shutting_down(waits_for_ours: bool) -> PgError {
+    let hint = if waits_for_ours {
+        "The node is being stopped, and a job goes on elsewhere: connect to another node, find it with SHOW JOBS and wait \
+         with SHOW JOB WHEN COMPLETE."
+    } else {
+        "The node is being stopped; connect to another one."
+    };
     // PostgreSQL's own words for the same.
-    PgError::new(SqlState::ADMIN_SHUTDOWN, "terminating connection due to administrator command")
-        .hint("The node is being stopped; connect to another one.")
+    PgError::new(SqlState::ADMIN_SHUTDOWN, "terminating connection due to administrator command").hint(hint)
 }

@@ -28,7 +28,7 @@ pub(crate) const NODES: [Column; 12] = [
 pub(crate) async fn nodes(cluster: &Cluster, registry: &Registry) -> Answer {
     let view = cluster.view();
     match registry.nodes().await {
-        Ok(listed) => Answer { rows: listed.iter().map(|node| listed_row(node, &view)).collect(), notices: Vec::new() },
+        Ok(listed) => Answer::of(listed.iter().map(|node| listed_row(node, &view)).collect()),
         Err(error) => {
             tracing::info!("SHOW NODES without the registry: {error:#}");
             let notice = PgError::new(SqlState::CONNECTION_FAILURE, "the registry cannot be reached")
@@ -38,7 +38,7 @@ pub(crate) async fn nodes(cluster: &Cluster, registry: &Registry) -> Answer {
                 Some(Value::Int8(id)) => id.unwrap_or(i64::MAX),
                 _ => i64::MAX,
             });
-            Answer { rows, notices: vec![notice] }
+            Answer { notices: vec![notice], ..Answer::of(rows) }
         }
     }
 }

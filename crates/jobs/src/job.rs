@@ -59,6 +59,8 @@ pub struct NewJob {
     pub payload: Value,
     /// What the resumer needs and nobody else may read, encrypted.
     pub sealed: Option<Vec<u8>>,
+    /// Where it stops; see [`Run::pausepoint`](crate::Run::pausepoint).
+    pub pausepoints: Vec<String>,
 }
 
 /// A job as it is shown.
@@ -100,17 +102,23 @@ pub struct Job {
     pub num_runs: i64,
     /// What went wrong on the way, the latest last.
     pub execution_errors: Vec<String>,
+    /// Why it was paused, or is to be.
+    pub pause_reason: Option<String>,
     /// What its resumer gave back at the end, or the parts of the error that it ended with.
     pub result: Option<Value>,
 }
 
 /// The columns that [`Job::of`] reads.
 pub(crate) const COLUMNS: &str = "id, job_type, description, statement, user_name, status, running_status, created, \
-    started, finished, modified, fraction_completed, error, coordinator_id, last_run, next_run, num_runs, result, execution_errors";
+    started, finished, modified, fraction_completed, error, coordinator_id, last_run, next_run, num_runs, result, execution_errors, \
+    pause_reason";
 
 impl Job {
     /// Why it did not succeed, as the error that its resumer ended with.
     pub fn failure(&self) -> PgError {
+        if self.status == "paused" {
+            return self.paused();
+        }
         let told = |name: &str| Some(self.result.as_ref()?.get(name)?.as_str()?.to_owned());
         let code = told("code").and_then(|code| SqlState::parse(&code)).unwrap_or(SqlState::UNCATEGORIZED);
         let message = told("message").unwrap_or_else(|| format!("job {} is {}", self.id, self.status));
@@ -118,6 +126,24 @@ impl Job {
         error.detail = told("detail");
         error.hint = told("hint");
         error
+    }
+
+    /// CockroachDB's texts: one for pausepoints, one for people.
+    fn paused(&self) -> PgError {
+        let id = self.id;
+        let reason = self.pause_reason.as_deref().unwrap_or_default();
+        let message = if reason.starts_with("pause point ") {
+            format!(
+                "pausing due to error; use RESUME JOB to try to proceed once the issue is resolved, or CANCEL JOB to \
+                 rollback: {reason}"
+            )
+        } else if reason.is_empty() {
+            format!("job {id} was paused before it completed")
+        } else {
+            format!("job {id} was paused before it completed with reason: {reason}")
+        };
+        PgError::new(SqlState::UNCATEGORIZED, message)
+            .hint(format!("Use RESUME JOB {id} to go on, or CANCEL JOB {id} to remove what it has made."))
     }
 
     pub(crate) fn of(row: &Row) -> Self {
@@ -141,6 +167,7 @@ impl Job {
             num_runs: row.get(16),
             result: row.get(17),
             execution_errors: row.get(18),
+            pause_reason: row.get(19),
         }
     }
 }

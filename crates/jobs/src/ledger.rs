@@ -30,11 +30,23 @@ const SESSION_SETTINGS: &str = "
     SET lock_timeout = '5s'; SET statement_timeout = '25s'; SET idle_in_transaction_session_timeout = '10s';
     LISTEN backhaul_jobs";
 
+/// The first to come to a registry that is new here writes down when. It does not wait for a synchronous standby.
+const NOTE_INCARNATION: &str = "
+    BEGIN; SET LOCAL synchronous_commit = local;
+    INSERT INTO registry.incarnations (timeline, started)
+    SELECT pg_catalog.left(pg_catalog.pg_walfile_name(pg_catalog.pg_current_wal_lsn()), 8), pg_catalog.pg_postmaster_start_time()
+    WHERE NOT EXISTS (SELECT FROM registry.incarnations WHERE started = pg_catalog.pg_postmaster_start_time()
+        AND timeline = pg_catalog.left(pg_catalog.pg_walfile_name(pg_catalog.pg_current_wal_lsn()), 8))
+    ON CONFLICT DO NOTHING;
+    COMMIT";
+
 type Parameters<'p> = &'p [&'p (dyn ToSql + Sync)];
 
 struct Shared {
     session: watch::Sender<Option<Arc<PeerSession>>>,
     bell: watch::Sender<u64>,
+    /// Counts connections.
+    connections: watch::Sender<u64>,
     /// Rung when a statement was not answered in time.
     late: Notify,
 }
@@ -45,8 +57,9 @@ pub struct Ledger(Arc<Shared>);
 
 impl Default for Ledger {
     fn default() -> Self {
-        let (session, bell, late) = (watch::Sender::default(), watch::Sender::default(), Notify::new());
-        Self(Arc::new(Shared { session, bell, late }))
+        let (session, late) = (watch::Sender::default(), Notify::new());
+        let (bell, connections) = (watch::Sender::default(), watch::Sender::default());
+        Self(Arc::new(Shared { session, bell, connections, late }))
     }
 }
 
@@ -76,8 +89,11 @@ impl Ledger {
         let session = dialer.dial(&address, &Purpose::Server { database: DATABASE.to_owned() }).await?;
         let ready = timeout(STATEMENT_DEADLINE, session.batch_execute(SESSION_SETTINGS)).await;
         ready.context("prepare the connection to the registry")?.map_err(spoken)?;
+        let noted = timeout(STATEMENT_DEADLINE, session.batch_execute(NOTE_INCARNATION)).await;
+        noted.context("note where the registry is")?.map_err(spoken)?;
         let mut notifications = session.notifications();
         self.0.session.send_replace(Some(Arc::new(session)));
+        self.0.connections.send_modify(|count| *count += 1);
         self.ring();
         loop {
             tokio::select! {
@@ -94,13 +110,19 @@ impl Ledger {
         }
     }
 
-    fn ring(&self) {
+    /// Wakes this node's own looks at the rows.
+    pub(crate) fn ring(&self) {
         self.0.bell.send_modify(|count| *count += 1);
     }
 
     /// Changes whenever rows may have changed. Subscribe first, then read.
     pub fn bell(&self) -> watch::Receiver<u64> {
         self.0.bell.subscribe()
+    }
+
+    /// Changes with each new connection.
+    pub(crate) fn connections(&self) -> watch::Receiver<u64> {
+        self.0.connections.subscribe()
     }
 
     /// A session in the registry's database.

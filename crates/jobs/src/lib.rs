@@ -7,7 +7,8 @@
 //! **Claims.** A node works on a job only while the row carries its claim: a fresh id, the node, and the session by
 //! which the node is alive ([`cluster::registry`]). Every write to a row is guarded by the claim id ([`run`]), so one
 //! that lost its claim finds out at its next write, and changes nothing. A node that cannot renew its session stops by
-//! its own clock before others may take over ([`runner`]).
+//! its own clock before others may take over ([`runner`]). What a claim obliges to (run the job, remove what it made,
+//! pause it) is done in [`attend`]; people ask for it by [`control`].
 //!
 //! **The gateway check** ([`gate`]). Whoever holds a claim first compares its own locality with the job's filter. If it
 //! does not match, it writes the claim over to a live node that does and rings; that takes milliseconds. A client that
@@ -17,6 +18,8 @@
 //! is read from the rows, so a lost one costs a moment and nothing else. Rows are written and rung for in separate
 //! transactions: together they would hold a lock of the whole server while a synchronous standby is awaited.
 
+mod attend;
+mod control;
 mod gate;
 mod job;
 mod ledger;
@@ -24,7 +27,9 @@ mod run;
 mod runner;
 mod show;
 
+pub use attend::may_pass;
+pub use control::{Control, Controller};
 pub use job::{Job, JobId, NewJob};
 pub use ledger::Ledger;
 pub use run::{LostClaim, Retryable, Run};
-pub use runner::{Jobs, Resumer, may_pass};
+pub use runner::{Jobs, Resumer};

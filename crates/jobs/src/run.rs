@@ -1,6 +1,7 @@
 //! A job at work: what its resumer may do to the row, always through the claim.
 
 use std::fmt;
+use std::time::Duration;
 
 use pgerror::{PgError, SqlState};
 use serde::Serialize;
@@ -26,6 +27,15 @@ impl fmt::Display for Retryable {
     }
 }
 
+/// Whose row it is: `$1` the job, `$2` the claim. A job that is reverting is worked on like one that runs.
+pub(crate) const MINE: &str = "id = $1 AND claim_id = $2 AND status IN ('running', 'reverting')";
+
+/// How long a run stays at a pausepoint that holds it.
+const HOLD_MAX: Duration = Duration::from_secs(600);
+
+/// How often it looks whether it may go on.
+const HOLD_LOOK: Duration = Duration::from_millis(50);
+
 /// So many of the latest errors of a job are shown; CockroachDB's number.
 const ERRORS_MAX: i32 = 3;
 
@@ -40,6 +50,7 @@ pub struct Run {
     pub payload: Value,
     /// As the job was made.
     pub sealed: Option<Vec<u8>>,
+    pub(crate) pausepoints: Vec<String>,
     pub(crate) ledger: Ledger,
 }
 
@@ -72,13 +83,14 @@ impl Run {
     ///
     /// [`LostClaim`], or the registry is not reachable.
     pub async fn keep(&self, key: &str, value: &(impl Serialize + Sync)) -> anyhow::Result<()> {
-        let write = "
-            WITH mine AS (SELECT id FROM registry.jobs WHERE id = $1 AND claim_id = $2 AND status = 'running' FOR UPDATE)
-            INSERT INTO registry.job_info (job_id, key, value) SELECT id, $3, $4 FROM mine
-            ON CONFLICT (job_id, key) DO UPDATE SET value = excluded.value, written = clock_timestamp()
-            RETURNING job_id";
+        let write = format!(
+            "WITH mine AS (SELECT id FROM registry.jobs WHERE {MINE} FOR UPDATE)
+             INSERT INTO registry.job_info (job_id, key, value) SELECT id, $3, $4 FROM mine
+             ON CONFLICT (job_id, key) DO UPDATE SET value = excluded.value, written = clock_timestamp()
+             RETURNING job_id"
+        );
         let value = serde_json::to_value(value)?;
-        self.guarded(write, &[&self.id.0, &self.claim, &key, &value]).await
+        self.guarded(&write, &[&self.id.0, &self.claim, &key, &value]).await
     }
 
     /// Forgets everything under keys that begin with `prefix`.
@@ -87,11 +99,12 @@ impl Run {
     ///
     /// As [`Run::keep`].
     pub async fn forget(&self, prefix: &str) -> anyhow::Result<()> {
-        let delete = "
-            WITH mine AS (SELECT id FROM registry.jobs WHERE id = $1 AND claim_id = $2 AND status = 'running' FOR UPDATE),
-            gone AS (DELETE FROM registry.job_info USING mine WHERE job_id = id AND starts_with(key, $3))
-            SELECT id FROM mine";
-        self.guarded(delete, &[&self.id.0, &self.claim, &prefix]).await
+        let delete = format!(
+            "WITH mine AS (SELECT id FROM registry.jobs WHERE {MINE} FOR UPDATE),
+             gone AS (DELETE FROM registry.job_info USING mine WHERE job_id = id AND starts_with(key, $3))
+             SELECT id FROM mine"
+        );
+        self.guarded(&delete, &[&self.id.0, &self.claim, &prefix]).await
     }
 
     /// Shows how far it is, and what it does now.
@@ -100,10 +113,11 @@ impl Run {
     ///
     /// As [`Run::keep`].
     pub async fn progress(&self, fraction: f64, doing: &str) -> anyhow::Result<()> {
-        let write = "
-            UPDATE registry.jobs SET fraction_completed = $3, running_status = $4, modified = clock_timestamp()
-            WHERE id = $1 AND claim_id = $2 AND status = 'running' RETURNING id";
-        self.guarded(write, &[&self.id.0, &self.claim, &fraction, &doing]).await
+        let write = format!(
+            "UPDATE registry.jobs SET fraction_completed = $3, running_status = $4, modified = clock_timestamp()
+             WHERE {MINE} RETURNING id"
+        );
+        self.guarded(&write, &[&self.id.0, &self.claim, &fraction, &doing]).await
     }
 
     /// Shows that something went wrong that the job goes on after: in `execution_errors`, and as what it does now.
@@ -112,13 +126,14 @@ impl Run {
     ///
     /// As [`Run::keep`].
     pub async fn note(&self, error: &anyhow::Error) -> anyhow::Result<()> {
-        let write = "
-            UPDATE registry.jobs SET running_status = 'trying again: ' || $3, modified = clock_timestamp(),
-                   execution_errors = (execution_errors || (to_char(clock_timestamp() AT TIME ZONE 'UTC',
-                       'YYYY-MM-DD HH24:MI:SS') || ' ' || $3))[greatest(1, cardinality(execution_errors) + 2 - $4):]
-            WHERE id = $1 AND claim_id = $2 AND status = 'running' RETURNING id";
+        let write = format!(
+            "UPDATE registry.jobs SET running_status = 'trying again: ' || $3, modified = clock_timestamp(),
+                    execution_errors = (execution_errors || (to_char(clock_timestamp() AT TIME ZONE 'UTC',
+                        'YYYY-MM-DD HH24:MI:SS') || ' ' || $3))[greatest(1, cardinality(execution_errors) + 2 - $4):]
+             WHERE {MINE} RETURNING id"
+        );
         let (words, _) = words(error);
-        self.guarded(write, &[&self.id.0, &self.claim, &words, &ERRORS_MAX]).await
+        self.guarded(&write, &[&self.id.0, &self.claim, &words, &ERRORS_MAX]).await
     }
 
     /// Whether the claim still is this run's, asked of the registry.
@@ -127,8 +142,58 @@ impl Run {
     ///
     /// As [`Run::keep`].
     pub async fn check(&self) -> anyhow::Result<()> {
-        let query = "SELECT id FROM registry.jobs WHERE id = $1 AND claim_id = $2 AND status = 'running'";
-        self.guarded(query, &[&self.id.0, &self.claim]).await
+        self.guarded(&format!("SELECT id FROM registry.jobs WHERE {MINE}"), &[&self.id.0, &self.claim]).await
+    }
+
+    /// What the job's row says that it is now; none when there is no row any more.
+    ///
+    /// # Errors
+    ///
+    /// The registry is not reachable.
+    pub async fn status(&self) -> anyhow::Result<Option<String>> {
+        let rows = self.ledger.query("SELECT status FROM registry.jobs WHERE id = $1", &[&self.id.0]).await?;
+        Ok(rows.first().map(|row| row.get(0)))
+    }
+
+    /// A place between two steps where a job can be made to stop, once, by its pausepoints. `name` pauses it there:
+    /// `RESUME JOB` goes on, and the next run passes. `name:hold` keeps it there as it is, with all that it holds, until
+    /// the text is taken out of the job's row, or for ten minutes.
+    ///
+    /// # Errors
+    ///
+    /// [`LostClaim`] when it pauses; or as [`Run::keep`].
+    pub async fn pausepoint(&self, name: &str) -> anyhow::Result<()> {
+        let Some(asked) = self.pausepoints.iter().find(|asked| asked.split(':').next() == Some(name)) else {
+            return Ok(());
+        };
+        let key = format!("pausepoint/{name}");
+        if self.kept::<bool>(&key).await?.is_some() {
+            return Ok(());
+        }
+        self.keep(&key, &true).await?;
+        if asked.ends_with(":hold") {
+            return tokio::time::timeout(HOLD_MAX, self.hold_at(name, asked)).await.unwrap_or(Ok(()));
+        }
+        let write =
+            format!("UPDATE registry.jobs SET status = 'pause-requested', pause_reason = $3 WHERE {MINE} RETURNING id");
+        self.guarded(&write, &[&self.id.0, &self.claim, &format!("pause point \"{name}\" hit")]).await?;
+        Err(LostClaim.into())
+    }
+
+    async fn hold_at(&self, name: &str, asked: &str) -> anyhow::Result<()> {
+        let shown = format!("holding at pause point \"{name}\"");
+        let show = format!("UPDATE registry.jobs SET running_status = $3 WHERE {MINE} RETURNING id");
+        self.guarded(&show, &[&self.id.0, &self.claim, &shown]).await?;
+        self.ledger.notify().await;
+        let look = format!("SELECT $3 = ANY(pausepoints) FROM registry.jobs WHERE {MINE}");
+        loop {
+            let rows = self.ledger.query(&look, &[&self.id.0, &self.claim, &asked]).await?;
+            match rows.first().map(|row| row.get::<_, bool>(0)) {
+                None => return Err(LostClaim.into()),
+                Some(false) => return Ok(()),
+                Some(true) => tokio::time::sleep(HOLD_LOOK).await,
+            }
+        }
     }
 
     async fn guarded(

@@ -1,11 +1,11 @@
-//! Which jobs this node works on: claiming, checking, running, ending.
+//! Which jobs this node works on: making, claiming, and handing over.
 
-use std::collections::{BTreeMap, HashSet};
-use std::pin::Pin;
+use std::collections::{BTreeMap, HashMap, VecDeque};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use anyhow::{Context as _, bail};
+use anyhow::Context as _;
 use cluster::registry::{Registry, Session, Standing};
 use cluster::service::Boxed;
 use cluster::{Cluster, Filter, NodeId};
@@ -13,35 +13,26 @@ use pgerror::{PgError, SqlState};
 use serde_json::Value;
 use tokio::time::{sleep, timeout};
 use tokio_postgres::Row;
+use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
 use crate::gate;
 use crate::job::{Job, JobId, NewJob};
 use crate::ledger::Ledger;
-use crate::run::{LostClaim, Retryable, Run, words};
+use crate::run::Run;
 
 /// Without a bell, rows are looked at this often: claims of the dead are found by it.
-const TICK: Duration = Duration::from_secs(1);
+pub(crate) const TICK: Duration = Duration::from_secs(1);
 
 /// So many unclaimed jobs are taken at once; the next look takes more.
 const CLAIMS_AT_ONCE: i64 = 10;
 
-/// A job that fails in a way that may pass is begun again for so long after the first failure of a row, with waits that
-/// double up to the longest. A run that lasted for a while ends the row.
-const RETRY_FOR: Duration = Duration::from_secs(300);
-const A_WHILE: Duration = Duration::from_secs(60);
-const FIRST_WAIT: Duration = Duration::from_millis(500);
-const LONGEST_WAIT: Duration = Duration::from_secs(10);
+/// So many ids that were given to clients are remembered, to be looked for when the registry has moved; of older ones
+/// nobody notices here that they are lost.
+const GIVEN_MAX: usize = 1000;
 
-/// A job that was begun so often, on whichever nodes, fails: it may be what ends its coordinators.
-const RUNS_MAX: i64 = 60;
-
-/// A job that no node may run is tried again this often, and fails when there was none for so long.
-const UNMATCHED_WAIT: &str = "2 seconds";
-const UNMATCHED_MAX: &str = "60 seconds";
-
-/// How often a running job's session is looked at.
-const SESSION_LOOK: Duration = Duration::from_millis(100);
+/// How long what runs here may take to stop before its claims are given away all the same: its writes are guarded.
+const DRAIN_DEADLINE: Duration = Duration::from_secs(2);
 
 /// Knows how to do one type of job.
 pub trait Resumer: Send + Sync {
@@ -49,8 +40,15 @@ pub trait Resumer: Send + Sync {
     /// dropped when the claim is lost, at any await.
     fn resume(&self, run: Run) -> Boxed<'_, Value>;
 
-    /// The job has failed for good: removes what it has made. Best effort; what stays behind is logged.
-    fn give_up(&self, run: Run) -> Pin<Box<dyn Future<Output = ()> + Send + '_>>;
+    /// The job has failed or was canceled: removes what it has made, so that a repeat goes on where this one was left.
+    /// If it turns out that the job has reached its end already, nothing is removed and its result is given: then it has
+    /// succeeded.
+    fn revert(&self, run: Run) -> Boxed<'_, Option<Value>>;
+
+    /// Whether what it has made is to be removed by nodes that match the filter only.
+    fn reverts_where_it_ran(&self) -> bool {
+        true
+    }
 }
 
 struct Shared {
@@ -58,30 +56,47 @@ struct Shared {
     registry: Registry,
     ledger: Ledger,
     resumers: Mutex<BTreeMap<String, Arc<dyn Resumer>>>,
-    /// The claims that this process works on.
-    claims: Mutex<HashSet<Uuid>>,
+    /// The claims that this process works on, and what stops the work.
+    claims: Mutex<HashMap<Uuid, CancellationToken>>,
+    /// The latest ids that clients were given here.
+    given: Mutex<VecDeque<JobId>>,
+    draining: AtomicBool,
 }
 
 /// The handle; clones share everything.
 #[derive(Clone)]
 pub struct Jobs(Arc<Shared>);
 
+/// What the holder of a claim has to do.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(crate) enum Duty {
+    Run,
+    /// To remove what was made; it has been tried for so many seconds.
+    Revert(f64),
+    Pause,
+    Cancel,
+}
+
 /// A job that this node has claimed.
 #[derive(Clone)]
-struct Claimed {
-    id: JobId,
-    job_type: String,
-    filter: Filter,
-    prefers: Vec<String>,
-    payload: Value,
-    sealed: Option<Vec<u8>>,
-    claim: Uuid,
+pub(crate) struct Claimed {
+    pub(crate) id: JobId,
+    pub(crate) job_type: String,
+    pub(crate) filter: Filter,
+    pub(crate) prefers: Vec<String>,
+    pub(crate) payload: Value,
+    pub(crate) sealed: Option<Vec<u8>>,
+    pub(crate) pausepoints: Vec<String>,
+    pub(crate) claim: Uuid,
+    pub(crate) duty: Duty,
 }
 
 /// A claim that this process works on; dropping it ends that.
-struct Held {
+pub(crate) struct Held {
     jobs: Jobs,
     claim: Uuid,
+    /// Cancelled when the work has to stop.
+    pub(crate) stop: CancellationToken,
 }
 
 impl Drop for Held {
@@ -93,13 +108,18 @@ impl Drop for Held {
 impl Jobs {
     /// Without resumers, until they are registered.
     pub fn new(cluster: Cluster, registry: Registry, ledger: Ledger) -> Self {
-        let (resumers, claims) = (Mutex::default(), Mutex::default());
-        Self(Arc::new(Shared { cluster, registry, ledger, resumers, claims }))
+        let (resumers, claims, given) = (Mutex::default(), Mutex::default(), Mutex::default());
+        let draining = AtomicBool::new(false);
+        Self(Arc::new(Shared { cluster, registry, ledger, resumers, claims, given, draining }))
     }
 
     /// From now on jobs of this type can run here.
     pub fn register(&self, job_type: &str, resumer: Arc<dyn Resumer>) {
         self.resumers().insert(job_type.to_owned(), resumer);
+    }
+
+    pub(crate) fn resumer(&self, job_type: &str) -> Option<Arc<dyn Resumer>> {
+        self.resumers().get(job_type).cloned()
     }
 
     fn resumers(&self) -> MutexGuard<'_, BTreeMap<String, Arc<dyn Resumer>>> {
@@ -115,12 +135,23 @@ impl Jobs {
         &self.0.ledger
     }
 
-    fn claims(&self) -> MutexGuard<'_, HashSet<Uuid>> {
+    pub(crate) fn registry(&self) -> &Registry {
+        &self.0.registry
+    }
+
+    fn claims(&self) -> MutexGuard<'_, HashMap<Uuid, CancellationToken>> {
         self.0.claims.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// Begins to work on a claim, unless this process does already.
     fn hold(&self, claim: Uuid) -> Option<Held> {
-        self.claims().insert(claim).then(|| Held { jobs: self.clone(), claim })
+        let stop = CancellationToken::new();
+        let mut claims = self.claims();
+        if claims.contains_key(&claim) {
+            return None;
+        }
+        claims.insert(claim, stop.clone());
+        Some(Held { jobs: self.clone(), claim, stop })
     }
 
     /// This node's number, once it is a member.
@@ -147,7 +178,7 @@ impl Jobs {
         Ok(())
     }
 
-    /// Makes a job that this node takes at once, and waits for its end.
+    /// Makes a job that this node takes at once, and waits until it has ended or is paused.
     ///
     /// Dropping the future ends the wait, not the job.
     ///
@@ -156,6 +187,24 @@ impl Jobs {
     /// XXUUU `execution of job … relocated to …` when this node may not run it, and another one does; the registry is
     /// not reachable. A job that fails is no error here.
     pub async fn run_attached(&self, new: &NewJob) -> anyhow::Result<Job> {
+        if let Some(to) = self.begin_here(new).await? {
+            return Err(gate::relocated(new.id, to).into());
+        }
+        self.wait_attached(new.id).await
+    }
+
+    /// As [`Jobs::run_attached`], but a job that is relocated is waited for like one that is not.
+    ///
+    /// # Errors
+    ///
+    /// The registry is not reachable.
+    pub async fn run_followed(&self, new: &NewJob) -> anyhow::Result<Job> {
+        self.begin_here(new).await?;
+        self.wait_attached(new.id).await
+    }
+
+    /// Makes a job under this node's claim and begins it, or writes it over to the node that is given.
+    async fn begin_here(&self, new: &NewJob) -> anyhow::Result<Option<NodeId>> {
         let session = self.session()?;
         let claimed = Claimed {
             id: new.id,
@@ -164,34 +213,36 @@ impl Jobs {
             prefers: new.prefers.clone(),
             payload: new.payload.clone(),
             sealed: new.sealed.clone(),
+            pausepoints: new.pausepoints.clone(),
             claim: Uuid::new_v4(),
+            duty: Duty::Run,
         };
         // Held before the row is there, so that the claim loop does not begin it a second time.
         let held = self.hold(claimed.claim).context("hold a claim that is new")?;
         self.insert(new, Some(claimed.claim), Some(&session)).await?;
         if self.matches(&claimed.filter) {
-            tokio::spawn(self.clone().execute(claimed, held, session.id));
-        } else if let Some(to) = self.relocate(claimed.id, claimed.claim, &claimed.filter, &claimed.prefers).await? {
-            return Err(gate::relocated(new.id, to).into());
-        } else {
+            tokio::spawn(self.clone().attend(claimed, held, session.id));
+            return Ok(None);
+        }
+        let to = self.relocate(claimed.id, claimed.claim, &claimed.filter, &claimed.prefers).await?;
+        if to.is_none() {
             self.postpone(&claimed).await?;
         }
-        let jobs = self.wait(&[new.id]).await?;
-        jobs.into_iter().next().with_context(|| format!("find job {} again", new.id))
+        Ok(to)
     }
 
-    fn matches(&self, filter: &Filter) -> bool {
+    pub(crate) fn matches(&self, filter: &Filter) -> bool {
         self.0.cluster.me().locality.first_unmatched(filter).is_none()
     }
 
     async fn insert(&self, new: &NewJob, claim: Option<Uuid>, session: Option<&Session>) -> anyhow::Result<()> {
         let insert = "
             INSERT INTO registry.jobs (id, job_type, description, statement, user_name, filter, prefers, payload,
-                                       sealed, claim_id, claim_session, coordinator_id)
-            VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12)";
+                                       sealed, pausepoints, claim_id, claim_session, coordinator_id)
+            VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13)";
         let filter = new.filter.to_string();
         let (session_id, node) = (session.map(|session| session.id), session.map(|session| session.node_id.0));
-        let parameters: [&(dyn tokio_postgres::types::ToSql + Sync); 12] = [
+        let parameters: [&(dyn tokio_postgres::types::ToSql + Sync); 13] = [
             &new.id.0,
             &new.job_type,
             &new.description,
@@ -201,17 +252,31 @@ impl Jobs {
             &new.prefers,
             &new.payload,
             &new.sealed,
+            &new.pausepoints,
             &claim,
             &session_id,
             &node,
         ];
         self.0.ledger.query(insert, &parameters).await.with_context(|| format!("make job {}", new.id))?;
+        let mut given = self.given();
+        given.truncate(GIVEN_MAX - 1);
+        given.push_front(new.id);
         Ok(())
+    }
+
+    fn given(&self) -> MutexGuard<'_, VecDeque<JobId>> {
+        self.0.given.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Whether a client was given this id here; if there is no such job, its row was lost.
+    pub(crate) fn has_given(&self, id: JobId) -> bool {
+        self.given().contains(&id)
     }
 
     /// Claims and runs jobs, for ever.
     pub async fn run(self) {
         let mut bell = self.0.ledger.bell();
+        let mut connections = self.0.ledger.connections();
         loop {
             bell.mark_unchanged();
             if let Ok(session) = self.session()
@@ -219,20 +284,51 @@ impl Jobs {
             {
                 tracing::info!("could not look for jobs: {error:#}");
             }
+            if connections.has_changed().unwrap_or(false) {
+                connections.mark_unchanged();
+                self.look_for_given().await;
+            }
             // The bell of a handle that is alive does not end.
             let _ = timeout(TICK, bell.changed()).await;
         }
     }
 
-    /// Takes what nobody works on, and begins what is claimed for this node.
+    /// Says which jobs that clients were told of are not in the registry any more: it may have moved to a server that
+    /// had not received them.
+    async fn look_for_given(&self) {
+        let given: Vec<i64> = self.given().iter().map(|id| id.0).collect();
+        let query =
+            "SELECT id FROM unnest($1::bigint[]) id WHERE NOT EXISTS (SELECT FROM registry.jobs j WHERE j.id = id.id)";
+        match self.0.ledger.query(query, &[&given]).await {
+            Ok(lost) => lost.iter().for_each(|row| {
+                tracing::warn!(job = row.get::<_, i64>(0), "job was lost with the server that held the registry");
+            }),
+            Err(error) => tracing::info!("could not look for the jobs that clients were given: {error:#}"),
+        }
+    }
+
+    /// Takes what nobody works on, and does its duty to what is claimed for this node.
+    ///
+    /// Claims of the dead are left alone for one session life after the registry has begun on another server or anew:
+    /// those who hold them may only have lost sight of it.
     async fn adopt(&self, session: &Session) -> anyhow::Result<()> {
+        if self.0.draining.load(Ordering::SeqCst) {
+            return Ok(());
+        }
         let claim = "
-            WITH free AS (
-                SELECT j.id FROM registry.jobs j
-                WHERE j.status = 'running' AND j.job_type = ANY($4) AND coalesce(j.next_run <= clock_timestamp(), true)
+            WITH settled AS (
+                SELECT EXISTS (SELECT FROM registry.incarnations i, registry.settings s
+                               WHERE s.name = 'session_life_ms' AND i.started = pg_catalog.pg_postmaster_start_time()
+                                 AND i.timeline = pg_catalog.left(pg_catalog.pg_walfile_name(pg_catalog.pg_current_wal_lsn()), 8)
+                                 AND i.since + s.value::float8 * interval '1 ms' <= clock_timestamp()) AS yes),
+            free AS (
+                SELECT j.id FROM registry.jobs j, settled
+                WHERE j.status IN ('running', 'reverting', 'pause-requested', 'cancel-requested')
+                  AND j.job_type = ANY($4) AND coalesce(j.next_run <= clock_timestamp(), true)
+                  AND (j.claim_session IS NULL OR settled.yes)
                   AND NOT EXISTS (SELECT FROM registry.sessions s
                                   WHERE s.id = j.claim_session AND s.expires_at > clock_timestamp())
-                ORDER BY j.created DESC LIMIT $3 FOR UPDATE SKIP LOCKED)
+                ORDER BY j.created DESC LIMIT $3 FOR UPDATE OF j SKIP LOCKED)
             UPDATE registry.jobs j SET claim_id = gen_random_uuid(), claim_session = $1, coordinator_id = $2,
                    modified = clock_timestamp()
             FROM free WHERE j.id = free.id
@@ -240,8 +336,10 @@ impl Jobs {
         let types: Vec<String> = self.resumers().keys().cloned().collect();
         self.0.ledger.query(claim, &[&session.id, &session.node_id.0, &CLAIMS_AT_ONCE, &types]).await?;
         let mine = "
-            SELECT id, job_type, filter, prefers, payload, sealed, claim_id FROM registry.jobs
-            WHERE claim_session = $1 AND status = 'running'";
+            SELECT id, job_type, filter, prefers, payload, sealed, claim_id, pausepoints, status,
+                   coalesce(extract(epoch FROM clock_timestamp() - reverting_since)::float8, 0)
+            FROM registry.jobs
+            WHERE claim_session = $1 AND status IN ('running', 'reverting', 'pause-requested', 'cancel-requested')";
         for row in self.0.ledger.query(mine, &[&session.id]).await? {
             let claimed = match claimed(&row) {
                 Ok(claimed) => claimed,
@@ -252,168 +350,45 @@ impl Jobs {
             };
             if let Some(held) = self.hold(claimed.claim) {
                 tokio::spawn(self.clone().attend(claimed, held, session.id));
-            }
-        }
-        Ok(())
-    }
-
-    /// A claim that this node got: to be run here, or by somebody who matches.
-    async fn attend(self, claimed: Claimed, held: Held, session: Uuid) {
-        if self.matches(&claimed.filter) {
-            return self.execute(claimed, held, session).await;
-        }
-        let moved = match self.relocate(claimed.id, claimed.claim, &claimed.filter, &claimed.prefers).await {
-            Ok(Some(_)) => Ok(()),
-            Ok(None) => self.postpone(&claimed).await,
-            Err(error) => Err(error),
-        };
-        if let Err(error) = moved {
-            // The claim stays, and this is tried again with the next look at the rows.
-            tracing::info!(job = %claimed.id, "job could not be handed over: {error:#}");
-            sleep(TICK).await;
-        }
-    }
-
-    /// Nobody matches now: gives the claim back for a while, or, when that has lasted, fails the job.
-    async fn postpone(&self, claimed: &Claimed) -> anyhow::Result<()> {
-        let release = format!(
-            "UPDATE registry.jobs SET claim_id = NULL, claim_session = NULL, coordinator_id = NULL,
-                    unmatched_since = coalesce(unmatched_since, clock_timestamp()),
-                    next_run = clock_timestamp() + interval '{UNMATCHED_WAIT}',
-                    running_status = 'waiting for a node that matches the locality filter'
-             WHERE id = $1 AND claim_id = $2 AND status = 'running'
-               AND coalesce(unmatched_since > clock_timestamp() - interval '{UNMATCHED_MAX}', true) RETURNING id"
-        );
-        if self.0.ledger.query(&release, &[&claimed.id.0, &claimed.claim]).await?.is_empty() {
-            self.fail(claimed, &gate::nobody(&claimed.filter).into()).await?;
-        }
-        Ok(())
-    }
-
-    /// Runs the job for as long as this node's session lives.
-    async fn execute(self, claimed: Claimed, _held: Held, session: Uuid) {
-        let job = claimed.id;
-        tokio::select! {
-            ended = self.run_to_its_end(&claimed) => match ended {
-                Ok(()) => {}
-                Err(error) if error.downcast_ref::<LostClaim>().is_some() => {
-                    tracing::info!(%job, "job is somebody else's now");
-                }
-                Err(error) => tracing::warn!(%job, "job's end could not be written: {error:#}"),
-            },
-            () = self.session_ends(session) => tracing::warn!(%job, "this node's session has ended; it stops the job"),
-        }
-    }
-
-    async fn run_to_its_end(&self, claimed: &Claimed) -> anyhow::Result<()> {
-        let resumer = self.resumers().get(&claimed.job_type).cloned();
-        let Some(resumer) = resumer else { bail!("no resumer for jobs of type {}", claimed.job_type) };
-        let run = Run {
-            id: claimed.id,
-            claim: claimed.claim,
-            payload: claimed.payload.clone(),
-            sealed: claimed.sealed.clone(),
-            ledger: self.0.ledger.clone(),
-        };
-        let mut wait = FIRST_WAIT;
-        let mut failing_since: Option<Instant> = None;
-        loop {
-            let begun = Instant::now();
-            if !self.begin(claimed).await? {
-                let message = format!("the job was begun {RUNS_MAX} times and never came to its end");
-                resumer.give_up(run).await;
-                return self.fail(claimed, &PgError::new(SqlState::UNCATEGORIZED, message).into()).await;
-            }
-            let error = match resumer.resume(run.clone()).await {
-                Ok(result) => return self.succeed(claimed, &result).await,
-                Err(error) if error.downcast_ref::<LostClaim>().is_some() => return Err(error),
-                Err(error) => error,
-            };
-            if begun.elapsed() >= A_WHILE {
-                (failing_since, wait) = (None, FIRST_WAIT);
-            }
-            let since = *failing_since.get_or_insert_with(Instant::now);
-            if !may_pass(&error) || since.elapsed() >= RETRY_FOR {
-                resumer.give_up(run).await;
-                return self.fail(claimed, &error).await;
-            }
-            tracing::warn!(job = %claimed.id, "job is tried again: {error:#}");
-            if let Err(lost) = run.note(&error).await
-                && lost.downcast_ref::<LostClaim>().is_some()
+            } else if matches!(claimed.duty, Duty::Pause | Duty::Cancel)
+                && let Some(stop) = self.claims().get(&claimed.claim)
             {
-                return Err(lost);
+                // It ends what it does, and the next look finds the claim with nobody at it.
+                stop.cancel();
             }
-            sleep(wait).await;
-            wait = LONGEST_WAIT.min(wait * 2);
         }
-    }
-
-    /// False when it has been begun too often.
-    async fn begin(&self, claimed: &Claimed) -> anyhow::Result<bool> {
-        let write = "
-            UPDATE registry.jobs SET started = coalesce(started, clock_timestamp()), last_run = clock_timestamp(),
-                   num_runs = num_runs + 1, next_run = NULL, unmatched_since = NULL, modified = clock_timestamp()
-            WHERE id = $1 AND claim_id = $2 AND status = 'running' RETURNING num_runs";
-        let rows = self.last_word(write, &[&claimed.id.0, &claimed.claim]).await?;
-        Ok(rows.first().is_some_and(|row| row.get::<_, i64>(0) <= RUNS_MAX))
-    }
-
-    async fn succeed(&self, claimed: &Claimed, result: &Value) -> anyhow::Result<()> {
-        let write = "
-            UPDATE registry.jobs SET status = 'succeeded', fraction_completed = 1, running_status = NULL, result = $3,
-                   sealed = NULL, finished = clock_timestamp(), modified = clock_timestamp()
-            WHERE id = $1 AND claim_id = $2 AND status = 'running' RETURNING id";
-        self.last_word(write, &[&claimed.id.0, &claimed.claim, result]).await?;
-        tracing::info!(job = %claimed.id, "job succeeded");
-        self.0.ledger.notify().await;
         Ok(())
     }
 
-    async fn fail(&self, claimed: &Claimed, error: &anyhow::Error) -> anyhow::Result<()> {
-        let write = "
-            UPDATE registry.jobs SET status = 'failed', running_status = NULL, error = $3, result = $4, sealed = NULL,
-                   finished = clock_timestamp(), modified = clock_timestamp()
-            WHERE id = $1 AND claim_id = $2 AND status = 'running' RETURNING id";
-        let (words, parts) = words(error);
-        tracing::warn!(job = %claimed.id, "job failed: {words}");
-        self.last_word(write, &[&claimed.id.0, &claimed.claim, &words, &parts]).await?;
-        self.0.ledger.notify().await;
-        Ok(())
-    }
-
-    /// A write that has to be made while this node's session lives, however often the registry is away meanwhile.
-    async fn last_word(
-        &self,
-        statement: &str,
-        parameters: &[&(dyn tokio_postgres::types::ToSql + Sync)],
-    ) -> anyhow::Result<Vec<Row>> {
-        loop {
-            match self.0.ledger.query(statement, parameters).await {
-                Ok(rows) if rows.is_empty() => return Err(LostClaim.into()),
-                Ok(rows) => return Ok(rows),
-                Err(error) if may_pass(&error) => {
-                    tracing::info!("the registry is away: {error:#}");
-                    sleep(FIRST_WAIT).await;
+    /// Stops all work here and lets others take it, before the node ends.
+    pub async fn drain(&self) {
+        self.0.draining.store(true, Ordering::SeqCst);
+        let session = self.session();
+        let stopped = async {
+            loop {
+                let running: Vec<CancellationToken> = self.claims().values().cloned().collect();
+                if running.is_empty() {
+                    return;
                 }
-                Err(error) => return Err(error),
+                running.iter().for_each(CancellationToken::cancel);
+                sleep(Duration::from_millis(10)).await;
             }
+        };
+        if timeout(DRAIN_DEADLINE, stopped).await.is_err() {
+            tracing::warn!("jobs are handed over while they still stop here");
         }
-    }
-
-    /// Returns when the session under which a claim was made can no longer be relied on.
-    async fn session_ends(&self, id: Uuid) {
-        let mut last: Option<Session> = None;
-        loop {
-            match self.0.registry.standing() {
-                Standing::Member(session) if session.id == id => last = Some(session),
-                Standing::Member(_) => return,
-                // The registry is away; the session still lives for what is left of it.
-                Standing::Apart { .. } => {}
+        self.0.registry.leave().await;
+        let Ok(session) = session else { return };
+        let release = "
+            UPDATE registry.jobs SET claim_id = NULL, claim_session = NULL, modified = clock_timestamp()
+            WHERE claim_session = $1 AND finished IS NULL RETURNING id";
+        match timeout(DRAIN_DEADLINE, self.0.ledger.query(release, &[&session.id])).await {
+            Ok(Ok(released)) if released.is_empty() => {}
+            Ok(Ok(released)) => {
+                tracing::info!(jobs = released.len(), "jobs are handed over");
+                let _ = timeout(DRAIN_DEADLINE, self.0.ledger.notify()).await;
             }
-            if !last.as_ref().is_some_and(Session::is_valid) {
-                return;
-            }
-            sleep(SESSION_LOOK).await;
+            Ok(Err(_)) | Err(_) => tracing::warn!("jobs could not be handed over; others find them without a session"),
         }
     }
 
@@ -425,12 +400,6 @@ impl Jobs {
     pub fn node_id(&self) -> Result<NodeId, PgError> {
         Ok(self.session()?.node_id)
     }
-}
-
-/// Whether a job that ends with this error is tried again.
-pub fn may_pass(error: &anyhow::Error) -> bool {
-    let lost = PgError::of(error).is_some_and(|said| said.code == SqlState::CONNECTION_FAILURE);
-    lost || error.downcast_ref::<Retryable>().is_some()
 }
 
 fn apart(reason: &str) -> PgError {
@@ -448,5 +417,12 @@ fn claimed(row: &Row) -> anyhow::Result<Claimed> {
         payload: row.get(4),
         sealed: row.get(5),
         claim: row.get(6),
+        pausepoints: row.get(7),
+        duty: match row.get(8) {
+            "reverting" => Duty::Revert(row.get(9)),
+            "pause-requested" => Duty::Pause,
+            "cancel-requested" => Duty::Cancel,
+            _ => Duty::Run,
+        },
     })
 }

@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use pgerror::{PgError, SqlState};
 use tokio::time::timeout;
 
 use crate::job::{COLUMNS, Job, JobId};
@@ -32,11 +33,16 @@ impl Jobs {
     ///
     /// # Errors
     ///
-    /// The registry is not reachable.
+    /// XXUUU when a job that a client was told of here has lost its row; or the registry is not reachable.
     pub async fn find(&self, ids: &[JobId]) -> anyhow::Result<Vec<Job>> {
         let ids: Vec<i64> = ids.iter().map(|id| id.0).collect();
         let query = format!("SELECT {COLUMNS} FROM registry.jobs WHERE id = ANY($1) ORDER BY id");
-        Ok(self.ledger().query(&query, &[&ids]).await?.iter().map(Job::of).collect())
+        let found: Vec<Job> = self.ledger().query(&query, &[&ids]).await?.iter().map(Job::of).collect();
+        let missing = ids.iter().map(|id| JobId(*id)).find(|id| found.iter().all(|job| job.id != *id));
+        match missing.filter(|id| self.has_given(*id)) {
+            Some(id) => Err(lost(id).into()),
+            None => Ok(found),
+        }
     }
 
     /// Waits until each of these jobs has ended, and gives them; ids that do not exist are left out. The bell wakes
@@ -44,17 +50,38 @@ impl Jobs {
     ///
     /// # Errors
     ///
-    /// The registry is not reachable for longer than a statement waits for it.
+    /// XXUUU when a job's row was lost; the registry is not reachable for longer than a statement waits for it.
     pub async fn wait(&self, ids: &[JobId]) -> anyhow::Result<Vec<Job>> {
+        self.wait_until(ids, |job| job.finished.is_some()).await
+    }
+
+    /// Waits until a job has ended or is paused.
+    ///
+    /// # Errors
+    ///
+    /// As [`Jobs::wait`].
+    pub(crate) async fn wait_attached(&self, id: JobId) -> anyhow::Result<Job> {
+        let found = self.wait_until(&[id], |job| job.finished.is_some() || job.status == "paused").await?;
+        found.into_iter().next().ok_or_else(|| lost(id).into())
+    }
+
+    async fn wait_until(&self, ids: &[JobId], is_over: impl Fn(&Job) -> bool) -> anyhow::Result<Vec<Job>> {
         let mut bell = self.ledger().bell();
         loop {
             bell.mark_unchanged();
             let found = self.find(ids).await?;
-            if found.iter().all(|job| job.finished.is_some()) {
+            if found.iter().all(&is_over) {
                 return Ok(found);
             }
             // The bell of a handle that is alive does not end.
             let _ = timeout(LOOK_AGAIN, bell.changed()).await;
         }
     }
+}
+
+/// CockroachDB's text, and why.
+fn lost(id: JobId) -> PgError {
+    PgError::new(SqlState::UNCATEGORIZED, format!("job {id} could not be loaded"))
+        .detail("It was made, but the registry has moved to a server that had not received it.")
+        .hint("The job may not have succeeded.")
 }

@@ -51,6 +51,8 @@ impl SqlState {
     pub const INVALID_SCHEMA_NAME: Self = Self(*b"3F000");
     /// A name is that of another kind of object.
     pub const WRONG_OBJECT_TYPE: Self = Self(*b"42809");
+    /// A value is of another type than the one that is wanted.
+    pub const DATATYPE_MISMATCH: Self = Self(*b"42804");
     /// No database of this name exists.
     pub const UNDEFINED_DATABASE: Self = Self(*b"3D000");
     /// A database of this name exists.

@@ -8,8 +8,9 @@ use sqlparser::tokenizer::{Token, Word};
 use crate::names::is_reserved;
 use crate::parameters::parse_int8;
 use crate::scan::starts_ours;
+use crate::selection::Query;
 use crate::statement::{Number, Text};
-use crate::syntax::{Source, literal};
+use crate::syntax::{Mark, Source, literal};
 
 /// The highest number of a placeholder: a Bind message has no room for more values.
 const PLACEHOLDER_MAX: usize = u16::MAX as usize;
@@ -22,11 +23,13 @@ pub(crate) struct Cursor<'t> {
     begun: Option<usize>,
     /// What the statement asks for and cannot have, told once it is known to be sound: the first of it.
     refusal: Option<PgError>,
+    /// How far the text was counted for queries that were cut out of it.
+    mark: Mark,
 }
 
 impl<'t> Cursor<'t> {
     pub(crate) fn new(source: Source<'t>) -> Self {
-        Self { source, next: 0, begun: None, refusal: None }
+        Self { source, next: 0, begun: None, refusal: None, mark: Mark::new() }
     }
 
     /// Notes that a statement begins here.
@@ -227,6 +230,52 @@ impl<'t> Cursor<'t> {
             self.advance();
         }
         if count == 0 { Err(self.unexpected()) } else { Ok(no && count == 1) }
+    }
+
+    /// Whether one of these words comes next but for the parentheses before it, of which there are some.
+    pub(crate) fn is_query_in_parentheses(&self, words: &[&str]) -> bool {
+        let mut rest = self.significant().skip_while(|token| **token == Token::LParen);
+        self.at(&Token::LParen) && rest.next().is_some_and(|token| words.iter().any(|word| is_word(token, word)))
+    }
+
+    /// A query of PostgreSQL: all up to the end or `WITH REASON =`, or, when it stands for one value, one pair of
+    /// parentheses with what is in them.
+    pub(crate) fn query(&mut self, one_value: bool) -> Result<Query, PgError> {
+        let begun = self.here();
+        let mut depth = 0_usize;
+        loop {
+            match self.peek() {
+                Token::EOF | Token::SemiColon if depth > 0 || self.here() == begun => return Err(self.unexpected()),
+                Token::EOF | Token::SemiColon => break,
+                Token::RParen if depth == 0 => return Err(self.unexpected()),
+                Token::Word(_) if depth == 0 && self.at_reason() => break,
+                Token::LParen => depth += 1,
+                Token::RParen => depth -= 1,
+                Token::Placeholder(_) => {
+                    let refusal = self.unsupported("parameters in a query that names jobs are not supported yet");
+                    self.refuse(refusal.hint("Give the ids themselves as parameters: VALUES ($1), ($2)."));
+                }
+                Token::LBracket if is_word(self.second(), "SHOW") => {
+                    let refusal = self.unsupported("SHOW as a row source is not supported yet");
+                    self.refuse(
+                        refusal.hint("List the ids: VALUES (id), (id); or name a kind: PAUSE ALL BACKUP JOBS."),
+                    );
+                }
+                _ => {}
+            }
+            self.advance();
+            if one_value && depth == 0 {
+                break;
+            }
+        }
+        let end = self.here();
+        let (before, text) = self.source.between(&mut self.mark, begun, end);
+        Ok(Query::new(text, before, one_value))
+    }
+
+    /// Whether `WITH REASON =` comes next. `WITH reason AS` begins a query.
+    pub(crate) fn at_reason(&self) -> bool {
+        self.at_words(&["WITH", "REASON"]) && self.significant().nth(2) == Some(&Token::Eq)
     }
 
     fn digits(&mut self) -> Result<String, PgError> {

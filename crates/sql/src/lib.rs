@@ -19,6 +19,7 @@
 
 mod backup;
 mod collection;
+mod control;
 mod cursor;
 mod external;
 mod names;
@@ -27,6 +28,7 @@ mod parameters;
 mod parser;
 mod restore;
 mod scan;
+mod selection;
 mod show;
 mod show_backup;
 mod statement;
@@ -34,9 +36,11 @@ mod syntax;
 mod targets;
 mod verb;
 
+pub use control::{ControlJobs, ControlVerb};
 pub use parameters::ParameterType;
 pub use parser::parse;
 pub use scan::is_ours;
+pub use selection::{IDS_MAX, JobKind, Query, Selection};
 pub use statement::{
     Backup, BackupOptions, Number, Restore, RestoreOptions, ShowBackup, ShowBackupOptions, ShowBackupWhat, ShowJobs,
     Statement, Subdir, Text,

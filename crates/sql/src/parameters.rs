@@ -7,6 +7,8 @@ use std::num::IntErrorKind;
 
 use pgerror::{PgError, SqlState};
 
+use crate::control::ControlJobs;
+use crate::selection::{Query, Selection};
 use crate::statement::{
     Backup, BackupOptions, Number, Restore, RestoreOptions, ShowBackup, ShowJobs, Statement, Subdir, Text,
 };
@@ -65,9 +67,12 @@ impl Statement {
                 Self::ShowBackup(ShowBackup { what, from, collection, options })
             }
             Self::ShowJobs(ShowJobs::All) => Self::ShowJobs(ShowJobs::All),
-            Self::ShowJobs(ShowJobs::These { ids, when_complete }) => {
-                let ids = ids.into_iter().map(|id| bind_number(id, values)).collect::<Result<_, _>>()?;
-                Self::ShowJobs(ShowJobs::These { ids, when_complete })
+            Self::ShowJobs(ShowJobs::These { jobs, when_complete }) => {
+                Self::ShowJobs(ShowJobs::These { jobs: bind_selection(jobs, values)?, when_complete })
+            }
+            Self::ControlJobs(ControlJobs { verb, jobs, reason }) => {
+                let (jobs, reason) = (bind_selection(jobs, values)?, reason.map(text).transpose()?);
+                Self::ControlJobs(ControlJobs { verb, jobs, reason })
             }
             Self::CreateExternalConnection { name, uri, if_not_exists } => {
                 Self::CreateExternalConnection { name: text(name)?, uri: text(uri)?, if_not_exists }
@@ -79,6 +84,29 @@ impl Statement {
         })
     }
 
+    /// The jobs that it is about, where it names some.
+    fn selection(&self) -> Option<&Selection> {
+        match self {
+            Self::ShowJobs(ShowJobs::These { jobs, .. }) | Self::ControlJobs(ControlJobs { jobs, .. }) => Some(jobs),
+            _ => None,
+        }
+    }
+
+    /// The query that has to be run before it.
+    pub fn query(&self) -> Option<&Query> {
+        match self.selection() {
+            Some(Selection::Query(query)) => Some(query),
+            Some(Selection::Ids(_) | Selection::All(_)) | None => None,
+        }
+    }
+
+    /// Puts what its query gave in the query's place.
+    pub fn answer_query(&mut self, ids: Vec<i64>) {
+        if let Self::ShowJobs(ShowJobs::These { jobs, .. }) | Self::ControlJobs(ControlJobs { jobs, .. }) = self {
+            *jobs = Selection::Ids(ids.into_iter().map(Number::Literal).collect());
+        }
+    }
+
     /// Every place of a placeholder, with its type.
     fn uses(&self) -> Vec<(usize, ParameterType)> {
         let texts: Vec<&Text> = match self {
@@ -88,15 +116,16 @@ impl Statement {
                 let options = options.new_db_name.iter().chain(&options.execution_locality);
                 named(from).chain([collection]).chain(options).collect()
             }
+            Self::ControlJobs(control) => control.reason.iter().collect(),
             Self::ShowBackups { collection } => vec![collection],
             Self::ShowBackup(ShowBackup { from, collection, .. }) => named(from).chain([collection]).collect(),
             Self::CreateExternalConnection { name, uri, .. } => vec![name, uri],
             Self::DropExternalConnection { name } => vec![name],
             Self::ShowExternalConnections { name } => name.iter().collect(),
         };
-        let ids: &[Number] = match self {
-            Self::ShowJobs(ShowJobs::These { ids, .. }) => ids,
-            _ => &[],
+        let ids: &[Number] = match self.selection() {
+            Some(Selection::Ids(ids)) => ids,
+            Some(Selection::Query(_) | Selection::All(_)) | None => &[],
         };
         let texts = texts.into_iter().filter_map(|text| match text {
             Text::Placeholder(n) => Some((*n, ParameterType::Text)),
@@ -161,6 +190,15 @@ fn bind_restore(restore: Restore, values: &[Option<String>]) -> Result<Restore, 
     Ok(Restore { database, from: bind_subdir(from, values)?, collection: text(collection)?, options })
 }
 
+fn bind_selection(jobs: Selection, values: &[Option<String>]) -> Result<Selection, PgError> {
+    match jobs {
+        Selection::Ids(ids) => {
+            ids.into_iter().map(|id| bind_number(id, values)).collect::<Result<_, _>>().map(Selection::Ids)
+        }
+        other => Ok(other),
+    }
+}
+
 fn bind_number(number: Number, values: &[Option<String>]) -> Result<Number, PgError> {
     let Number::Placeholder(n) = number else { return Ok(number) };
     value(n, values)?.map_or(Ok(Number::Null), |text| parse_int8(text).map(Number::Literal))
@@ -214,6 +252,9 @@ mod tests {
             ("SHOW BACKUP FILES FROM $1 IN $2 WITH check_files", vec![Text; 2]),
             ("CREATE EXTERNAL CONNECTION $1 AS $1", vec![Text]),
             ("SHOW JOBS WHEN COMPLETE VALUES ($2), (7), ($1)", vec![Int8, Int8]),
+            ("PAUSE JOB $2 WITH REASON = $1", vec![Text, Int8]),
+            ("CANCEL JOBS VALUES ($1), ($2)", vec![Int8, Int8]),
+            ("RESUME ALL BACKUP JOBS", vec![]),
         ] {
             assert_eq!(statement(text).parameters(), Ok(types), "{text}");
         }
@@ -246,6 +287,9 @@ mod tests {
             ),
             ("RESTORE DATABASE a FROM $1 IN $2", [Some("Latest"), Some("u")], "RESTORE DATABASE a FROM LATEST IN 'u'"),
             ("SHOW BACKUPS IN $1", [Some("x"), None], "SHOW BACKUPS IN 'x'"),
+            ("PAUSE JOB $2 WITH REASON = $1", [Some("It"), Some("5")], "PAUSE JOB 5 WITH REASON = 'It'"),
+            ("RESUME JOBS VALUES ($2), ($1)", [None, Some("5")], "RESUME JOBS VALUES (5), (NULL)"),
+            ("CANCEL JOBS TABLE x", [None, None], "CANCEL JOBS TABLE x"),
             ("SHOW BACKUP SCHEMAS FROM $2 IN $1", [Some("x"), Some("/2")], "SHOW BACKUP SCHEMAS FROM '/2' IN 'x'"),
             ("SHOW BACKUP LATEST IN $1", [Some("x"), None], "SHOW BACKUP LATEST IN 'x'"),
             ("DROP EXTERNAL CONNECTION $1", [Some("x"), None], "DROP EXTERNAL CONNECTION x"),

@@ -9,7 +9,7 @@ use sqlparser::tokenizer::{Token, Tokenizer};
 use crate::cursor::Cursor;
 use crate::statement::Statement;
 use crate::syntax::Source;
-use crate::{backup, external, restore, show};
+use crate::{backup, control, external, restore, show};
 
 /// Parses a text that [`crate::is_ours`] accepted into its statements, in order.
 ///
@@ -68,6 +68,8 @@ fn statement(cursor: &mut Cursor<'_>) -> Result<Statement, PgError> {
         backup::backup(cursor).map(Statement::Backup)
     } else if cursor.at_word("RESTORE") {
         restore::restore(cursor).map(Statement::Restore)
+    } else if let Some(verb) = control::verb(cursor) {
+        control::control(cursor, verb).map(Statement::ControlJobs)
     } else if cursor.at_word("CREATE") {
         external::create(cursor)
     } else if cursor.at_word("DROP") {
@@ -172,6 +174,7 @@ mod tests {
         assert_eq!(parse(&"SHOW JOBS;".repeat(100_000)).map(|all| all.len()), Ok(100_000));
         for one in [
             "SHOW JOB 1;",
+            "PAUSE JOBS SELECT 1;",
             "SHOW BACKUP LATEST IN 'x' WITH as_json;",
             "BACKUP DATABASE a INTO 'x' WITH detached;",
             "RESTORE DATABASE a FROM LATEST IN 'x' WITH detached;",
@@ -191,6 +194,9 @@ mod tests {
             ("BACKUP DATABASE a INTO 'x'", "BACKUP"),
             ("RESTORE DATABASE a FROM LATEST IN 'x'", "RESTORE"),
             ("SHOW BACKUPS IN 'x'", "SHOW"),
+            ("PAUSE JOB 1", "PAUSE JOBS"),
+            ("RESUME JOBS SELECT 1", "RESUME JOBS"),
+            ("CANCEL ALL BACKUP JOBS", "CANCEL JOBS"),
             ("SHOW BACKUP LATEST IN 'x'", "SHOW"),
             ("CREATE EXTERNAL CONNECTION a AS 'x'", "CREATE EXTERNAL CONNECTION"),
             ("DROP EXTERNAL CONNECTION a", "DROP EXTERNAL CONNECTION"),

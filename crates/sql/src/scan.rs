@@ -3,7 +3,7 @@
 /// The first words that make a text ours, none the beginning of another. Each is rejected by a bare PostgreSQL (`SHOW`
 /// of an unknown name: 42704, all else: 42601); a test of the whole system proves it for every statement in
 /// `sql-fixtures/`.
-const OURS: [&[&str]; 14] = [
+const OURS: [&[&str]; 26] = [
     &["BACKUP"],
     &["RESTORE"],
     &["EXPLAIN", "BACKUP"],
@@ -18,6 +18,18 @@ const OURS: [&[&str]; 14] = [
     &["SHOW", "EXTERNAL", "CONNECTIONS"],
     &["CREATE", "EXTERNAL", "CONNECTION"],
     &["DROP", "EXTERNAL", "CONNECTION"],
+    &["PAUSE", "JOB"],
+    &["PAUSE", "JOBS"],
+    &["PAUSE", "ALL"],
+    &["RESUME", "JOB"],
+    &["RESUME", "JOBS"],
+    &["RESUME", "ALL"],
+    &["CANCEL", "JOB"],
+    &["CANCEL", "JOBS"],
+    &["CANCEL", "ALL"],
+    &["EXPLAIN", "PAUSE"],
+    &["EXPLAIN", "RESUME"],
+    &["EXPLAIN", "CANCEL"],
 ];
 
 /// The most words that it takes to know.
@@ -143,6 +155,14 @@ mod tests {
             ("CREATE TABLE external (connection int)", false),
             ("DROP EXTERNAL CONNECTION x", true),
             ("DROP EXTERNAL CONNECTIONS", false),
+            ("PAUSE JOB 1", true),
+            ("pause jobs(SELECT 1)", true),
+            ("RESUME ALL BACKUP JOBS", true),
+            ("CANCEL JOB $1", true),
+            ("PAUSE", false),
+            ("CANCEL QUERY 'x'", false),
+            ("EXPLAIN CANCEL JOB 1", true),
+            ("\"PAUSE\" JOB 1", false),
             ("SHOW nodes.x", false),
             ("SHOW nodes /* a setting */ . x", false),
             ("SHOW locality_of", false),

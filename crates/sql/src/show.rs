@@ -1,14 +1,10 @@
 //! `SHOW` of what nodes and jobs are.
 
 use pgerror::PgError;
-use sqlparser::tokenizer::Token;
 
 use crate::cursor::Cursor;
-use crate::statement::{Number, ShowJobs, Statement};
-use crate::{external, show_backup};
-
-/// The words that a subquery begins with.
-const QUERIES: [&str; 4] = ["SELECT", "WITH", "TABLE", "VALUES"];
+use crate::statement::{ShowJobs, Statement};
+use crate::{external, selection, show_backup};
 
 pub(crate) fn show(cursor: &mut Cursor<'_>) -> Result<Statement, PgError> {
     cursor.expect_words(&["SHOW"])?;
@@ -32,17 +28,11 @@ pub(crate) fn show(cursor: &mut Cursor<'_>) -> Result<Statement, PgError> {
 /// What follows `SHOW JOB`: one id.
 fn job(cursor: &mut Cursor<'_>) -> Result<ShowJobs, PgError> {
     let when_complete = when_complete(cursor)?;
-    let begun = cursor.here();
-    let parentheses = open(cursor);
-    if QUERIES.iter().any(|word| cursor.at_word(word)) {
-        return Err(no_subqueries(cursor, begun));
-    }
-    let id = cursor.number()?;
-    close(cursor, parentheses)?;
+    let jobs = selection::one(cursor)?;
     if !when_complete && cursor.at_words(&["WITH", "EXECUTION", "DETAILS"]) {
         return Err(cursor.unsupported("SHOW JOB WITH EXECUTION DETAILS is not supported yet"));
     }
-    Ok(ShowJobs::These { ids: vec![id], when_complete })
+    Ok(ShowJobs::These { jobs, when_complete })
 }
 
 /// What follows `SHOW JOBS`: nothing, or rows of ids.
@@ -54,31 +44,7 @@ fn jobs(cursor: &mut Cursor<'_>) -> Result<ShowJobs, PgError> {
         return Err(cursor.unsupported("SHOW JOBS FOR SCHEDULES is not supported yet"));
     }
     let when_complete = when_complete(cursor)?;
-    let begun = cursor.here();
-    let parentheses = open(cursor);
-    let ids = if cursor.eat_word("VALUES") {
-        values(cursor)?
-    } else if QUERIES.iter().any(|word| cursor.at_word(word)) {
-        return Err(no_subqueries(cursor, begun));
-    } else {
-        return Err(cursor.unexpected());
-    };
-    close(cursor, parentheses)?;
-    Ok(ShowJobs::These { ids, when_complete })
-}
-
-/// `(1), (2)`.
-fn values(cursor: &mut Cursor<'_>) -> Result<Vec<Number>, PgError> {
-    let mut ids = Vec::new();
-    loop {
-        cursor.expect(&Token::LParen)?;
-        let parentheses = open(cursor);
-        ids.push(cursor.number()?);
-        close(cursor, parentheses + 1)?;
-        if !cursor.eat(&Token::Comma) {
-            return Ok(ids);
-        }
-    }
+    Ok(ShowJobs::These { jobs: selection::several(cursor)?, when_complete })
 }
 
 fn when_complete(cursor: &mut Cursor<'_>) -> Result<bool, PgError> {
@@ -89,28 +55,10 @@ fn when_complete(cursor: &mut Cursor<'_>) -> Result<bool, PgError> {
     Ok(when)
 }
 
-fn no_subqueries(cursor: &Cursor<'_>, begun: Option<usize>) -> PgError {
-    cursor
-        .unsupported_at(begun, "subqueries in SHOW JOBS are not supported yet")
-        .hint("List the ids: SHOW JOBS WHEN COMPLETE VALUES (id), (id).")
-}
-
-fn open(cursor: &mut Cursor<'_>) -> usize {
-    let mut count = 0;
-    while cursor.eat(&Token::LParen) {
-        count += 1;
-    }
-    count
-}
-
-fn close(cursor: &mut Cursor<'_>, count: usize) -> Result<(), PgError> {
-    (0..count).try_for_each(|_| cursor.expect(&Token::RParen))
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::parse;
+    use crate::{Number, Selection, parse};
 
     fn shown(text: &str) -> ShowJobs {
         match parse(text).expect(text).as_slice() {
@@ -136,7 +84,11 @@ mod tests {
             ("SHOW JOBS (VALUES ((1)))", vec![Literal(1)], false),
             ("SHOW JOBS WHEN COMPLETE VALUES ($2),('2'),(NULL)", vec![Placeholder(2), Literal(2), Null], true),
         ] {
-            assert_eq!(shown(text), ShowJobs::These { ids: expected, when_complete: complete }, "{text}");
+            assert_eq!(
+                shown(text),
+                ShowJobs::These { jobs: Selection::Ids(expected), when_complete: complete },
+                "{text}"
+            );
         }
         assert_eq!(shown("SHOW JOBS"), ShowJobs::All);
     }
@@ -173,10 +125,6 @@ mod tests {
     #[test]
     fn what_shows_jobs_elsewhere_is_refused_by_name() {
         for (text, message, position) in [
-            ("SHOW JOBS SELECT 1", "subqueries in SHOW JOBS are not supported yet", 11),
-            ("SHOW JOBS WHEN COMPLETE (SELECT 1)", "subqueries in SHOW JOBS are not supported yet", 25),
-            ("SHOW JOB (SELECT 1)", "subqueries in SHOW JOBS are not supported yet", 10),
-            ("SHOW JOBS WITH x AS (SELECT 1) TABLE x", "subqueries in SHOW JOBS are not supported yet", 11),
             ("SHOW JOBS FOR SCHEDULE 1", "SHOW JOBS FOR SCHEDULES is not supported yet", 11),
             ("SHOW JOB 1 WITH EXECUTION DETAILS", "SHOW JOB WITH EXECUTION DETAILS is not supported yet", 12),
         ] {

@@ -6,7 +6,9 @@
 
 use std::fmt;
 
+use crate::control::ControlJobs;
 use crate::names::{quoted_literal, quoted_name};
+use crate::selection::Selection;
 
 /// One statement of ours.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -28,6 +30,8 @@ pub enum Statement {
     ShowBackup(ShowBackup),
     /// `SHOW JOBS` and its relatives: rows about jobs, now or when they have ended.
     ShowJobs(ShowJobs),
+    /// `PAUSE JOB`, `RESUME JOB`, `CANCEL JOB` and their relatives: requests that change what becomes of jobs.
+    ControlJobs(ControlJobs),
     /// `CREATE EXTERNAL CONNECTION name AS uri`: a name for a store.
     CreateExternalConnection {
         /// The name.
@@ -57,6 +61,7 @@ impl Statement {
             Self::ShowBackups { .. } | Self::ShowBackup(_) => "SHOW",
             Self::Backup(_) => "BACKUP",
             Self::Restore(_) => "RESTORE",
+            Self::ControlJobs(control) => control.verb.tag(),
             Self::CreateExternalConnection { .. } => "CREATE EXTERNAL CONNECTION",
             Self::DropExternalConnection { .. } => "DROP EXTERNAL CONNECTION",
         }
@@ -216,7 +221,7 @@ pub struct ShowBackupOptions {
     pub as_json: bool,
 }
 
-fn print_option(name: &str, value: Option<&Text>) -> Option<String> {
+pub(crate) fn print_option(name: &str, value: Option<&Text>) -> Option<String> {
     value.map(|value| format!("{name} = {}", value.print()))
 }
 
@@ -230,10 +235,10 @@ fn print_options<const N: usize>(options: [Option<String>; N]) -> String {
 pub enum ShowJobs {
     /// `SHOW JOBS`: all that are running or ended lately.
     All,
-    /// `SHOW JOB id`, `SHOW JOBS VALUES (id), …`, with or without `WHEN COMPLETE`.
+    /// `SHOW JOB id`, `SHOW JOBS VALUES (id), …`, `SHOW JOBS SELECT …`, with or without `WHEN COMPLETE`.
     These {
-        /// Their ids, in order, repetitions kept.
-        ids: Vec<Number>,
+        /// Which.
+        jobs: Selection,
         /// Wait until all of them have ended.
         when_complete: bool,
     },
@@ -285,6 +290,16 @@ pub enum Number {
     Null,
     /// `$n`, counted from 1.
     Placeholder(usize),
+}
+
+impl Number {
+    pub(crate) fn print(&self) -> String {
+        match self {
+            Self::Literal(id) => id.to_string(),
+            Self::Null => "NULL".to_owned(),
+            Self::Placeholder(n) => format!("${n}"),
+        }
+    }
 }
 
 #[cfg(test)]

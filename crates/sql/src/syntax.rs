@@ -51,6 +51,13 @@ impl Source<'_> {
         position(self.text, self.location(index))
     }
 
+    /// The text from a token up to another one, or to the end, without the white space around it.
+    pub(crate) fn between(&self, mark: &mut Mark, from: Option<usize>, to: Option<usize>) -> (usize, String) {
+        let (start, before) = mark.advance(self.text, self.location(from));
+        let (end, _) = mark.advance(self.text, self.location(to));
+        (before, self.text[start..end].trim_end().to_owned())
+    }
+
     /// A token as CockroachDB names it: the inside of a literal, the number of a placeholder.
     fn near(&self, index: Option<usize>) -> String {
         let token = index.and_then(|index| self.tokens.get(index)).map_or(&Token::EOF, |token| &token.token);
@@ -103,6 +110,36 @@ impl Source<'_> {
             _ => false,
         };
         literal && before.next() == Some(&Token::Eq) && word(before.next())
+    }
+}
+
+/// A place in a text up to which bytes and characters have been counted, so that what follows is not counted from the
+/// start.
+pub(crate) struct Mark {
+    location: Location,
+    byte: usize,
+    chars: usize,
+}
+
+impl Mark {
+    pub(crate) fn new() -> Self {
+        Self { location: Location { line: 1, column: 1 }, byte: 0, chars: 0 }
+    }
+
+    /// How many bytes and characters there are before a location that is not before the mark.
+    fn advance(&mut self, text: &str, to: Location) -> (usize, usize) {
+        for char in text[self.byte..].chars() {
+            if (self.location.line, self.location.column) >= (to.line, to.column) {
+                break;
+            }
+            self.byte += char.len_utf8();
+            self.chars += 1;
+            self.location = match char {
+                '\n' => Location { line: self.location.line + 1, column: 1 },
+                _ => Location { line: self.location.line, column: self.location.column + 1 },
+            };
+        }
+        (self.byte, self.chars)
     }
 }
 

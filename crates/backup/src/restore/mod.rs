@@ -16,4 +16,5 @@ mod story;
 
 pub use import::{IMPORT, Import};
 pub use show::{SHOW, Show};
+pub(crate) use source::places;
 pub use story::{RESTORE_TYPE, ResumeRestore};

@@ -8,7 +8,7 @@ use sql::{Restore, Subdir};
 use storage::Uri;
 
 use super::story::{Payload, RESTORE_TYPE};
-use crate::plan::{Backups, Finished, Outcome, Requester, filter_of, finished, in_time, leaseholder_session, literal};
+use crate::plan::{Backups, OnWait, Outcome, Requester, filter_of, in_time, leaseholder_session, literal};
 
 impl Backups {
     /// Runs a RESTORE statement for `requester`.
@@ -17,18 +17,19 @@ impl Backups {
     ///
     /// Whatever is wrong with the statement, before a job exists; for an attached one the relocation, or the reason for
     /// which the job failed.
-    pub async fn restore(&self, statement: &Restore, requester: &Requester) -> anyhow::Result<Outcome> {
+    pub async fn restore(
+        &self,
+        statement: &Restore,
+        requester: &Requester,
+        on_wait: OnWait<'_>,
+    ) -> anyhow::Result<Outcome> {
         let new = in_time(self.plan_restore(statement, requester)).await?;
-        if statement.options.detached {
-            self.jobs.create(&new).await?;
-            return Ok(Outcome::Detached(new.id));
-        }
-        let done: Finished = finished(self.jobs.run_attached(&new).await?)?;
-        Ok(Outcome::Finished(done))
+        self.start(&new, statement.options.detached, requester, on_wait).await
     }
 
     async fn plan_restore(&self, statement: &Restore, requester: &Requester) -> anyhow::Result<NewJob> {
         let filter = filter_of(statement.options.execution_locality.as_ref())?;
+        let pausepoints = requester.pausepoints()?;
         let id = JobId::new(self.jobs.node_id()?);
         superuser_of(&self.peers, self.shards().await?.iter().map(String::as_str), &requester.user).await?;
         let target = match &statement.options.new_db_name {
@@ -62,6 +63,7 @@ impl Backups {
             prefers: Vec::new(),
             payload: serde_json::to_value(&payload)?,
             sealed: Some((self.seal)()?.seal(&resolved.exposed())?),
+            pausepoints,
         })
     }
 

@@ -21,7 +21,7 @@ pub(crate) struct Source {
 
 /// The places where a collection's indexes may be. `nodelocal://self` is each node's own directory, and a backup's
 /// index is in its coordinator's: those of all nodes that match the filter are looked at.
-fn places(collection: &Uri, peers: &Peers, filter: &Filter) -> Vec<Uri> {
+pub(crate) fn places(collection: &Uri, peers: &Peers, filter: &Filter) -> Vec<Uri> {
     let view = peers.cluster().view();
     let known = view.nodes.values().filter(|known| known.reachable);
     let matching = known.filter(|known| known.info.locality.first_unmatched(filter).is_none());

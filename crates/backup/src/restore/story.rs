@@ -1,16 +1,20 @@
 //! A restore job, step by step, on its coordinator. Every step can be the first one of a run that takes over.
+//!
+//! Each run has a number, higher than those before it, which goes with every request: a coordinator that was stopped and
+//! goes on is refused where a later one has been. Whatever is written to the job's row says whether the claim is still
+//! this run's; it is asked for once more before databases get their names.
 
 use std::collections::BTreeMap;
-use std::pin::Pin;
 use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::Context as _;
 use cluster::service::Boxed;
-use cluster::{Filter, NodeId, Peers, Role};
+use cluster::{Filter, NodeId, Peers};
 use fleet::founders::{DatabasePlan, What};
-use fleet::loader::{Create, Created, Finish, LOADER, Load, Loaded, Request, needs_schema};
-use jobs::{Resumer, Retryable, Run};
+use fleet::loader::{Create, Created, Finish, LOADER, Load, Loaded, Publish, Request, is_superseded, needs_schema};
+use futures_util::future::try_join_all;
+use jobs::{LostClaim, Resumer, Retryable, Run};
 use pgerror::{PgError, SqlState};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
@@ -22,6 +26,7 @@ use super::plan::superuser_of;
 use super::source::Source;
 use crate::deal::{AsyncDone, Deal};
 use crate::manifest::{FileEntry, ShardPart};
+use crate::pausepoints;
 use crate::plan::{SealSource, in_time};
 
 /// The type of these jobs.
@@ -51,6 +56,12 @@ const LOADERS: usize = 6;
 /// What loading rows is of the whole; the rest is indexes, constraints and views.
 const LOAD_SHARE: f64 = 0.7;
 
+/// Where on the way only names are left to be given.
+const NAMED_AT: f64 = 0.99;
+
+/// Under which key it stands that all rows are in: its value has the OIDs of the databases by shard.
+const FINISHING: &str = "finishing";
+
 /// What a restore job was made with, for everybody to read.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub(crate) struct Payload {
@@ -69,6 +80,9 @@ pub struct ResumeRestore {
     seal: SealSource,
 }
 
+/// What the databases of all shards are asked for, one after the other.
+type Step = fn(Box<Publish>) -> Request;
+
 /// One run of one job.
 struct Story<'s> {
     run: &'s Run,
@@ -77,6 +91,8 @@ struct Story<'s> {
     payload: Payload,
     filter: Filter,
     collection: Uri,
+    /// The number of this run.
+    number: i64,
 }
 
 /// A shard's part, and the node beside the server that it goes to.
@@ -93,20 +109,26 @@ impl ResumeRestore {
     }
 
     /// Removes what the job has made, by its mark, in whichever shard: the backup itself may not be readable any more.
-    async fn remove(&self, run: &Run) {
-        if run.check().await.is_err() {
-            // Somebody else works on it.
-            return;
-        }
+    async fn remove(&self, run: &Run) -> anyhow::Result<()> {
+        let number = next_number(run).await?;
         let view = self.peers.cluster().view();
-        let known = view.nodes.values().filter(|known| known.reachable);
-        let leaders = known.filter(|known| view.role(&known.info) == Role::Leaseholder);
-        for node in leaders.filter_map(|known| known.info.node_id) {
-            let request = Request::Drop { job: run.id.0 };
-            if let Err(error) = self.peers.call::<()>(node, LOADER, &request, ASK_DEADLINE).await {
-                tracing::warn!(job = %run.id, %node, "an unfinished database may be left: {error:#}");
+        let mut failed = None;
+        for shard in run.kept_under::<String>("made/").await? {
+            let removed = async {
+                let leader = view.leader(&shard).and_then(|leader| leader.node_id);
+                let node = leader.ok_or_else(|| {
+                    PgError::new(SqlState::CONNECTION_FAILURE, format!("shard \"{shard}\" cannot be reached"))
+                        .detail("A database that was not finished may be there.")
+                })?;
+                let request = Request::Drop { job: run.id.0, run: number };
+                self.peers.call::<()>(node, LOADER, &request, ASK_DEADLINE).await.map_err(passing)
+            };
+            if let Err(error) = removed.await {
+                tracing::warn!(job = %run.id, shard, "an unfinished database may be left: {error:#}");
+                failed = Some(error);
             }
         }
+        failed.map_or(Ok(()), Err)
     }
 
     async fn story(&self, run: &Run) -> anyhow::Result<Value> {
@@ -119,6 +141,7 @@ impl ResumeRestore {
             filter: payload.filter.parse().context("read the job's filter")?,
             collection: Uri::parse(&(self.seal)()?.open(sealed)?)?,
             payload,
+            number: next_number(run).await?,
         };
         story.tell().await
     }
@@ -129,8 +152,13 @@ impl Resumer for ResumeRestore {
         Box::pin(async move { self.story(&run).await })
     }
 
-    fn give_up(&self, run: Run) -> Pin<Box<dyn Future<Output = ()> + Send + '_>> {
-        Box::pin(async move { self.remove(&run).await })
+    fn revert(&self, run: Run) -> Boxed<'_, Option<Value>> {
+        Box::pin(async move { self.remove(&run).await.map(|()| None) })
+    }
+
+    /// Databases are removed by the nodes beside them; no store is touched.
+    fn reverts_where_it_ran(&self) -> bool {
+        false
     }
 }
 
@@ -145,6 +173,7 @@ impl Story<'_> {
         self.run.keep("subdir", &source.subdir).await?;
         let parts = self.parts(&source)?;
         self.check_rights(&parts).await?;
+        self.run.pausepoint(pausepoints::AFTER_SOURCE).await?;
         self.restore(&source, &parts).await
     }
 
@@ -158,9 +187,18 @@ impl Story<'_> {
     async fn restore(&self, source: &Source, parts: &[Part<'_>]) -> anyhow::Result<Value> {
         let files: Vec<&FileEntry> = parts.iter().flat_map(|part| part.files().chain(part.schemas())).collect();
         source.check(self.stores, &files).await?;
-        if let Some(result) = self.finish_again(source, parts).await? {
-            return Ok(result);
-        }
+        // An earlier run had all rows in, and some of the databases may have their names already: then nothing but the
+        // end of it can be repeated.
+        let oids = match self.run.kept::<BTreeMap<String, u32>>(FINISHING).await? {
+            Some(oids) => oids,
+            None => self.fill(source, parts).await?,
+        };
+        self.complete(source, parts, &oids).await?;
+        Ok(result(parts))
+    }
+
+    /// Makes the databases and loads all rows; gives their OIDs by shard.
+    async fn fill(&self, source: &Source, parts: &[Part<'_>]) -> anyhow::Result<BTreeMap<String, u32>> {
         let mut made = Vec::new();
         for part in parts {
             made.push(self.create(source, part).await?);
@@ -170,34 +208,37 @@ impl Story<'_> {
         for (part, created) in parts.iter().zip(&mut made) {
             self.load(source, part, created, &mut noted).await?;
         }
-        self.run.progress(LOAD_SHARE, "building indexes, constraints and views").await?;
-        for (part, created) in parts.iter().zip(&made) {
-            self.run.keep(&finishing(part), &created.oid).await?;
-            self.finish(source, part, created.oid).await?;
-        }
-        Ok(result(parts))
+        let oids = parts.iter().zip(&made).map(|(part, created)| (part.part.shard.clone(), created.oid)).collect();
+        self.run.keep(FINISHING, &oids).await?;
+        self.run.pausepoint(pausepoints::AFTER_LOAD).await?;
+        Ok(oids)
     }
 
-    /// An earlier run had all rows in, and may have given the database its name already: then nothing but the end of
-    /// it can be repeated.
-    async fn finish_again(&self, source: &Source, parts: &[Part<'_>]) -> anyhow::Result<Option<Value>> {
-        let mut begun = Vec::new();
-        for part in parts {
-            begun.extend(self.run.kept::<u32>(&finishing(part)).await?);
+    /// Makes all of them whole; then gives all their names; then gives all of them to their user. So when it ends in
+    /// between, either none is anybody's, or what is left takes a moment and is repeated.
+    async fn complete(&self, source: &Source, parts: &[Part<'_>], oids: &BTreeMap<String, u32>) -> anyhow::Result<()> {
+        self.run.progress(LOAD_SHARE, "building indexes, constraints and views").await?;
+        let oid = |part: &Part<'_>| oids.get(&part.part.shard).copied().context("find the database of a shard");
+        try_join_all(parts.iter().map(|part| async move { self.finish(source, part, oid(part)?).await })).await?;
+        self.run.pausepoint(pausepoints::AFTER_FINISH).await?;
+        self.run.progress(NAMED_AT, "giving the database its name").await?;
+        let steps: [(Step, &str); 2] =
+            [(Request::Publish, pausepoints::AFTER_PUBLISH), (Request::Release, pausepoints::AFTER_RELEASE)];
+        for (step, pausepoint) in steps {
+            self.run.check().await?;
+            for part in parts {
+                let request = step(Box::new(Publish {
+                    job: self.run.id.0,
+                    database_oid: oid(part)?,
+                    run: self.number,
+                    target: self.payload.target.clone(),
+                    plan: part.database.clone(),
+                }));
+                self.peers.call::<()>(part.node, LOADER, &request, ASK_DEADLINE).await.map_err(passing)?;
+            }
+            self.run.pausepoint(pausepoint).await?;
         }
-        if begun.is_empty() {
-            return Ok(None);
-        }
-        for part in parts {
-            let oid = match self.run.kept::<u32>(&finishing(part)).await? {
-                Some(oid) => oid,
-                // Its rows are in, too, or no shard would have been finished.
-                None => self.create(source, part).await?.oid,
-            };
-            self.run.keep(&finishing(part), &oid).await?;
-            self.finish(source, part, oid).await?;
-        }
-        Ok(Some(result(parts)))
+        Ok(())
     }
 
     /// The shards' parts that hold the database, each with the node beside the shard's primary now.
@@ -224,12 +265,17 @@ impl Story<'_> {
 
     async fn create(&self, source: &Source, part: &Part<'_>) -> anyhow::Result<Created> {
         self.run.progress(0.0, &format!("making the database in shard {}", part.part.shard)).await?;
+        // Where there may be something to remove, should the job fail.
+        self.run.keep(&format!("made/{}", part.part.shard), &part.part.shard).await?;
         let target = self.payload.target.clone();
-        let request = Request::Create(Box::new(Create { job: self.run.id.0, target, plan: part.database.clone() }));
+        let (job, run, plan) = (self.run.id.0, self.number, part.database.clone());
+        let request = Request::Create(Box::new(Create { job, run, target, plan }));
         let created: Created = self.peers.call(part.node, LOADER, &request, ASK_DEADLINE).await.map_err(passing)?;
+        self.run.pausepoint(pausepoints::AFTER_CREATE).await?;
         if !created.progress.pre_data {
             self.schema(source, part, created.oid).await?;
         }
+        self.run.pausepoint(pausepoints::AFTER_PRE_DATA).await?;
         Ok(created)
     }
 
@@ -237,7 +283,7 @@ impl Story<'_> {
     async fn schema(&self, source: &Source, part: &Part<'_>, oid: u32) -> anyhow::Result<()> {
         let file = part.schemas().next().context("find the schema in the manifest")?;
         let dump = source.read(self.stores, file).await?;
-        let request = Request::PreData { job: self.run.id.0, database_oid: oid };
+        let request = Request::PreData { job: self.run.id.0, database_oid: oid, run: self.number };
         let made = async {
             let mut upload = self.peers.upload(part.node, LOADER, &request, ASK_DEADLINE).await?;
             upload.write(dump).await?;
@@ -254,8 +300,9 @@ impl Story<'_> {
         created: &mut Created,
         noted: &mut Noted<'_>,
     ) -> anyhow::Result<()> {
+        let before = noted.done;
         for _ in 0..ROUNDS_MAX {
-            noted.done = 0;
+            noted.done = before;
             self.load_missing(source, part, created, noted).await?;
             let request = Request::Progress { job: self.run.id.0 };
             created.progress = self.peers.call(part.node, LOADER, &request, ASK_DEADLINE).await.map_err(passing)?;
@@ -316,7 +363,7 @@ impl Story<'_> {
             What::LargeObjectData => Loaded::LargeObjectData,
         };
         let encoding = part.database.copy_encoding.clone();
-        Ok(Load { job: self.run.id.0, database_oid: created.oid, span, what, encoding })
+        Ok(Load { job: self.run.id.0, database_oid: created.oid, run: self.number, span, what, encoding })
     }
 
     async fn finish(&self, source: &Source, part: &Part<'_>, oid: u32) -> anyhow::Result<()> {
@@ -334,6 +381,7 @@ impl Story<'_> {
         let request = Request::Finish(Box::new(Finish {
             job: self.run.id.0,
             database_oid: oid,
+            run: self.number,
             target: self.payload.target.clone(),
             plan: part.database.clone(),
             rows: rows.collect(),
@@ -373,13 +421,18 @@ fn passing(error: anyhow::Error) -> anyhow::Error {
         SqlState::SERIALIZATION_FAILURE,
         SqlState::DEADLOCK_DETECTED,
     ];
+    if PgError::of(&error).is_some_and(is_superseded) {
+        return error.context(LostClaim);
+    }
     let passes = PgError::of(&error).is_some_and(|said| PASSING.contains(&said.code));
     if passes { error.context(Retryable) } else { error }
 }
 
-/// Under which key it stands that all rows of a shard are in: its value is the database's OID.
-fn finishing(part: &Part<'_>) -> String {
-    format!("finishing/{}", part.part.shard)
+/// The number of a run that begins: kept through the claim, so no two runs have the same, and later ones have higher.
+async fn next_number(run: &Run) -> anyhow::Result<i64> {
+    let number = run.kept::<i64>("run").await?.unwrap_or(0) + 1;
+    run.keep("run", &number).await?;
+    Ok(number)
 }
 
 fn result(parts: &[Part<'_>]) -> Value {
@@ -402,6 +455,7 @@ struct Noted<'n> {
 impl AsyncDone<(u32, FileEntry), ()> for &mut Noted<'_> {
     async fn done(&mut self, _file: (u32, FileEntry), weight: u64, (): ()) -> anyhow::Result<()> {
         self.done += weight;
+        self.run.pausepoint(pausepoints::AFTER_FIRST_FILE).await?;
         if self.reported.elapsed() >= PROGRESS_EVERY {
             self.reported = Instant::now();
             let fraction = LOAD_SHARE * self.done as f64 / self.total.max(1) as f64;

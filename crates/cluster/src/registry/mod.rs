@@ -22,6 +22,7 @@ use anyhow::{Context as _, anyhow, bail};
 use chrono::{DateTime, Utc};
 use tokio::sync::watch;
 use tokio::time::{sleep, timeout};
+use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
 pub use membership::Refused;
@@ -103,6 +104,8 @@ pub struct Listed {
 struct Shared {
     standing: watch::Sender<Standing>,
     session: watch::Sender<Option<Arc<PeerSession>>>,
+    /// Cancelled when the node leaves for good.
+    leaving: CancellationToken,
 }
 
 /// The handle; clones share one membership.
@@ -112,7 +115,8 @@ pub struct Registry(Arc<Shared>);
 impl Default for Registry {
     fn default() -> Self {
         let apart = Standing::Apart { reason: "the node has just started".to_owned() };
-        Self(Arc::new(Shared { standing: watch::Sender::new(apart), session: watch::Sender::new(None) }))
+        let (standing, session) = (watch::Sender::new(apart), watch::Sender::new(None));
+        Self(Arc::new(Shared { standing, session, leaving: CancellationToken::new() }))
     }
 }
 
@@ -142,7 +146,10 @@ impl Registry {
     pub async fn run(self, cluster: Cluster, dialer: Dialer, requested: Option<NodeId>) -> anyhow::Error {
         let mut kept = None;
         loop {
-            let ended = self.attend(&cluster, &dialer, requested, &mut kept).await;
+            let ended = tokio::select! {
+                ended = self.attend(&cluster, &dialer, requested, &mut kept) => ended,
+                () = self.0.leaving.cancelled() => std::future::pending().await,
+            };
             self.0.session.send_replace(None);
             let error = match ended {
                 Ok(never) => match never {},
@@ -153,6 +160,19 @@ impl Registry {
             }
             self.apart(format!("{error:#}"));
             sleep(RETRY).await;
+        }
+    }
+
+    /// Ends this node's session before its time: from now on others may do what only it could. It never joins again.
+    pub async fn leave(&self) {
+        let session = self.0.session.borrow().clone();
+        let standing = self.standing();
+        self.0.leaving.cancel();
+        self.apart("the node is stopping".to_owned());
+        let (Some(session), Standing::Member(mine)) = (session, standing) else { return };
+        let end = "UPDATE registry.sessions SET expires_at = clock_timestamp() WHERE node_id = $1 AND id = $2";
+        if !matches!(timeout(QUESTION_DEADLINE, session.execute(end, &[&mine.node_id.0, &mine.id])).await, Ok(Ok(_))) {
+            tracing::info!("this node's session was not ended in the registry; it runs out by itself");
         }
     }
 

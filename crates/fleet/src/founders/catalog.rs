@@ -66,7 +66,11 @@ const DATABASE: &str = "
            coalesce((SELECT json_agg(json_build_array(r.rolname, setting) ORDER BY r.rolname, number)
                      FROM pg_catalog.pg_db_role_setting s JOIN pg_catalog.pg_roles r ON r.oid = s.setrole,
                           LATERAL unnest(s.setconfig) WITH ORDINALITY AS settings (setting, number)
-                     WHERE s.setdatabase = d.oid), '[]')::text
+                     WHERE s.setdatabase = d.oid), '[]')::text,
+           to_jsonb(d) ->> 'daticurules',
+           (SELECT spcname::text FROM pg_catalog.pg_tablespace
+            WHERE pg_tablespace.oid = d.dattablespace AND spcname <> 'pg_default'),
+           d.datconnlimit, d.datistemplate, d.datallowconn
     FROM pg_catalog.pg_database d WHERE d.datname = pg_catalog.current_database()";
 
 /// Which relations are the user's own: not of the system, not temporary, not an extension's unless it says that their
@@ -175,6 +179,11 @@ fn database(row: &Row) -> anyhow::Result<DatabasePlan> {
         ctype: row.get(4),
         locale_provider: row.get(5),
         locale: row.get(6),
+        locale_rules: row.get(13),
+        tablespace: row.get(14),
+        connection_limit: row.get(15),
+        is_template: row.get(16),
+        allows_connections: row.get(17),
         owner: row.get(7),
         acl: row.get(8),
         settings: row.get(9),

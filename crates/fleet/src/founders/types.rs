@@ -150,6 +150,21 @@ pub struct DatabasePlan {
     pub locale_provider: String,
     /// The locale of a provider other than `c`.
     pub locale: Option<String>,
+    /// The rules of its ICU locale, which are there from release 16 on.
+    #[serde(default)]
+    pub locale_rules: Option<String>,
+    /// The tablespace that its objects lie in unless they say otherwise, if it is not the server's default.
+    #[serde(default)]
+    pub tablespace: Option<String>,
+    /// How many sessions it may have; -1 for any number.
+    #[serde(default = "any_number")]
+    pub connection_limit: i32,
+    /// Whether it may be copied by whoever may make databases.
+    #[serde(default)]
+    pub is_template: bool,
+    /// Whether anybody may connect to it.
+    #[serde(default = "yes")]
+    pub allows_connections: bool,
     /// Its owner.
     pub owner: String,
     /// `datacl` as text, unless it is the default.
@@ -184,6 +199,16 @@ pub struct DatabasePlan {
     pub schema_bytes: u64,
     /// The version of the `pg_dump` that wrote the schema.
     pub dump_version: String,
+}
+
+/// What plans without a connection limit mean.
+fn any_number() -> i32 {
+    -1
+}
+
+/// What plans without `allows_connections` mean.
+fn yes() -> bool {
+    true
 }
 
 /// One table at the point.

@@ -1,8 +1,7 @@
-//! Sessions that may restore, and the databases they work in.
+//! Sessions that may restore.
 //!
 //! The service role may not make databases, nor give objects to other roles. Where a superuser has granted it
-//! [`RESTORE_ROLE`] it acts as that one here, and nowhere else. A database of ours is known by these together:
-//! its OID, its owner, a name that holds the job, and a comment, the *mark*; it is never touched by its name alone.
+//! [`RESTORE_ROLE`] it acts as that one here, and nowhere else.
 
 use std::time::Duration;
 
@@ -10,7 +9,8 @@ use anyhow::Context as _;
 use pgerror::{PgError, SqlState};
 use tokio_util::sync::CancellationToken;
 
-use super::types::RESTORE_ROLE;
+use super::found::{Found, gone, own_name};
+use super::types::{RESTORE_ROLE, superseded};
 use crate::Server;
 use crate::founders::session::{Session, has_code, quoted, within};
 
@@ -72,8 +72,14 @@ impl Acting {
         Ok(acting)
     }
 
-    /// Opens one in the database of `job`, which must be the one with this OID.
-    pub(super) async fn inside(server: &Server, job: i64, oid: u32, end: &CancellationToken) -> anyhow::Result<Self> {
+    /// Opens one in the database of `job`, which must be the one with this OID, for a run that must not be an old one.
+    pub(super) async fn inside(
+        server: &Server,
+        job: i64,
+        oid: u32,
+        run: i64,
+        end: &CancellationToken,
+    ) -> anyhow::Result<Self> {
         let opened = Self::open(server, &own_name(job), job, end).await;
         let acting =
             opened.map_err(
@@ -81,9 +87,10 @@ impl Acting {
                     if has_code(&error, &[SqlState::UNDEFINED_DATABASE]) { gone(job).into() } else { error }
                 },
             )?;
-        let found = Found::by_oid(&acting.session, oid).await?;
-        if !found.is_some_and(|found| found.is_of(job)) {
-            return Err(gone(job).into());
+        let found = Found::by_oid(&acting.session, oid).await?.filter(|found| found.stage(job).is_some());
+        let found = found.ok_or_else(|| gone(job))?;
+        if !found.admits(run) {
+            return Err(superseded(job).into());
         }
         Ok(acting)
     }
@@ -101,69 +108,12 @@ fn may_not(server: &Server) -> PgError {
     ))
 }
 
-/// The name of a job's database until it gets its own.
-pub(super) fn own_name(job: i64) -> String {
-    format!("_backhaul_{job}")
-}
-
-/// The comment on a database that is being restored.
-pub(super) fn mark(job: i64) -> String {
-    format!("backhaul restore of job {job}")
-}
-
-/// The comment on one that is whole and only lacks its name.
-pub(super) fn whole_mark(job: i64) -> String {
-    format!("backhaul restore of job {job}, whole")
-}
-
-/// The database of a job is not there, or it is another one.
-pub(super) fn gone(job: i64) -> PgError {
-    PgError::new(SqlState::UNDEFINED_DATABASE, format!("the database of restore job {job} does not exist"))
-}
-
-/// A database of the server.
-pub(super) struct Found {
-    pub(super) oid: u32,
-    pub(super) name: String,
-    comment: Option<String>,
-    /// Whether whoever asks owns it.
-    pub(super) is_mine: bool,
-}
-
-impl Found {
-    /// Whether it has the name and a mark of `job`, and the role that restores as its owner: whoever else may make
-    /// databases could have made one with name and mark beforehand.
-    pub(super) fn is_of(&self, job: i64) -> bool {
-        let is_marked = self.comment.as_ref().is_some_and(|comment| *comment == mark(job));
-        self.is_mine && self.name == own_name(job) && (is_marked || self.is_whole(job))
-    }
-
-    /// Whether nothing is left to do but to give the name.
-    pub(super) fn is_whole(&self, job: i64) -> bool {
-        self.comment.as_ref().is_some_and(|comment| *comment == whole_mark(job))
-    }
-
-    pub(super) async fn by_oid(session: &Session, oid: u32) -> anyhow::Result<Option<Self>> {
-        Self::one(session, "oid = $1", &oid).await
-    }
-
-    pub(super) async fn by_name(session: &Session, name: &str) -> anyhow::Result<Option<Self>> {
-        Self::one(session, "datname = $1", &name).await
-    }
-
-    async fn one(
-        session: &Session,
-        condition: &str,
-        value: &(dyn tokio_postgres::types::ToSql + Sync),
-    ) -> anyhow::Result<Option<Self>> {
-        let query = format!(
-            "SELECT oid, datname::text, pg_catalog.shobj_description(oid, 'pg_database'),
-                    pg_catalog.pg_get_userbyid(datdba) = current_user
-             FROM pg_catalog.pg_database WHERE {condition}"
-        );
-        let rows = session.rows(&query, &[value]).await.context("look for a database")?;
-        Ok(rows.first().map(|row| Self { oid: row.get(0), name: row.get(1), comment: row.get(2), is_mine: row.get(3) }))
-    }
+/// Ends what earlier requests for the job still do outside its database: one that makes it, say, whose node has died.
+pub(super) async fn end_others(session: &Session, job: i64) -> anyhow::Result<()> {
+    let query = "SELECT pg_catalog.pg_terminate_backend(pid, $3) FROM pg_catalog.pg_stat_activity
+                 WHERE application_name = $1 AND datname IS DISTINCT FROM $2 AND pid <> pg_catalog.pg_backend_pid()";
+    let name = format!("backhaul job {job}");
+    session.rows(query, &[&name, &own_name(job), &END_WAIT_MS]).await.context("end earlier requests").map(drop)
 }
 
 /// Ends all other sessions in a database, or only those under one name, and waits for their end.
@@ -194,24 +144,6 @@ pub(super) fn literal(text: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn a_database_is_of_a_job_by_name_and_mark() {
-        for (name, comment, of, whole) in [
-            ("_backhaul_7", Some("backhaul restore of job 7"), true, false),
-            ("_backhaul_7", Some("backhaul restore of job 7, whole"), true, true),
-            ("_backhaul_7", Some("mine"), false, false),
-            ("_backhaul_7", None, false, false),
-            ("_backhaul_8", Some("backhaul restore of job 7"), false, false),
-            ("_backhaul_7", Some("backhaul restore of job 77"), false, false),
-        ] {
-            let comment = comment.map(str::to_owned);
-            let mut found = Found { oid: 1, name: name.to_owned(), comment, is_mine: true };
-            assert_eq!((found.is_of(7), found.is_whole(7)), (of, whole), "{name} {:?}", found.comment);
-            found.is_mine = false;
-            assert!(!found.is_of(7), "{name} {:?}", found.comment);
-        }
-    }
 
     #[test]
     fn a_literal_is_read_back() {

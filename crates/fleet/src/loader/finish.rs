@@ -1,9 +1,10 @@
-//! From loaded rows to a whole database under its name.
+//! From loaded rows to a whole database.
 //!
 //! Each step is noted in the database when it is done, or can be seen to be done, and a repeat goes on behind the last
 //! one. The order matters: rows are counted before anything is built on them; sequences, indexes and constraints come
 //! before views, which may be slow without them. At the end the restore's own schema is dropped and the mark says
-//! *whole*, in one transaction; after that only the name is left to be given (`publish`).
+//! *whole*, in one transaction; after that only the name is left to be given (`publish`), which happens only when the
+//! databases of all shards are whole.
 
 use std::fmt::Write as _;
 
@@ -11,9 +12,10 @@ use anyhow::Context as _;
 use pgerror::{PgError, SqlState};
 use tokio_util::sync::CancellationToken;
 
-use super::acting::{Acting, Found, LONG, end_sessions, gone, has_done, literal, note_done, own_name, whole_mark};
-use super::schema::{POST_DATA, restore};
-use super::{Finish, Loader, no_schema, publish, views};
+use super::acting::{Acting, LONG, end_sessions, has_done, note_done};
+use super::found::{Found, Mark, Stage, gone, own_name};
+use super::post_data::{POST_DATA, build};
+use super::{Finish, Loader, no_schema, views};
 use crate::founders::session::{quoted, within};
 use crate::founders::{DatabasePlan, LARGE_OBJECT_PIECE};
 
@@ -32,25 +34,19 @@ const LARGE_OBJECTS_AT_ONCE: i32 = 100;
 /// Tables named in one error; of more, only the number.
 const TABLES_TOLD: usize = 20;
 
-/// Makes the job's database whole and gives it its name.
+/// Makes the job's database whole.
 pub(super) async fn finish(loader: &Loader, request: &Finish) -> anyhow::Result<()> {
     let (job, oid) = (request.job, request.database_oid);
-    let _turn = loader.turn(job).await?;
     let outside = Acting::outside(&loader.server, job).await?;
     let found = Found::by_oid(&outside.session, oid).await?.ok_or_else(|| gone(job))?;
-    // The answer to an earlier request was lost.
-    if found.name == request.target {
-        loader.forget_schema(job);
+    // The answers to earlier requests were lost.
+    if found.is_released(&request.target) {
         return Ok(());
     }
-    if !found.is_of(job) {
-        return Err(gone(job).into());
-    }
-    if !found.is_whole(job) {
-        let inside = Acting::inside(&loader.server, job, oid, &CancellationToken::new()).await?;
+    if found.admit(&outside.session, job, request.run).await? == Stage::Filling {
+        let inside = Acting::inside(&loader.server, job, oid, request.run, &CancellationToken::new()).await?;
         make_whole(loader, &inside, request).await?;
     }
-    publish::publish(&outside, request).await?;
     loader.forget_schema(job);
     Ok(())
 }
@@ -72,19 +68,17 @@ async fn make_whole(loader: &Loader, inside: &Acting, request: &Finish) -> anyho
     }
     if !has_done(session, POST_DATA).await? {
         let schema = loader.schema(job).ok_or_else(|| no_schema(job))?;
-        restore(loader, inside, job, oid, POST_DATA, &schema).await.context("restore indexes and constraints")?;
+        let built = build(loader, inside, (job, oid), &schema, &request.plan).await;
+        built.context("restore indexes and constraints")?;
     }
     views::refresh(inside, &request.plan.materialized_views).await?;
     if !has_done(session, ANALYZED).await? {
         inside.run_long("ANALYZE").await.context("analyze the tables")?;
         note_done(session, ANALYZED).await?;
     }
-    let seal = format!(
-        "BEGIN; DROP EVENT TRIGGER backhaul_restore; DROP SCHEMA backhaul_restore CASCADE;
-         COMMENT ON DATABASE {} IS {}; COMMIT",
-        quoted(&own_name(job)),
-        literal(&whole_mark(job))
-    );
+    let mark = Mark { job, run: request.run, stage: Stage::Whole }.statement(&own_name(job));
+    let seal =
+        format!("BEGIN; DROP EVENT TRIGGER backhaul_restore; DROP SCHEMA backhaul_restore CASCADE; {mark}; COMMIT");
     session.run(&seal).await.context("remove what the restore needed")
 }
 

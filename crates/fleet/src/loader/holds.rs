@@ -11,7 +11,7 @@ use anyhow::Context as _;
 use pgerror::{PgError, SqlState};
 use tokio_util::sync::CancellationToken;
 
-use super::Load;
+use super::{Load, superseded};
 use crate::founders::session::Session;
 
 /// An earlier session that has not ended by then is left to the INSERT of the number, which waits for its transaction.
@@ -25,6 +25,8 @@ type Backend = (i32, String);
 
 struct Holder {
     number: u64,
+    /// Of the coordinator that asked.
+    run: i64,
     end: CancellationToken,
     backend: Option<Backend>,
 }
@@ -51,19 +53,22 @@ pub(super) struct Hold {
 }
 
 impl Holds {
-    /// Takes a span, from whoever has it.
-    pub(super) fn take(&self, load: &Load) -> Hold {
+    /// Takes a span, from whoever has it, unless a newer coordinator gave it to them.
+    pub(super) fn take(&self, load: &Load) -> Result<Hold, PgError> {
         let (key, end) = ((load.job, load.span), CancellationToken::new());
         let mut held = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if held.spans.get(&key).is_some_and(|holder| holder.run > load.run) {
+            return Err(superseded(load.job));
+        }
         held.count += 1;
         let number = held.count;
-        let earlier = held.spans.insert(key, Holder { number, end: end.clone(), backend: None });
+        let earlier = held.spans.insert(key, Holder { number, run: load.run, end: end.clone(), backend: None });
         let earlier = earlier.and_then(|holder| {
             tracing::info!("span {} of restore job {} is taken over", load.span, load.job);
             holder.end.cancel();
             holder.backend
         });
-        Hold { holds: self.clone(), key, number, end, earlier }
+        Ok(Hold { holds: self.clone(), key, number, end, earlier })
     }
 }
 
@@ -123,13 +128,18 @@ mod tests {
 
     #[test]
     fn the_later_one_has_the_span() {
-        let load = |span| Load { job: 7, database_oid: 1, span, what: Loaded::LargeObjects, encoding: String::new() };
+        let of = |run, span| {
+            let (what, encoding) = (Loaded::LargeObjects, String::new());
+            Load { job: 7, database_oid: 1, run, span, what, encoding }
+        };
         let holds = Holds::default();
-        let (first, other) = (holds.take(&load(1)), holds.take(&load(2)));
-        let second = holds.take(&load(1));
+        let take = |span| holds.take(&of(3, span)).unwrap();
+        let (first, other) = (take(1), take(2));
+        assert!(holds.take(&of(2, 1)).is_err() && !first.is_lost());
+        let second = take(1);
         assert!(first.is_lost() && first.end.is_cancelled());
         drop(second);
-        let second = holds.take(&load(1));
+        let second = take(1);
         assert!(first.is_lost());
         drop(first);
         assert!(!second.is_lost() && !other.is_lost() && !second.end.is_cancelled());

@@ -23,7 +23,8 @@ use tokio_util::task::AbortOnDropHandle;
 use super::acting::{Acting, has_done};
 use super::finish::COUNTED;
 use super::holds::Hold;
-use super::{LOADERS_MAX, Load, Loaded, Loader, already_loaded};
+use super::{LOADERS_MAX, Load, Loaded, Loader, already_loaded, full};
+use crate::Server;
 use crate::founders::session::{has_code, quoted, within};
 
 /// A span for which no session is free by then is refused, and may be sent again.
@@ -53,17 +54,19 @@ pub(super) struct Rows {
     acting: Acting,
     watch: Watch,
     load: Load,
+    server: Server,
     /// Last, because the span is free only after its session has been told to end.
     hold: Hold,
 }
 
 /// Begins to load a span. Whoever loads it through this node already is ended.
 pub(super) async fn begin(loader: &Loader, load: Load) -> anyhow::Result<Rows> {
-    let mut hold = loader.holds.take(&load);
+    let mut hold = loader.holds.take(&load)?;
     let permit = permit(loader, &hold).await?;
     let begun = begin_held(loader, &load, &mut hold).await;
     let (acting, sink) = begun.map_err(|error| hold.told(error))?;
-    Ok(Rows { sink, acting, watch: Watch::over(hold.end.clone(), permit), load, hold })
+    let server = loader.server.clone();
+    Ok(Rows { sink, acting, watch: Watch::over(hold.end.clone(), permit), load, server, hold })
 }
 
 async fn permit(loader: &Loader, hold: &Hold) -> anyhow::Result<OwnedSemaphorePermit> {
@@ -80,7 +83,7 @@ async fn permit(loader: &Loader, hold: &Hold) -> anyhow::Result<OwnedSemaphorePe
 }
 
 async fn begin_held(loader: &Loader, load: &Load, hold: &mut Hold) -> anyhow::Result<(Acting, Sink)> {
-    let acting = Acting::inside(&loader.server, load.job, load.database_oid, &hold.end).await?;
+    let acting = Acting::inside(&loader.server, load.job, load.database_oid, load.run, &hold.end).await?;
     let session = &acting.session;
     hold.begin(session).await?;
     session.run(&format!("BEGIN; SET LOCAL lock_timeout = '{LOCK_WAIT}'; {FLUSHED}")).await?;
@@ -146,8 +149,9 @@ impl Upload for Rows {
     fn finish(self: Box<Self>) -> Boxed<'static, ()> {
         Box::pin(async move {
             self.watch.rest();
-            let Self { mut sink, acting, watch: _watch, load, hold } = *self;
-            commit(sink.as_mut(), &acting, &load).await.map_err(|error| hold.told(error))
+            let Self { mut sink, acting, watch: _watch, load, server, hold } = *self;
+            let committed = commit(sink.as_mut(), &acting, &load).await;
+            committed.map_err(|error| full::told(hold.told(error), &server, load.job))
         })
     }
 }

@@ -2,8 +2,8 @@
 //!
 //! The node beside a shard's primary does it, for whoever runs a restore. It makes a database under a name of the
 //! job's own (`create`), restores the first section of the schema (`schema`), takes rows span by span from many senders
-//! (`load`), builds all the rest (`finish`, `views`) and at last gives the database its name (`publish`). Until then no
-//! user knows it, and it can be removed without a trace.
+//! (`load`), builds all the rest (`finish`, `post_data`, `views`) and at last gives the database its name and then to its
+//! user (`publish`). Until then no user knows it, and it can be removed without a trace (`remove`).
 //!
 //! What has been done is written in the database itself, in a schema that is gone at the end, in the transactions that
 //! do it. The loader keeps nothing but the schema's file, which it can be sent again; so a coordinator, this node, or
@@ -12,25 +12,34 @@
 mod acting;
 mod create;
 mod finish;
+mod found;
+mod full;
 mod holds;
 mod load;
+mod pg_restore;
+mod post_data;
 mod publish;
+mod remove;
 mod schema;
+mod toc;
+mod turns;
 mod types;
 mod views;
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::VecDeque;
 use std::fs::File;
 use std::sync::{Arc, Mutex, PoisonError, Weak};
-use std::time::Duration;
 
 use cluster::service::{Boxed, Reply, Service};
 use pgerror::{PgError, SqlState};
 use serde_json::Value;
-use tokio::sync::{OwnedMutexGuard, Semaphore};
-use tokio::time::timeout;
+use tokio::sync::Semaphore;
 
-pub(crate) use self::schema::find as find_pg_restore;
+use self::acting::Acting;
+pub(crate) use self::pg_restore::find as find_pg_restore;
+pub use self::post_data::BUILDERS_MAX;
+pub use self::publish::properties;
+use self::turns::{Order, Turns};
 pub use self::types::*;
 use crate::Server;
 
@@ -40,15 +49,12 @@ pub const LOADERS_MAX: usize = 8;
 /// Schemas that are kept at the same time, each in a file; for one more the oldest is let go, and has to come again.
 pub const SCHEMAS_MAX: usize = 8;
 
-/// A job that somebody else works on for longer is not worked on by this request.
-const TURN_WAIT: Duration = Duration::from_secs(600);
-
 /// The loader of the server beside this node.
 pub struct Loader {
     server: Server,
     sessions: Arc<Semaphore>,
     schemas: Mutex<VecDeque<(i64, Arc<File>)>>,
-    turns: Mutex<HashMap<i64, Weak<tokio::sync::Mutex<()>>>>,
+    turns: Turns,
     holds: holds::Holds,
     me: Weak<Self>,
 }
@@ -60,7 +66,7 @@ impl Loader {
             server,
             sessions: Arc::new(Semaphore::new(LOADERS_MAX)),
             schemas: Mutex::default(),
-            turns: Mutex::default(),
+            turns: Turns::default(),
             holds: holds::Holds::default(),
             me: me.clone(),
         })
@@ -69,41 +75,50 @@ impl Loader {
     async fn answer(&self, request: Value) -> anyhow::Result<Reply> {
         let request: Request = serde_json::from_value(request)
             .map_err(|_| PgError::new(SqlState::PROTOCOL_VIOLATION, "the request for the loader cannot be read"))?;
+        let job = request.job();
+        self.serve(request).await.map_err(|error| full::told(error, &self.server, job))
+    }
+
+    async fn serve(&self, request: Request) -> anyhow::Result<Reply> {
+        let turn = self.turns.of(request.job());
+        let null = Ok(Reply::Answer(Value::Null));
         match request {
             Request::Create(request) => {
+                let order = Order(request.run, false);
+                let _held = turn.hold(order).await?;
                 let created = Box::pin(create::create(self, &request)).await?;
+                turn.admit(order)?;
                 Ok(Reply::Answer(serde_json::to_value(created)?))
             }
-            Request::PreData { job, database_oid } => {
+            Request::PreData { job, database_oid, run } => {
+                turn.admit(Order(run, false))?;
                 let Some(me) = self.me.upgrade() else { return Err(anyhow::anyhow!("the loader has ended")) };
-                Ok(Reply::Upload(Box::new(schema::SchemaUpload::begin(me, job, database_oid).await?)))
+                Ok(Reply::Upload(Box::new(schema::SchemaUpload::begin(me, job, database_oid, run).await?)))
             }
-            Request::Load(load) => Ok(Reply::Upload(Box::new(load::begin(self, load).await?))),
+            Request::Load(load) => {
+                turn.admit(Order(load.run, false))?;
+                Ok(Reply::Upload(Box::new(load::begin(self, load).await?)))
+            }
             Request::Finish(request) => {
-                Box::pin(finish::finish(self, &request)).await?;
-                Ok(Reply::Answer(Value::Null))
+                turn.take(Order(request.run, false), Box::pin(finish::finish(self, &request))).await?;
+                null
             }
-            Request::Drop { job } => {
-                Box::pin(create::remove(self, job)).await?;
-                Ok(Reply::Answer(Value::Null))
+            Request::Publish(request) => {
+                let outside = Acting::outside(&self.server, request.job).await?;
+                turn.take(Order(request.run, false), publish::publish(&outside, &request)).await?;
+                null
+            }
+            Request::Release(request) => {
+                let outside = Acting::outside(&self.server, request.job).await?;
+                turn.take(Order(request.run, false), publish::release(&outside, &request)).await?;
+                null
+            }
+            Request::Drop { job, run } => {
+                Box::pin(remove::remove(self, job, run)).await?;
+                null
             }
             Request::Progress { job } => Ok(Reply::Answer(serde_json::to_value(create::progress(self, job).await?)?)),
         }
-    }
-
-    /// Waits until nobody else on this node changes the job's database as a whole.
-    async fn turn(&self, job: i64) -> anyhow::Result<OwnedMutexGuard<()>> {
-        let turn = {
-            let mut turns = self.turns.lock().unwrap_or_else(PoisonError::into_inner);
-            turns.retain(|_, turn| turn.strong_count() > 0);
-            let turn = turns.get(&job).and_then(Weak::upgrade).unwrap_or_default();
-            turns.insert(job, Arc::downgrade(&turn));
-            turn
-        };
-        timeout(TURN_WAIT, turn.lock_owned()).await.map_err(|_| {
-            let message = format!("the database of restore job {job} is being worked on by somebody else");
-            PgError::new(SqlState::OBJECT_IN_USE, message).into()
-        })
     }
 
     fn keep_schema(&self, job: i64, file: Arc<File>) {

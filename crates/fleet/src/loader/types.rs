@@ -2,8 +2,8 @@
 //!
 //! These travel between nodes as JSON; what comes back is said at each variant of [`Request`]. Every request may be
 //! made again, by anybody who runs the same job, because a coordinator may die and another one repeats its last step.
-//! Two refusals are part of that and have to be told apart from failures: [`is_already_loaded`] (go on with the next
-//! span) and [`needs_schema`] (send the schema again, then repeat).
+//! Three refusals are part of that and have to be told apart from failures: [`is_already_loaded`] (go on with the next
+//! span), [`needs_schema`] (send the schema again, then repeat), and [`is_superseded`] (stop, silently).
 
 use pgerror::{PgError, SqlState};
 use serde::{Deserialize, Serialize};
@@ -17,6 +17,10 @@ pub const LOADER: &str = "loader";
 pub const RESTORE_ROLE: &str = "backhaul_restore";
 
 /// What a node can be asked.
+///
+/// A coordinator that was stopped and goes on does not know that another one runs its job. So every request that changes
+/// something carries the number of its coordinator's run, which is higher for each later one; the highest that has come
+/// is remembered with the database, and [`is_superseded`] is the answer to a lower one.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub enum Request {
     /// Make the database of a job, or find the one that was made. Answered with [`Created`].
@@ -30,15 +34,24 @@ pub enum Request {
         job: i64,
         /// Its database.
         database_oid: u32,
+        /// The number of the coordinator's run.
+        run: i64,
     },
     /// Takes bytes: COPY's text format in UTF-8. At their end they are committed, together with the span's number.
     Load(Load),
-    /// Make the database whole and give it its name. Answered with null, after as long as indexes take.
+    /// Make the database whole. Answered with null, after as long as indexes take.
     Finish(Box<Finish>),
-    /// Remove what the job made, unless it has its name already. Answered with null, also when there is nothing.
+    /// Give the whole database its name, while nobody may connect to it yet. Answered with null.
+    Publish(Box<Publish>),
+    /// Give it to its user: owner, privileges, settings. Answered with null. From then on it is not the job's any more.
+    Release(Box<Publish>),
+    /// Remove what the job made, unless its user has it already. Answered with null, also when there is nothing, or a
+    /// newer run works on it.
     Drop {
         /// The job.
         job: i64,
+        /// The number of the coordinator's run.
+        run: i64,
     },
     /// How far the job is. Answered with [`Progress`].
     Progress {
@@ -47,13 +60,28 @@ pub enum Request {
     },
 }
 
+impl Request {
+    /// The job that it is about.
+    pub fn job(&self) -> i64 {
+        match self {
+            Self::Create(request) => request.job,
+            Self::Load(request) => request.job,
+            Self::Finish(request) => request.job,
+            Self::Publish(request) | Self::Release(request) => request.job,
+            Self::PreData { job, .. } | Self::Drop { job, .. } | Self::Progress { job } => *job,
+        }
+    }
+}
+
 /// Makes the database of a job, under a name of the job's own.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Create {
     /// The job.
     pub job: i64,
+    /// The number of the coordinator's run.
+    pub run: i64,
     /// The name that the database gets when it is whole. It must be free now, and then. Who repeats a job whose
-    /// database has got it knows the OID, and asks for [`Request::Finish`] first.
+    /// database has got it knows the OID, and goes on with [`Request::Finish`].
     pub target: String,
     /// What the database is to be like.
     pub plan: DatabasePlan,
@@ -75,7 +103,7 @@ pub struct Progress {
     pub pre_data: bool,
     /// The spans that are committed, in order.
     pub spans: Vec<u32>,
-    /// Whether nothing is left to do but [`Request::Finish`], which only gives the name; spans are not known any more.
+    /// Whether nothing is left to do but to give the name; spans are not known any more.
     pub whole: bool,
 }
 
@@ -86,6 +114,8 @@ pub struct Load {
     pub job: i64,
     /// Its database.
     pub database_oid: u32,
+    /// The number of the coordinator's run.
+    pub run: i64,
     /// The span's number, which means the same rows each time.
     pub span: u32,
     /// What its rows are.
@@ -120,7 +150,9 @@ pub struct Finish {
     pub job: i64,
     /// Its database.
     pub database_oid: u32,
-    /// The name that it gets.
+    /// The number of the coordinator's run.
+    pub run: i64,
+    /// The name that it is to get; a database that has it already, and no mark any more, was finished before.
     pub target: String,
     /// What it is to be like.
     pub plan: DatabasePlan,
@@ -128,11 +160,31 @@ pub struct Finish {
     pub rows: Vec<(String, String, u64)>,
 }
 
+/// Gives a whole database its name, or what else its user knows it by.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Publish {
+    /// The job.
+    pub job: i64,
+    /// Its database.
+    pub database_oid: u32,
+    /// The number of the coordinator's run.
+    pub run: i64,
+    /// The name that it gets.
+    pub target: String,
+    /// What it is to be like.
+    pub plan: DatabasePlan,
+}
+
 const ALREADY_LOADED: &str = "has been loaded already";
 const NO_SCHEMA: &str = "is not kept on this node";
+const SUPERSEDED: &str = "is run by somebody else now";
 
 pub(super) fn already_loaded(job: i64, span: u32) -> PgError {
     PgError::new(SqlState::DUPLICATE_OBJECT, format!("span {span} of restore job {job} {ALREADY_LOADED}"))
+}
+
+pub(super) fn superseded(job: i64) -> PgError {
+    PgError::new(SqlState::OBJECT_NOT_IN_PREREQUISITE_STATE, format!("restore job {job} {SUPERSEDED}"))
 }
 
 pub(super) fn no_schema(job: i64) -> PgError {
@@ -150,6 +202,11 @@ pub fn needs_schema(error: &PgError) -> bool {
     error.code == SqlState::OBJECT_NOT_IN_PREREQUISITE_STATE && error.message.ends_with(NO_SCHEMA)
 }
 
+/// Whether a request was refused because a newer run of the job has come, or has removed all: the claim is lost.
+pub fn is_superseded(error: &PgError) -> bool {
+    error.code == SqlState::OBJECT_NOT_IN_PREREQUISITE_STATE && error.message.ends_with(SUPERSEDED)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -159,13 +216,15 @@ mod tests {
         let (loaded, schema) = (already_loaded(7, 3), no_schema(7));
         assert_eq!((is_already_loaded(&loaded), needs_schema(&loaded)), (true, false));
         assert_eq!((is_already_loaded(&schema), needs_schema(&schema)), (false, true));
+        assert_eq!((is_superseded(&schema), is_superseded(&superseded(7))), (false, true));
         assert_eq!(loaded.message, "span 3 of restore job 7 has been loaded already");
     }
 
     #[test]
     fn requests_survive_the_wire() {
         let what = Loaded::Table { schema: "s".to_owned(), name: "t".to_owned(), columns: Vec::new() };
-        let request = Request::Load(Load { job: 7, database_oid: 16384, span: 3, what, encoding: String::new() });
+        let request =
+            Request::Load(Load { job: 7, database_oid: 16384, run: 1, span: 3, what, encoding: String::new() });
         let text = serde_json::to_string(&request).unwrap();
         assert_eq!(serde_json::from_str::<Request>(&text).unwrap(), request);
     }

@@ -1,0 +1,178 @@
+//! What a backup leaves behind: nothing but itself.
+//!
+//! A job that fails or is canceled removes its files; one that has succeeded removes what its manifest does not name:
+//! files of tries that were lost, of claims that ended. Before anything is removed the workers are asked to stop, and
+//! one that cannot be asked finishes no file: its session has ended by then ([`crate::export`]).
+//!
+//! A seal that is found here wins: that backup is whole, and the job has succeeded whatever was asked of it. One that
+//! appears later, out of a request that was under way, is removed with the rest. A coordinator that slept through all
+//! of this looks once more behind its seal ([`crate::seal`]).
+
+use std::collections::BTreeSet;
+use std::time::Duration;
+
+use cluster::{Filter, NodeId, Peers};
+use futures_util::stream::{self, StreamExt as _, TryStreamExt as _};
+use jobs::{JobId, Retryable, Run};
+use pgerror::{PgError, SqlState};
+use storage::{Entry, Store, Stores, Uri};
+
+use crate::drive::Finished;
+use crate::export::{self, EXPORT};
+use crate::layout;
+use crate::manifest::Manifest;
+use crate::restore::places;
+
+/// A worker has stopped by then, or is asked again.
+const SETTLE_DEADLINE: Duration = Duration::from_secs(40);
+
+/// Files are listed and removed so often, until there are none.
+const PASSES_MAX: usize = 5;
+
+/// Files that are removed at the same time.
+const AT_ONCE: usize = 8;
+
+/// What a backup's files are found by.
+pub(crate) struct Trace<'t> {
+    pub(crate) run: &'t Run,
+    pub(crate) peers: &'t Peers,
+    pub(crate) stores: &'t Stores,
+    pub(crate) filter: &'t Filter,
+    /// The backup's directory, with its keys.
+    pub(crate) directory: &'t Uri,
+}
+
+impl Trace<'_> {
+    /// Every place that may hold files of the backup: the store, or the directory of each node that takes part.
+    ///
+    /// # Errors
+    ///
+    /// 08006 when a node that holds files of it does not answer now.
+    async fn places(&self) -> anyhow::Result<Vec<Store>> {
+        let reachable = places(self.directory, self.peers, self.filter);
+        let mut opened = Vec::new();
+        for place in &reachable {
+            opened.push(self.stores.open(place).await?);
+        }
+        if self.directory.on(NodeId(0)).is_some() {
+            let finished: Vec<Finished> = self.run.kept_under("span/").await?;
+            let holders: BTreeSet<NodeId> = finished.iter().filter_map(|done| done.file.node).collect();
+            if let Some(node) = holders.iter().find(|node| opened.iter().all(|store| store.node() != Some(**node))) {
+                let message = format!("node {node} does not answer, and it holds files of the backup");
+                return Err(PgError::new(SqlState::CONNECTION_FAILURE, message).into());
+            }
+        }
+        Ok(opened)
+    }
+
+    /// Returns when no node that answers works on the job any more.
+    async fn settle(&self) -> anyhow::Result<()> {
+        let view = self.peers.cluster().view();
+        let known = view.nodes.values().filter(|known| known.reachable);
+        let matching = known.filter(|known| known.info.locality.first_unmatched(self.filter).is_none());
+        let request = export::Request::Settle { job: self.run.id.0 };
+        for node in matching.filter_map(|known| known.info.node_id) {
+            self.peers.call::<()>(node, EXPORT, &request, SETTLE_DEADLINE).await?;
+        }
+        Ok(())
+    }
+
+    /// The store in which the job's backup is sealed, if it is.
+    pub(crate) async fn sealed(&self) -> anyhow::Result<Option<Store>> {
+        for store in self.places().await.map_err(passing)? {
+            let body = store.read(layout::SEAL).await.map_err(passing)?;
+            let manifest = body.and_then(|body| serde_json::from_slice::<Manifest>(&body).ok());
+            if manifest.is_some_and(|manifest| manifest.job == self.run.id.0) {
+                return Ok(Some(store));
+            }
+        }
+        Ok(None)
+    }
+
+    /// Removes all files of the job.
+    ///
+    /// # Errors
+    ///
+    /// A store or a node cannot be reached, which may pass; or refuses.
+    pub(crate) async fn remove_all(&self) -> anyhow::Result<()> {
+        self.settle().await?;
+        for store in self.places().await? {
+            let mine = |entries: &[Entry]| of_job(self.run.id, entries);
+            remove(&store, mine).await.map_err(passing)?;
+        }
+        Ok(())
+    }
+
+    /// Removes the files of the job that the sealed manifest does not name. What cannot be removed now stays.
+    pub(crate) async fn remove_strays(&self, manifest: &Manifest) -> anyhow::Result<()> {
+        self.settle().await?;
+        let named = |entry: &Entry, store: &Store| {
+            let files = manifest.shards.iter().flat_map(|shard| shard.files.iter().chain(&shard.schemas));
+            files.into_iter().any(|file| file.path == entry.path && file.node == store.node())
+        };
+        for store in self.places().await? {
+            let stray = |entries: &[Entry]| {
+                let parts = entries.iter().filter(|entry| layout::is_part(&entry.path) && !named(entry, &store));
+                parts.map(|entry| entry.path.clone()).collect()
+            };
+            remove(&store, stray).await?;
+        }
+        Ok(())
+    }
+}
+
+/// The files of a directory that are this job's, the lock last. Where another job has its lock, only names that carry
+/// this job's number are.
+fn of_job(job: JobId, entries: &[Entry]) -> Vec<String> {
+    let (lock, data) = (layout::lock(job), layout::data_of(job));
+    let is_shared = entries.iter().any(|entry| entry.path.starts_with(layout::LOCK_PREFIX) && entry.path != lock);
+    let is_mine = |path: &str| path.starts_with(&data) || !is_shared;
+    let paths = entries.iter().map(|entry| &entry.path).filter(|path| **path != lock && is_mine(path));
+    let mut paths: Vec<String> = paths.cloned().collect();
+    paths.extend(entries.iter().any(|entry| entry.path == lock).then_some(lock));
+    paths
+}
+
+async fn remove(store: &Store, chosen: impl Fn(&[Entry]) -> Vec<String>) -> anyhow::Result<()> {
+    for _ in 0..PASSES_MAX {
+        let mut paths = chosen(&store.list("").await?);
+        let Some(last) = paths.pop() else { return Ok(()) };
+        let removals = paths.into_iter().map(|path| async move { store.delete(&path).await });
+        stream::iter(removals).buffer_unordered(AT_ONCE).try_collect::<()>().await?;
+        store.delete(&last).await?;
+    }
+    let message = format!("files keep coming to {}", store.redacted());
+    Err(PgError::new(SqlState::OBJECT_IN_USE, message).into())
+}
+
+/// A store that does not answer now may do so later.
+fn passing(error: anyhow::Error) -> anyhow::Error {
+    if storage::is_transient(&error) { error.context(Retryable) } else { error }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_the_job_s_own_files_are_removed_and_its_lock_last() {
+        let entries = |paths: &[&str]| -> Vec<Entry> {
+            paths.iter().map(|path| Entry { path: (*path).to_owned(), size: 1 }).collect()
+        };
+        for (there, removed) in [
+            (
+                &["BACKUP-LOCK-7", "BACKUP_MANIFEST", "data/7-a-1.copy.zst"][..],
+                &["BACKUP_MANIFEST", "data/7-a-1.copy.zst", "BACKUP-LOCK-7"][..],
+            ),
+            (&["BACKUP-LOCK-8", "BACKUP_MANIFEST", "data/8-a-1.copy.zst"], &[]),
+            (
+                &["BACKUP-LOCK-7", "BACKUP-LOCK-8", "MANIFEST-x", "data/7-a-1.copy.zst"],
+                &["data/7-a-1.copy.zst", "BACKUP-LOCK-7"],
+            ),
+            (&["data/7-a-1.copy.zst"], &["data/7-a-1.copy.zst"]),
+            (&[], &[]),
+        ] {
+            assert_eq!(of_job(JobId(7), &entries(there)), removed, "{there:?}");
+        }
+    }
+}

@@ -1,0 +1,286 @@
+//! What is done under a claim, until the job is somebody else's, paused, or at its end.
+//!
+//! A run that is told to stop is dropped at its next await, and its claim is looked at again: what the row says then is
+//! done. A job that fails or is canceled is `reverting` while what it made is removed; that is resumed like any run, by
+//! whoever holds the claim, and only then has the job ended.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, bail};
+use cluster::registry::{Session, Standing};
+use pgerror::{PgError, SqlState};
+use serde_json::Value;
+use tokio::time::sleep;
+use tokio_postgres::Row;
+use tokio_postgres::types::ToSql;
+use uuid::Uuid;
+
+use crate::control::CANCELED;
+use crate::gate;
+use crate::run::{LostClaim, MINE, Retryable, Run, words};
+use crate::runner::{Claimed, Duty, Held, Jobs, Resumer, TICK};
+
+/// A job that fails in a way that may pass is begun again for so long after the first failure of a row, with waits that
+/// double up to the longest. A run that lasted for a while ends the row.
+const RETRY_FOR: Duration = Duration::from_secs(300);
+const A_WHILE: Duration = Duration::from_secs(60);
+const FIRST_WAIT: Duration = Duration::from_millis(500);
+const LONGEST_WAIT: Duration = Duration::from_secs(10);
+
+/// What a job made is tried to be removed for so many seconds; what is there still when they are over stays, and the
+/// job says so.
+const REVERT_FOR: f64 = 30.0;
+
+/// A job that was begun so often, on whichever nodes, fails: it may be what ends its coordinators.
+const RUNS_MAX: i64 = 60;
+
+/// A job that no node may run is tried again this often, and fails when there was none for so long.
+const UNMATCHED_WAIT: &str = "2 seconds";
+const UNMATCHED_MAX: &str = "60 seconds";
+
+/// How often a running job's session is looked at.
+const SESSION_LOOK: Duration = Duration::from_millis(100);
+
+impl Jobs {
+    /// Does what a claim obliges to, for as long as this node's session lives and nothing else is asked of the job.
+    pub(crate) async fn attend(self, claimed: Claimed, held: Held, session: Uuid) {
+        let job = claimed.id;
+        tokio::select! {
+            done = self.do_duty(&claimed) => match done {
+                // Whoever is to do what comes next finds the claim with nobody at it.
+                Ok(()) => {}
+                Err(error) if error.downcast_ref::<LostClaim>().is_some() => {
+                    tracing::info!(%job, "job is somebody else's now, or something is asked of it");
+                }
+                Err(error) => {
+                    // The claim stays, and this is tried again with a later look at the rows.
+                    tracing::warn!(%job, "nothing came of the claim on a job: {error:#}");
+                    sleep(TICK).await;
+                }
+            },
+            () = held.stop.cancelled() => tracing::info!(%job, "job is stopped here"),
+            () = self.session_ends(session) => tracing::warn!(%job, "this node's session has ended; it stops the job"),
+        }
+        drop(held);
+        self.ledger().ring();
+    }
+
+    async fn do_duty(&self, claimed: &Claimed) -> anyhow::Result<()> {
+        let resumer = self.resumer(&claimed.job_type);
+        let Some(resumer) = resumer else { bail!("no resumer for jobs of type {}", claimed.job_type) };
+        let anywhere = match claimed.duty {
+            Duty::Pause | Duty::Cancel => true,
+            Duty::Run => false,
+            Duty::Revert(_) => !resumer.reverts_where_it_ran(),
+        };
+        if !anywhere && !self.matches(&claimed.filter) {
+            return match self.relocate(claimed.id, claimed.claim, &claimed.filter, &claimed.prefers).await? {
+                Some(_) => Ok(()),
+                None => self.postpone(claimed).await,
+            };
+        }
+        match claimed.duty {
+            Duty::Run => self.run_to_its_end(claimed, resumer).await,
+            Duty::Revert(since) => self.revert(claimed, resumer, since).await,
+            Duty::Pause => self.pause(claimed).await,
+            Duty::Cancel => {
+                let error = PgError::new(SqlState::QUERY_CANCELED, CANCELED);
+                self.begin_to_revert(claimed, "canceled", &error.into()).await
+            }
+        }
+    }
+
+    /// Nobody matches now: gives the claim back for a while, or, when that has lasted, goes on without.
+    pub(crate) async fn postpone(&self, claimed: &Claimed) -> anyhow::Result<()> {
+        let release = format!(
+            "UPDATE registry.jobs SET claim_id = NULL, claim_session = NULL, coordinator_id = NULL,
+                    unmatched_since = coalesce(unmatched_since, clock_timestamp()),
+                    next_run = clock_timestamp() + interval '{UNMATCHED_WAIT}',
+                    running_status = 'waiting for a node that matches the locality filter'
+             WHERE {MINE}
+               AND coalesce(unmatched_since > clock_timestamp() - interval '{UNMATCHED_MAX}', true) RETURNING id"
+        );
+        if !self.ledger().query(&release, &[&claimed.id.0, &claimed.claim]).await?.is_empty() {
+            return Ok(());
+        }
+        let nobody = gate::nobody(&claimed.filter).into();
+        match claimed.duty {
+            Duty::Revert(_) => self.stay_behind(claimed, &nobody).await,
+            _ => self.begin_to_revert(claimed, "failed", &nobody).await,
+        }
+    }
+
+    fn run_of(&self, claimed: &Claimed) -> Run {
+        Run {
+            id: claimed.id,
+            claim: claimed.claim,
+            payload: claimed.payload.clone(),
+            sealed: claimed.sealed.clone(),
+            pausepoints: claimed.pausepoints.clone(),
+            ledger: self.ledger().clone(),
+        }
+    }
+
+    async fn run_to_its_end(&self, claimed: &Claimed, resumer: Arc<dyn Resumer>) -> anyhow::Result<()> {
+        let run = self.run_of(claimed);
+        let mut wait = FIRST_WAIT;
+        let mut failing_since: Option<Instant> = None;
+        loop {
+            let begun = Instant::now();
+            if !self.begin(claimed).await? {
+                let message = format!("the job was begun {RUNS_MAX} times and never came to its end");
+                let error = PgError::new(SqlState::UNCATEGORIZED, message).into();
+                return self.begin_to_revert(claimed, "failed", &error).await;
+            }
+            let error = match resumer.resume(run.clone()).await {
+                Ok(result) => return self.succeed(claimed, &result).await,
+                Err(error) if error.downcast_ref::<LostClaim>().is_some() => return Err(error),
+                Err(error) => error,
+            };
+            if begun.elapsed() >= A_WHILE {
+                (failing_since, wait) = (None, FIRST_WAIT);
+            }
+            let since = *failing_since.get_or_insert_with(Instant::now);
+            if !may_pass(&error) || since.elapsed() >= RETRY_FOR {
+                return self.begin_to_revert(claimed, "failed", &error).await;
+            }
+            tracing::warn!(job = %claimed.id, "job is tried again: {error:#}");
+            if let Err(lost) = run.note(&error).await
+                && lost.downcast_ref::<LostClaim>().is_some()
+            {
+                return Err(lost);
+            }
+            sleep(wait).await;
+            wait = LONGEST_WAIT.min(wait * 2);
+        }
+    }
+
+    /// False when it has been begun too often.
+    async fn begin(&self, claimed: &Claimed) -> anyhow::Result<bool> {
+        let write = format!(
+            "UPDATE registry.jobs SET started = coalesce(started, clock_timestamp()), last_run = clock_timestamp(),
+                    num_runs = num_runs + 1, next_run = NULL, unmatched_since = NULL, modified = clock_timestamp()
+             WHERE {MINE} RETURNING num_runs"
+        );
+        let rows = self.last_word(&write, &[&claimed.id.0, &claimed.claim]).await?;
+        Ok(rows.first().is_some_and(|row| row.get::<_, i64>(0) <= RUNS_MAX))
+    }
+
+    async fn succeed(&self, claimed: &Claimed, result: &Value) -> anyhow::Result<()> {
+        let write = format!(
+            "UPDATE registry.jobs SET status = 'succeeded', fraction_completed = 1, running_status = NULL, result = $3,
+                    sealed = NULL, error = '', ends_as = NULL, finished = clock_timestamp(), modified = clock_timestamp()
+             WHERE {MINE} RETURNING id"
+        );
+        self.last_word(&write, &[&claimed.id.0, &claimed.claim, result]).await?;
+        tracing::info!(job = %claimed.id, "job succeeded");
+        self.ledger().notify().await;
+        Ok(())
+    }
+
+    /// Writes why the job does not succeed, under a new claim of this node's: nothing that still works under the old
+    /// one can write any more.
+    async fn begin_to_revert(&self, claimed: &Claimed, ends_as: &str, error: &anyhow::Error) -> anyhow::Result<()> {
+        let write = "
+            UPDATE registry.jobs SET status = 'reverting', ends_as = $3, error = $4, result = $5, claim_id = gen_random_uuid(),
+                   reverting_since = clock_timestamp(), running_status = 'removing what the job has made', next_run = NULL,
+                   unmatched_since = NULL, modified = clock_timestamp()
+            WHERE id = $1 AND claim_id = $2 AND status IN ('running', 'cancel-requested') RETURNING id";
+        let (words, parts) = words(error);
+        tracing::warn!(job = %claimed.id, "job is {ends_as}: {words}");
+        self.last_word(write, &[&claimed.id.0, &claimed.claim, &ends_as, &words, &parts]).await?;
+        Ok(())
+    }
+
+    async fn revert(&self, claimed: &Claimed, resumer: Arc<dyn Resumer>, since: f64) -> anyhow::Result<()> {
+        let run = self.run_of(claimed);
+        let begun = Instant::now();
+        let mut wait = FIRST_WAIT;
+        loop {
+            let error = match resumer.revert(run.clone()).await {
+                Ok(Some(result)) => return self.succeed(claimed, &result).await,
+                Ok(None) => return self.end(claimed).await,
+                Err(error) if error.downcast_ref::<LostClaim>().is_some() => return Err(error),
+                Err(error) => error,
+            };
+            if !may_pass(&error) || since + begun.elapsed().as_secs_f64() >= REVERT_FOR {
+                return self.stay_behind(claimed, &error).await;
+            }
+            tracing::info!(job = %claimed.id, "what the job has made is not removed yet: {error:#}");
+            sleep(wait).await;
+            wait = LONGEST_WAIT.min(wait * 2);
+        }
+    }
+
+    /// Ends a job although what it made could not be removed.
+    async fn stay_behind(&self, claimed: &Claimed, error: &anyhow::Error) -> anyhow::Result<()> {
+        tracing::warn!(job = %claimed.id, "what the job has made stays: {error:#}");
+        let (words, _) = words(error);
+        let error = PgError::new(SqlState::UNCATEGORIZED, "what the job has made was not all removed").detail(words);
+        match self.run_of(claimed).note(&error.into()).await {
+            Err(lost) if lost.downcast_ref::<LostClaim>().is_some() => Err(lost),
+            _ => self.end(claimed).await,
+        }
+    }
+
+    async fn end(&self, claimed: &Claimed) -> anyhow::Result<()> {
+        let write = format!(
+            "UPDATE registry.jobs SET status = ends_as, running_status = NULL, sealed = NULL, next_run = NULL,
+                    finished = clock_timestamp(), modified = clock_timestamp()
+             WHERE {MINE} RETURNING id"
+        );
+        self.last_word(&write, &[&claimed.id.0, &claimed.claim]).await?;
+        self.ledger().notify().await;
+        Ok(())
+    }
+
+    async fn pause(&self, claimed: &Claimed) -> anyhow::Result<()> {
+        let write = "
+            UPDATE registry.jobs SET status = 'paused', claim_id = NULL, claim_session = NULL, modified = clock_timestamp(),
+                   running_status = pause_reason
+            WHERE id = $1 AND claim_id = $2 AND status = 'pause-requested' RETURNING id";
+        self.last_word(write, &[&claimed.id.0, &claimed.claim]).await?;
+        tracing::info!(job = %claimed.id, "job is paused");
+        self.ledger().notify().await;
+        Ok(())
+    }
+
+    /// A write that has to be made while this node's session lives, however often the registry is away meanwhile.
+    async fn last_word(&self, statement: &str, parameters: &[&(dyn ToSql + Sync)]) -> anyhow::Result<Vec<Row>> {
+        loop {
+            match self.ledger().query(statement, parameters).await {
+                Ok(rows) if rows.is_empty() => return Err(LostClaim.into()),
+                Ok(rows) => return Ok(rows),
+                Err(error) if may_pass(&error) => {
+                    tracing::info!("the registry is away: {error:#}");
+                    sleep(FIRST_WAIT).await;
+                }
+                Err(error) => return Err(error).context("write what has become of a job"),
+            }
+        }
+    }
+
+    /// Returns when the session under which a claim was made can no longer be relied on.
+    async fn session_ends(&self, id: Uuid) {
+        let mut last: Option<Session> = None;
+        loop {
+            match self.registry().standing() {
+                Standing::Member(session) if session.id == id => last = Some(session),
+                Standing::Member(_) => return,
+                // The registry is away; the session still lives for what is left of it.
+                Standing::Apart { .. } => {}
+            }
+            if !last.as_ref().is_some_and(Session::is_valid) {
+                return;
+            }
+            sleep(SESSION_LOOK).await;
+        }
+    }
+}
+
+/// Whether what ended with this error is tried again.
+pub fn may_pass(error: &anyhow::Error) -> bool {
+    let lost = PgError::of(error).is_some_and(|said| said.code == SqlState::CONNECTION_FAILURE);
+    lost || error.downcast_ref::<Retryable>().is_some()
+}

@@ -1,0 +1,165 @@
+//! Which jobs a statement is about: ids, or a query of PostgreSQL's that gives ids.
+//!
+//! A query is the user's own. It is not understood here, only cut out of the text, and runs in the user's session on
+//! the server, with the user's rights and in the user's transaction. Its place is kept, so that a position in an error
+//! of the server can be made one in the statement.
+
+use pgerror::PgError;
+use sqlparser::tokenizer::Token;
+
+use crate::cursor::Cursor;
+use crate::statement::Number;
+
+/// The words that a query begins with.
+const QUERIES: [&str; 4] = ["SELECT", "WITH", "TABLE", "VALUES"];
+
+/// A query may name so many jobs; a statement whose query gives more fails.
+pub const IDS_MAX: usize = 1000;
+
+/// Jobs as a statement names them.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Selection {
+    /// By their ids, in order, repetitions kept.
+    Ids(Vec<Number>),
+    /// By a query of PostgreSQL's that gives their ids.
+    Query(Query),
+    /// `ALL BACKUP JOBS`: every job of a kind that the request can be made of.
+    All(JobKind),
+}
+
+/// A kind of job in `ALL … JOBS`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum JobKind {
+    /// `BACKUP`.
+    Backup,
+    /// `RESTORE`.
+    Restore,
+}
+
+/// A query in a statement of ours. It may say anything, so its `Debug` hides it.
+#[derive(Clone, PartialEq, Eq)]
+pub struct Query {
+    text: String,
+    /// The characters before it in the statement.
+    before: usize,
+    /// It stands where one value is wanted; PostgreSQL refuses it if it gives several.
+    one_value: bool,
+}
+
+impl Query {
+    pub(crate) fn new(text: String, before: usize, one_value: bool) -> Self {
+        Self { text, before, one_value }
+    }
+
+    pub(crate) fn text(&self) -> &str {
+        &self.text
+    }
+
+    /// What the server is to run. Its first column has the ids; of too many rows it gives one more than [`IDS_MAX`].
+    ///
+    /// As a part of another query it can neither change data nor make a table. Its last line may be a comment, which
+    /// ends before ours begins.
+    pub fn for_server(&self) -> String {
+        let (head, text) = (self.head(), &self.text);
+        match self.one_value {
+            true => format!("{head}{text}"),
+            false => format!("{head}{text}\n) AS named LIMIT {}", IDS_MAX + 1),
+        }
+    }
+
+    /// Where a position in what the server ran is in the statement.
+    pub fn position(&self, on_server: usize) -> usize {
+        (on_server + self.before).saturating_sub(self.head().len()).max(1)
+    }
+
+    fn head(&self) -> &'static str {
+        if self.one_value { "SELECT " } else { "SELECT * FROM (" }
+    }
+}
+
+impl std::fmt::Debug for Query {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Query(…)")
+    }
+}
+
+/// What follows `JOB`: one id, or a query in parentheses for it.
+pub(crate) fn one(cursor: &mut Cursor<'_>) -> Result<Selection, PgError> {
+    if cursor.is_query_in_parentheses(&QUERIES) {
+        return cursor.query(true).map(Selection::Query);
+    }
+    let parentheses = open(cursor);
+    let id = cursor.number()?;
+    close(cursor, parentheses)?;
+    Ok(Selection::Ids(vec![id]))
+}
+
+/// What follows `JOBS`: rows of ids, or a query for them.
+pub(crate) fn several(cursor: &mut Cursor<'_>) -> Result<Selection, PgError> {
+    let is_query = |cursor: &Cursor<'_>| QUERIES[..3].iter().any(|word| cursor.at_word(word));
+    if is_query(cursor) || cursor.is_query_in_parentheses(&QUERIES[..3]) {
+        return cursor.query(false).map(Selection::Query);
+    }
+    let parentheses = open(cursor);
+    cursor.expect_words(&["VALUES"])?;
+    let ids = values(cursor)?;
+    close(cursor, parentheses)?;
+    Ok(Selection::Ids(ids))
+}
+
+/// `(1), (2)`.
+fn values(cursor: &mut Cursor<'_>) -> Result<Vec<Number>, PgError> {
+    let mut ids = Vec::new();
+    loop {
+        cursor.expect(&Token::LParen)?;
+        let parentheses = open(cursor);
+        ids.push(cursor.number()?);
+        close(cursor, parentheses + 1)?;
+        if !cursor.eat(&Token::Comma) {
+            return Ok(ids);
+        }
+    }
+}
+
+fn open(cursor: &mut Cursor<'_>) -> usize {
+    let mut count = 0;
+    while cursor.eat(&Token::LParen) {
+        count += 1;
+    }
+    count
+}
+
+fn close(cursor: &mut Cursor<'_>, count: usize) -> Result<(), PgError> {
+    (0..count).try_for_each(|_| cursor.expect(&Token::RParen))
+}
+
+#[cfg(test)]
+mod tests {
+    use crate::{Selection, ShowJobs, Statement, parse};
+
+    #[test]
+    fn a_query_keeps_its_place() {
+        for (text, sent) in [
+            ("SHOW JOBS SELECT 1", "SELECT * FROM (SELECT 1\n) AS named LIMIT 1001"),
+            ("SHOW JOBS WHEN COMPLETE (SELECT 1) ;", "SELECT * FROM ((SELECT 1)\n) AS named LIMIT 1001"),
+            ("SHOW JOB (SELECT 1)", "SELECT (SELECT 1)"),
+            ("SHOW JOB(VALUES (1), (2))", "SELECT (VALUES (1), (2))"),
+            ("SHOW JOBS\n/* é */ TABLE x -- y", "SELECT * FROM (TABLE x -- y\n) AS named LIMIT 1001"),
+            (
+                "SHOW JOBS WITH reason AS (SELECT 1) TABLE reason",
+                "SELECT * FROM (WITH reason AS (SELECT 1) TABLE reason\n) AS named LIMIT 1001",
+            ),
+            ("SHOW NODES; SHOW JOBS SELECT 'é;'; SHOW NODES", "SELECT * FROM (SELECT 'é;'\n) AS named LIMIT 1001"),
+        ] {
+            let statements = parse(text).expect(text);
+            let query = statements.iter().find_map(|statement| match statement {
+                Statement::ShowJobs(ShowJobs::These { jobs: Selection::Query(query), .. }) => Some(query),
+                _ => None,
+            });
+            let query = query.expect(text);
+            assert_eq!(query.for_server(), sent, "{text}");
+            let characters = |text: &str| text[..text.find(query.text()).expect("its text")].chars().count();
+            assert_eq!(query.position(characters(sent) + 1), characters(text) + 1, "{text}");
+        }
+    }
+}

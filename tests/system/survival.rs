@@ -1,0 +1,141 @@
+//! Jobs outlive what they run on: nodes that are stopped in turn, and a registry that moves.
+
+use std::process::Stdio;
+
+use nix::sys::signal::{Signal, kill};
+
+use crate::support::faults::Fleet;
+use crate::support::store::{LocalBackup, files_in};
+use crate::support::{both, run, until};
+
+const WEST: &str = "EXECUTION LOCALITY = 'region=us-west-1'";
+
+#[test]
+fn a_rolling_restart_fails_no_job_and_holds_up_no_commit() {
+    let mut fleet = Fleet::start(&["--rows", "20000"]);
+    run(fleet.demo.psql_direct(1).args(["-c", "CREATE DATABASE other"]));
+    let holds: Vec<String> = backup_points().iter().map(|point| format!("{point}:hold")).collect();
+    let set = format!("SET backhaul.debug_pausepoints = '{}'", holds.join(","));
+    let backup = format!("BACKUP DATABASE movr INTO 'nodelocal://1/r' WITH {WEST}, DETACHED");
+    let job = run(fleet.demo.psql(1).args(["-v", "ON_ERROR_STOP=1", "-Atqc", &set, "-c", &backup]));
+    let job = job.trim();
+    for (node, point) in [1, 2, 3, 4].into_iter().zip(backup_points()) {
+        fleet.until_held(job, point);
+        fleet.end_node(node, Signal::SIGTERM);
+        // Replication does not run through the port: users commit while any node is away.
+        let commit = "SET statement_timeout = '10s'; CREATE TABLE t (); DROP TABLE t";
+        run(crate::support::demo::psql(&fleet.demo.direct_url(1).replace("/movr?", "/other?")).args([
+            "-v",
+            "ON_ERROR_STOP=1",
+            "-qc",
+            commit,
+        ]));
+        fleet.start_node(node);
+        fleet.until_all_live();
+        fleet.let_go(job, point);
+    }
+    fleet.registry(&format!("UPDATE registry.jobs SET pausepoints = '{{}}' WHERE id = {job}"));
+    assert_eq!(fleet.end_of(job), ("succeeded".to_owned(), String::new()));
+    let backup = LocalBackup::newest(&[fleet.demo.node_dir(1).join("extern")], "r");
+    assert_eq!(backup.rows("rides").len(), 20000);
+}
+
+fn backup_points() -> &'static [&'static str] {
+    &["backup.after_lock", "backup.after_points", "backup.after_schemas", "backup.after_first_span"]
+}
+
+#[test]
+fn a_client_that_waits_on_a_stopped_node_is_told_how_to_go_on() {
+    let mut fleet = Fleet::start(&["--rows", "2000"]);
+    let statement = format!("BACKUP DATABASE movr INTO 'nodelocal://1/w' WITH {WEST}, DETACHED");
+    let job = fleet.held(&statement, "backup.after_export");
+    let coordinator: usize = fleet.job(&job, "coordinator_id").parse().unwrap();
+    let mut client = fleet.demo.psql(coordinator);
+    client.args([
+        "-v",
+        "VERBOSITY=verbose",
+        "-c",
+        r"\! echo connected",
+        "-c",
+        &format!("SHOW JOB WHEN COMPLETE {job}"),
+    ]);
+    let client = client.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    until("the client to wait", || {
+        let seen = run(fleet.demo.psql_direct(1).args([
+            "-Atc",
+            "SELECT count(*) FROM pg_stat_activity WHERE application_name = 'psql' AND pid <> pg_backend_pid()",
+        ]));
+        if seen.trim() == "1" { Ok(()) } else { Err(seen) }
+    });
+    fleet.end_node(coordinator, Signal::SIGTERM);
+    let said = both(&client.wait_with_output().unwrap());
+    assert!(said.contains("FATAL:  57P01: terminating connection due to administrator command"), "{said}");
+    // Handed over at once: the job is another node's before the stopped one's session could have run out.
+    fleet.let_go(&job, "backup.after_export");
+    assert_eq!(fleet.end_of(&job).0, "succeeded");
+    assert_ne!(fleet.job(&job, "coordinator_id"), coordinator.to_string());
+    let log = std::fs::read_to_string(fleet.demo.node_dir(coordinator).join("node.log")).unwrap();
+    assert!(log.contains("jobs are handed over jobs=1"), "{log}");
+}
+
+#[test]
+fn claims_of_the_dead_are_left_alone_until_a_new_registry_has_settled() {
+    let fleet = Fleet::start(&["--rows", "2000"]);
+    let backup = |name: &str| format!("BACKUP DATABASE movr INTO 'nodelocal://1/{name}' WITH {WEST}, DETACHED");
+    let job = fleet.held(&backup("a"), "backup.after_lock");
+    let coordinator: usize = fleet.job(&job, "coordinator_id").parse().unwrap();
+    fleet.registry("UPDATE registry.incarnations SET since = clock_timestamp() + interval '1 hour'");
+    fleet.signal(coordinator, Signal::SIGKILL);
+    until("its session to end", || {
+        let ended =
+            format!("SELECT expires_at < clock_timestamp() FROM registry.sessions WHERE node_id = {coordinator}");
+        let seen = fleet.registry(&ended);
+        if seen == "t" { Ok(()) } else { Err(seen) }
+    });
+    // What nobody has claimed is taken as ever, so rows are looked at; the claim of the dead stays.
+    let other = fleet.demo.ask(1, &backup("b"));
+    assert_eq!(fleet.end_of(&other).0, "succeeded");
+    assert_eq!(fleet.job(&job, "coordinator_id"), coordinator.to_string());
+    fleet.let_go(&job, "backup.after_lock");
+    fleet.registry("UPDATE registry.incarnations SET since = clock_timestamp() - interval '1 hour'");
+    assert_eq!(fleet.end_of(&job).0, "succeeded");
+}
+
+#[test]
+fn a_job_whose_row_was_lost_with_the_registry_s_server_is_reported() {
+    let fleet = Fleet::start(&["--voters", "1", "--rows", "2000"]);
+    // Standby 2 receives nothing more.
+    for apart in ["ALTER SYSTEM SET primary_conninfo = ''", "SELECT pg_reload_conf()"] {
+        run(fleet.demo.psql_direct(2).args(["-v", "ON_ERROR_STOP=1", "-Atc", apart]));
+    }
+    until("the standby to be cut off", || {
+        let seen = run(fleet.demo.psql_direct(2).args(["-Atc", "SELECT count(*) FROM pg_stat_wal_receiver"]));
+        if seen.trim() == "0" { Ok(()) } else { Err(seen) }
+    });
+    let statement = format!("BACKUP DATABASE movr INTO 'nodelocal://1/lost' WITH {WEST}, DETACHED");
+    let job = fleet.held(&statement, "backup.after_lock");
+    let coordinator: usize = fleet.job(&job, "coordinator_id").parse().unwrap();
+    kill(fleet.demo.server_pid(1), Signal::SIGKILL).unwrap();
+    fleet.demo.promote(2);
+    until("the gateway to report it", || {
+        let seen = fleet.demo.ask(1, &format!("SHOW JOB {job}"));
+        let told = seen.starts_with(&format!("ERROR:  XXUUU: job {job} could not be loaded"))
+            && seen.contains("HINT:  The job may not have succeeded.");
+        if told { Ok(()) } else { Err(seen) }
+    });
+    let log = |node: usize| std::fs::read_to_string(fleet.demo.node_dir(node).join("node.log")).unwrap();
+    until("the log to say so", || match log(1) {
+        said if said.contains("job was lost with the server that held the registry") => Ok(()),
+        said => Err(said),
+    });
+    // Who ran it stops, and what it would have sealed is not.
+    until("the coordinator to stop", || match log(coordinator) {
+        said if said.contains("job is somebody else's now") => Ok(()),
+        said => Err(said),
+    });
+    let seals = files_in(&fleet.demo.node_dir(1).join("extern"))
+        .iter()
+        .filter(|file| file.ends_with("BACKUP_MANIFEST"))
+        .count();
+    assert_eq!(seals, 0);
+}

@@ -126,7 +126,8 @@ fn every_flag_in_the_documents_exists() {
         let output = Command::new(env!("CARGO_BIN_EXE_backhaul")).args(arguments).arg("--help").output();
         String::from_utf8(output.expect("the program runs").stdout).expect("help is UTF-8")
     };
-    let known: String = [&["start"][..], &["init"], &["node", "status"], &["demo"]].into_iter().map(help).collect();
+    let known: String =
+        [&["start"][..], &["init"], &["check"], &["node", "status"], &["demo"]].into_iter().map(help).collect();
     for document in ["README.md", "docs/operators.md"] {
         let text = read(&root().join(document));
         let commands = text.lines().filter(|line| line.contains("backhaul ") || line.trim_start().starts_with("--"));

@@ -23,6 +23,8 @@ pub(crate) enum Command {
         #[command(subcommand)]
         command: NodeCommand,
     },
+    /// Say what each server lacks for backups and restores, with the statements that mend it.
+    Check(CheckFlags),
     /// Start a private fleet on this machine, with PostgreSQL servers of its own, to try things.
     Demo(Demo),
     /// Ends and cleans what a demo started, once its standard input closes.
@@ -141,6 +143,21 @@ pub(crate) struct Status {
     /// Any node of the fleet.
     #[arg(long, default_value = "127.0.0.1:26257", value_name = "HOST:PORT")]
     pub(crate) host: String,
+
+    #[command(flatten)]
+    pub(crate) trust: Trust,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct CheckFlags {
+    /// Any node of the fleet.
+    #[arg(long, default_value = "127.0.0.1:26257", value_name = "HOST:PORT")]
+    pub(crate) host: String,
+
+    /// Look at this one server instead, from its own host, as its service role: what a node would be started with,
+    /// whether there is one or not. With --insecure nobody looks for open doors.
+    #[arg(long, value_name = "CONNINFO", conflicts_with = "host")]
+    pub(crate) postgres: Option<String>,
 
     #[command(flatten)]
     pub(crate) trust: Trust,

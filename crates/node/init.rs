@@ -8,6 +8,7 @@ use cluster::registry::{DATABASE, migrate};
 use cluster::secret::ClusterSecret;
 use fleet::loader::RESTORE_ROLE;
 use fleet::probe::REGISTRY_MARK;
+use fleet::readiness::{make_restore_role, make_service_role};
 use tokio_postgres::Client;
 use uuid::Uuid;
 
@@ -70,31 +71,22 @@ async fn check_primary(client: &Client, host: &str) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Makes the service role: it reads everything, sees replication, and may pause replay. Rights on functions belong to
-/// one database: `client` is in the one that nodes log into, `postgres`.
+/// Makes the service role. Rights on functions belong to one database: `client` is in the one that nodes log into,
+/// `postgres`.
 ///
 /// # Errors
 ///
 /// PostgreSQL refuses.
 pub(crate) async fn service_role(client: &Client, role: &str) -> anyhow::Result<()> {
     let exists = client.query_opt("SELECT 1 FROM pg_roles WHERE rolname = $1", &[&role]).await.map_err(spoken)?;
-    let quoted = quote(role);
-    let verb = if exists.is_some() { "ALTER" } else { "CREATE" };
-    // pg_read_all_data does not reach large objects; this setting does, and only a superuser can give it.
-    let script = format!(
-        "{verb} ROLE {quoted} LOGIN BYPASSRLS; GRANT pg_read_all_data, pg_monitor TO {quoted};
-         ALTER ROLE {quoted} SET lo_compat_privileges = on;
-         GRANT EXECUTE ON FUNCTION pg_wal_replay_pause(), pg_wal_replay_resume() TO {quoted}"
-    );
+    let script = make_service_role(role, exists.is_some()).concat();
     client.batch_execute(&script).await.map_err(spoken).with_context(|| format!("make the role \"{role}\""))
 }
 
-/// Makes the role that restores: what is in a backup runs as SQL with all rights, so this one has them.
+/// Makes the role that restores.
 async fn restore_role(client: &Client, service_role: &str) -> anyhow::Result<()> {
     let exists = client.query_opt("SELECT 1 FROM pg_roles WHERE rolname = $1", &[&RESTORE_ROLE]).await;
-    let verb = if exists.map_err(spoken)?.is_some() { "ALTER" } else { "CREATE" };
-    let (role, quoted) = (quote(RESTORE_ROLE), quote(service_role));
-    let script = format!("{verb} ROLE {role} SUPERUSER NOLOGIN; GRANT {role} TO {quoted}");
+    let script = make_restore_role(service_role, exists.map_err(spoken)?.is_some()).concat();
     client.batch_execute(&script).await.map_err(spoken).with_context(|| format!("make the role \"{RESTORE_ROLE}\""))
 }
 

@@ -1,5 +1,6 @@
 //! The program: one binary for nodes, for the tools around them, and for a fleet to try.
 
+mod check;
 mod client;
 mod demo;
 mod flags;
@@ -34,6 +35,7 @@ async fn run(command: Command) -> anyhow::Result<ExitCode> {
         Command::Node { command: NodeCommand::Status(status) } => {
             status::run(&status).await.map(|()| ExitCode::SUCCESS)
         }
+        Command::Check(flags) => check::run(&flags).await,
         Command::Demo(demo) => demo::run(&demo).await,
         Command::DemoReaper { dir, remove } => demo::reap(&dir, remove).map(|()| ExitCode::SUCCESS),
         Command::Version => {

@@ -26,6 +26,7 @@ use tokio_util::sync::CancellationToken;
 use tracing_subscriber::EnvFilter;
 use uuid::Uuid;
 
+use crate::check::{CHECK, Check, Place};
 use crate::flags::Start;
 use crate::health;
 
@@ -69,6 +70,7 @@ pub(crate) async fn run(flags: Start) -> anyhow::Result<()> {
     let ledger = Ledger::default();
     let jobs = Jobs::new(cluster.clone(), registry.clone(), ledger.clone());
     let backups = offer(&peers, &jobs, &extern_dir, server.clone(), flags.trust.secret());
+    peers.offer(CHECK, Check::new(&peers, &registry, Place::of(&flags, &listener, server.clone(), &extern_dir)?));
     let gateway = Gateway::new(gateway::Parts {
         cluster: cluster.clone(),
         registry: registry.clone(),

@@ -4,6 +4,7 @@
 
 mod backup; // what BACKUP promises: where it runs, what clients are told, what is in it
 mod backup_faults; // deaths in the middle, stores that fail, statements that cannot be
+mod check; // what `backhaul check` finds, and that its statements mend it
 mod clients; // every client takes every node for PostgreSQL: psql and its friends
 mod control; // PAUSE, RESUME, CANCEL, and what a client that waits is told
 mod crash; // whatever dies, wherever a job is: it ends right, once, and leaves nothing

@@ -23,10 +23,10 @@ const ASK_DEADLINE: Duration = Duration::from_secs(10);
 const LEASE_LIFE: Duration = Duration::from_secs(60);
 
 /// Sessions per database and server; more would not read faster, and the server has other clients.
-const READERS: usize = 4;
+pub const READERS: usize = 4;
 
 /// A standby that is this far behind its primary, in bytes of WAL, is passed over.
-const LAG_MAX: u64 = 1024 * 1024 * 1024;
+pub const LAG_MAX: u64 = 1024 * 1024 * 1024;
 
 /// Refusals to take a point that may pass: too many leases or sessions, a pause or a lock of somebody else's.
 const PASSING: [SqlState; 5] = [

@@ -10,6 +10,7 @@
 //!   clients of a node seem to come from;
 //! - [`founders`]: sessions that hold one point of a server for a backup, and are lent span by span;
 //! - [`loader`]: what makes a database of a backup again, on the server beside the node;
+//! - [`readiness`]: what a server lacks for backups and restores, and the statements that mend it;
 //! - [`private`]: servers that Backhaul starts itself, for the demo and for tests.
 //!
 //! Nothing here writes to a server of a user, except the loader, into a database that it makes for that.
@@ -20,6 +21,7 @@ pub mod loader;
 pub mod login;
 pub mod private;
 pub mod probe;
+pub mod readiness;
 mod server;
 
 pub use server::Server;

@@ -58,6 +58,15 @@ fn check_version(version: &str, server_version: i32) -> Result<(), PgError> {
         .hint(format!("Install the client programs of PostgreSQL {server_major} on the node's host.")))
 }
 
+/// The version of the `pg_dump` that would write this server's schemas.
+///
+/// # Errors
+///
+/// There is none, or it is older than the server.
+pub(crate) async fn pg_dump_version(server_version: i32) -> anyhow::Result<String> {
+    Ok(Program::find(server_version).await?.version)
+}
+
 impl Program {
     /// Finds the newest one, which must not be older than the server.
     pub(super) async fn find(server_version: i32) -> anyhow::Result<Self> {

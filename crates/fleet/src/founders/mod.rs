@@ -32,6 +32,7 @@ use tokio_util::sync::{CancellationToken, DropGuard};
 use tokio_util::task::AbortOnDropHandle;
 use uuid::Uuid;
 
+pub(crate) use self::dump::pg_dump_version;
 use self::pool::Pool;
 pub use self::types::*;
 use crate::Server;

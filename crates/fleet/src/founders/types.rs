@@ -69,7 +69,12 @@ impl Open {
     /// How many connections this takes on the server, at most: founders with a spare and the guard of each database,
     /// and while it is being opened the pause's two and one of `pg_dump`.
     pub fn connections_max(&self) -> usize {
-        self.databases.len() * (self.readers.clamp(1, READERS_MAX) + 2) + 4
+        Self::connections_for(self.databases.len(), self.readers)
+    }
+
+    /// The same for a request that is not made yet.
+    pub fn connections_for(databases: usize, readers: usize) -> usize {
+        databases * (readers.clamp(1, READERS_MAX) + 2) + 4
     }
 }
 

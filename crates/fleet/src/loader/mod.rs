@@ -36,6 +36,7 @@ use serde_json::Value;
 use tokio::sync::Semaphore;
 
 use self::acting::Acting;
+pub(crate) use self::pg_restore::find as find_pg_restore;
 pub use self::post_data::BUILDERS_MAX;
 pub use self::publish::properties;
 use self::turns::{Order, Turns};

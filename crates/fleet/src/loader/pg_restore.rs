@@ -141,7 +141,7 @@ fn listed(ids: &[u32]) -> anyhow::Result<tempfile::NamedTempFile> {
 }
 
 /// A program of the server's own release is best: a newer one may set what the server does not know.
-async fn find(release: u32) -> anyhow::Result<PathBuf> {
+pub(crate) async fn find(release: u32) -> anyhow::Result<PathBuf> {
     let finding = tokio::task::spawn_blocking(move || Installation::find_release(release));
     let found = timeout(VERSION_DEADLINE, finding).await.context("look for pg_restore")?.context("look for it")?;
     let missing = || PgError::new(SqlState::UNDEFINED_FILE, "pg_restore was not found beside the server");

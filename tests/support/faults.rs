@@ -248,10 +248,10 @@ impl Fleet {
         });
     }
 
-    /// Runs SQL in a database, on whichever server leads its shard.
+    /// Runs SQL in a database, on whichever server leads the shard of node `number`.
     #[track_caller]
-    pub fn on(&self, database: &str, query: &str) -> String {
-        let url = self.demo.nodes[0].url.replace("/movr", &format!("/{database}"));
+    pub fn on(&self, number: usize, database: &str, query: &str) -> String {
+        let url = self.demo.nodes[number - 1].url.replace("/movr", &format!("/{database}"));
         run(psql(&url).args(["-v", "ON_ERROR_STOP=1", "-Atqc", query]))
     }
 }

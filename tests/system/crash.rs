@@ -85,6 +85,11 @@ impl Case {
         if self.fault == Fault::PromoteDataShard { [5, 6] } else { [4, 5] }
     }
 
+    /// A node of each shard.
+    fn gateways(&self) -> &'static [usize] {
+        if self.fault == Fault::PromoteDataShard { &[1, 2] } else { &[1] }
+    }
+
     fn collection(&self, name: &str) -> String {
         match &self.store {
             None => format!("nodelocal://1/{name}"),
@@ -146,7 +151,11 @@ impl Case {
                 nix::sys::signal::kill(self.fleet.demo.server_pid(3), Signal::SIGKILL).unwrap();
                 self.fleet.demo.restart_server(3);
             }
-            Fault::Store(trouble) => self.store.as_ref().unwrap().1.fail(trouble, 3),
+            Fault::Store(trouble) => {
+                // Who hangs does not come again before long.
+                let connections = if trouble == Trouble::Hangs { 1 } else { 3 };
+                self.store.as_ref().unwrap().1.fail(trouble, connections);
+            }
         }
         self.fleet.let_go(job, point);
     }
@@ -181,11 +190,14 @@ impl Case {
         assert_eq!(fleet.registry(unfinished), "0", "jobs without an end");
         let servers =
             (1..=fleet.demo.nodes.len()).filter(|n| fleet.demo.node_dir(*n).join("pg/postmaster.pid").exists());
+        // A standby whose primary is gone shows what was there then.
+        let follows = !matches!(self.fault, Fault::PromoteSystemShard | Fault::PromoteDataShard);
         for server in servers {
             let left = format!(
                 "SELECT (SELECT count(*) FROM pg_stat_activity WHERE state LIKE 'idle in transaction%'),
                         CASE WHEN pg_is_in_recovery() THEN pg_is_wal_replay_paused() END,
-                        (SELECT count(*) FROM pg_database WHERE datname LIKE '\\_backhaul%' OR datname = '{left_database}')"
+                        (SELECT count(*) FROM pg_database WHERE ({follows} OR NOT pg_is_in_recovery())
+                         AND (datname LIKE '\\_backhaul%' OR datname = '{left_database}'))"
             );
             until("nothing to be held, paused or half-made", || {
                 let output = fleet.demo.psql_direct(server).args(["-Atc", &left]).output().unwrap();
@@ -203,14 +215,14 @@ impl Case {
 }
 
 /// What every row of a database comes to; equal databases have equal sums.
-fn sums(fleet: &Fleet, database: &str) -> String {
+fn sums(fleet: &Fleet, gateway: usize, database: &str) -> String {
     let relations = "SELECT c.oid::regclass FROM pg_class c WHERE relkind IN ('r', 'm') AND relpersistence = 'p'
          AND relnamespace NOT IN ('pg_catalog'::regnamespace, 'information_schema'::regnamespace) ORDER BY 1";
-    let relations = fleet.on(database, relations);
+    let relations = fleet.on(gateway, database, relations);
     let one = |name: &str| format!("SELECT '{name}', count(*), sum(hashtext(t::text)::numeric) FROM ONLY {name} t");
     let union: Vec<String> = relations.lines().map(one).collect();
     assert!(union.len() > 8, "{relations}");
-    fleet.on(database, &format!("{} ORDER BY 1", union.join(" UNION ALL ")))
+    fleet.on(gateway, database, &format!("{} ORDER BY 1", union.join(" UNION ALL ")))
 }
 
 /// The files of a collection are those of its sealed backups, and nothing else.
@@ -273,8 +285,10 @@ fn restore_equal(case: &mut Case, name: &str, point: &str) -> String {
         case.heal(&job);
     }
     if status == "succeeded" {
-        assert_eq!(sums(&case.fleet, "again"), sums(&case.fleet, "movr"));
-        case.fleet.on("postgres", "DROP DATABASE again WITH (FORCE)");
+        for gateway in case.gateways() {
+            assert_eq!(sums(&case.fleet, *gateway, "again"), sums(&case.fleet, *gateway, "movr"));
+            case.fleet.on(*gateway, "postgres", "DROP DATABASE again WITH (FORCE)");
+        }
     } else {
         assert!(!point.is_empty() && status == "failed" && !error.is_empty(), "{status}: {error}");
     }

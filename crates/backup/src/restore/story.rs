@@ -348,7 +348,13 @@ impl Story<'_> {
             };
             self.peers.call::<()>(worker, IMPORT, &task, FILE_DEADLINE).await
         };
-        deal.run(open, one, |_| None, noted).await.map_err(passing)
+        // Another server leads the shard: the next run goes there.
+        let ends = |said: &PgError| {
+            let view = self.peers.cluster().view();
+            let moved = view.leader(shard).is_some_and(|leader| leader.node_id != Some(part.node));
+            (moved && said.code == SqlState::CONNECTION_FAILURE).then(|| said.clone().into())
+        };
+        deal.run(open, one, ends, noted).await.map_err(passing)
     }
 
     fn load_of(&self, part: &Part<'_>, created: &Created, span: u32, file: &FileEntry) -> anyhow::Result<Load> {

@@ -36,6 +36,11 @@ with psycopg.connect(sys.argv[1], autocommit=True) as conn:
         conn.execute("SHOW JOB %s", ("first",))
     except psycopg.Error as error:
         print(error.sqlstate, error.diag.message_primary)
+    print(conn.execute("CANCEL JOBS VALUES (%s), (%s)", (None, None)).statusmessage)
+    try:
+        conn.execute("PAUSE JOB %s WITH REASON = %s", (job, "too late"))
+    except psycopg.Error as error:
+        print(error.sqlstate, error.diag.message_primary)
     with conn.transaction():
         print(conn.execute("SHOW JOB WHEN COMPLETE %s", (job,)).fetchone()[5], conn.info.transaction_status.name)
     print(conn.execute("SELECT 'usable'").fetchone())

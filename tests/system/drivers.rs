@@ -83,6 +83,8 @@ True BACKUP succeeded 1.0 True True []
 XXUUU ERROR True
 (1,) succeeded [] (2,)
 22P02 invalid input syntax for type bigint: \"first\"
+CANCEL JOBS 0
+XXUUU job with status succeeded cannot be requested to be paused
 succeeded INTRANS
 ('usable',)
 "

@@ -136,6 +136,45 @@ fn an_attached_restore_is_relocated_as_a_backup_is() {
     assert!(files.contains("table \"public.rides\" of movr"), "{files}");
 }
 
+#[test]
+fn the_statements_of_a_backup_make_its_objects() {
+    let demo = Demo::start(&["--rows", "100"]);
+    on(&demo, "movr", "CREATE TABLE \"t; Type: VIEW\" (i int PRIMARY KEY, \"a b\" int UNIQUE)");
+    succeeded(&demo, 1, &format!("BACKUP DATABASE movr INTO 'nodelocal://3/b' WITH {WEST}, DETACHED"));
+    let shown = |options: &str, format: &[&str]| {
+        let statement = format!("SHOW BACKUP SCHEMAS FROM LATEST IN 'nodelocal://3/b'{options}");
+        // A node beside a server, and one without.
+        let [first, second] = [1, 4].map(|node| run(demo.psql(node).args(format).args(["-c", &statement])));
+        assert_eq!(first, second);
+        first
+    };
+    let columns = "database_name,parent_schema_name,object_name,object_type,backup_type,start_time,end_time,\
+                   size_bytes,rows,is_full_cluster,create_statement,regions";
+    assert_eq!(shown("", &["--csv"]).lines().next(), Some(columns));
+    assert_eq!(shown(" WITH check_files", &["--csv"]).lines().next(), Some(format!("{columns},file_bytes")).as_deref());
+    assert!(shown(" WITH as_json", &["-At"]).starts_with("{\"format\":1,"));
+    let rows = shown("", &["-At", "-F", "\x1f", "-R", "\x1e"]);
+    let rows: Vec<Vec<&str>> = rows.trim_end().split('\x1e').map(|row| row.split('\x1f').collect()).collect();
+    let statement = |kind: &str, name: &str| {
+        let found = rows.iter().find(|row| row[2] == name && row[3] == kind);
+        found.unwrap_or_else(|| panic!("{kind} {name}: {rows:?}"))[10]
+    };
+    for row in rows.iter().filter(|row| row[3] != "large objects") {
+        assert!(row[10].contains("CREATE ") || row[10].contains("GENERATED"), "{row:?}");
+    }
+    assert!(statement("database", "movr").starts_with("CREATE DATABASE movr "));
+    assert!(!rows.iter().any(|row| row[10].contains('\\')), "no commands of psql's");
+    // In another database they run as they are.
+    on(&demo, "postgres", "CREATE DATABASE empty");
+    for (kind, name) in
+        [("table", "promo_codes"), ("sequence", "ticket_numbers"), ("table", "t; Type: VIEW"), ("table", "app_log")]
+    {
+        on(&demo, "empty", statement(kind, name));
+    }
+    let made = "SELECT count(*) FROM pg_index WHERE indrelid = '\"t; Type: VIEW\"'::regclass";
+    assert_eq!(on(&demo, "empty", made), "2\n");
+}
+
 /// The first data file of a table, below any node's external I/O directory.
 fn data_file(demo: &Demo, table: &str) -> PathBuf {
     let files = demo.ask(1, "SHOW BACKUP FILES FROM LATEST IN 'nodelocal://3/b'");

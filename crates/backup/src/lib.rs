@@ -39,6 +39,6 @@ pub use manifest::{FileEntry, Manifest, ShardPart};
 pub use pausepoints::PAUSEPOINTS;
 pub use plan::{Backups, Finished, OnWait, Outcome, Requester, SealSource};
 pub use point::{LAG_MAX, READERS};
-pub use restore::{IMPORT, Import, RESTORE_TYPE, ResumeRestore, SHOW, Show};
+pub use restore::{Created, IMPORT, Import, RESTORE_TYPE, ResumeRestore, SHOW, Show, Shown};
 pub use resume::{JOB_TYPE, Resume};
 pub use settings::Settings;

@@ -146,7 +146,7 @@ async fn remove(store: &Store, chosen: impl Fn(&[Entry]) -> Vec<String>) -> anyh
 }
 
 /// A store that does not answer now may do so later.
-fn passing(error: anyhow::Error) -> anyhow::Error {
+pub(crate) fn passing(error: anyhow::Error) -> anyhow::Error {
     if storage::is_transient(&error) { error.context(Retryable) } else { error }
 }
 

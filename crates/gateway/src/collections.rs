@@ -1,6 +1,8 @@
 //! SHOW BACKUPS and SHOW BACKUP: what is in a collection.
 
-use backup::{FileEntry, Manifest, Requester, ShardPart};
+use std::collections::HashMap;
+
+use backup::{Created, FileEntry, Manifest, Requester, ShardPart, Shown};
 use fleet::founders::DatabasePlan;
 use pgerror::{PgError, SqlState};
 use sql::{ShowBackup, ShowBackupWhat, Text};
@@ -29,15 +31,25 @@ const OBJECTS: [Column; 11] = [
 ];
 
 /// The same, with what `check_files` adds.
-const CHECKED: [Column; 12] = {
-    let mut columns = [column("file_bytes", Kind::Int8); 12];
+const CHECKED: [Column; 12] = with_column(OBJECTS, OBJECTS.len(), column("file_bytes", Kind::Int8));
+
+/// Where SCHEMAS has its own column: behind `is_full_cluster`.
+const CREATE_STATEMENT: usize = 10;
+
+const SCHEMAS: [Column; 12] = with_column(OBJECTS, CREATE_STATEMENT, column("create_statement", Kind::Text));
+
+const SCHEMAS_CHECKED: [Column; 13] = with_column(SCHEMAS, SCHEMAS.len(), column("file_bytes", Kind::Int8));
+
+/// These columns with one more at `place`.
+const fn with_column<const N: usize, const M: usize>(columns: [Column; N], place: usize, one: Column) -> [Column; M] {
+    let mut all = [one; M];
     let mut index = 0;
-    while index < OBJECTS.len() {
-        columns[index] = OBJECTS[index];
+    while index < N {
+        all[if index < place { index } else { index + 1 }] = columns[index];
         index += 1;
     }
-    columns
-};
+    all
+}
 
 const FILES: [Column; 10] = [
     column("path", Kind::Text),
@@ -59,8 +71,10 @@ pub(crate) fn columns(statement: &ShowBackup) -> &'static [Column] {
     match (statement.what, statement.options.as_json, statement.options.check_files) {
         (_, true, _) => &JSON,
         (ShowBackupWhat::Files, false, _) => &FILES,
-        (ShowBackupWhat::Objects | ShowBackupWhat::Schemas, false, true) => &CHECKED,
-        (ShowBackupWhat::Objects | ShowBackupWhat::Schemas, false, false) => &OBJECTS,
+        (ShowBackupWhat::Objects, false, true) => &CHECKED,
+        (ShowBackupWhat::Objects, false, false) => &OBJECTS,
+        (ShowBackupWhat::Schemas, false, true) => &SCHEMAS_CHECKED,
+        (ShowBackupWhat::Schemas, false, false) => &SCHEMAS,
     }
 }
 
@@ -73,16 +87,15 @@ pub(crate) async fn list(gateway: &Gateway, collection: &Text, requester: &Reque
 
 /// Runs SHOW BACKUP. What the backup leaves out is told in notices.
 pub(crate) async fn show(gateway: &Gateway, statement: &ShowBackup, requester: &Requester) -> anyhow::Result<Answer> {
-    if statement.what == ShowBackupWhat::Schemas {
-        return Err(PgError::new(SqlState::FEATURE_NOT_SUPPORTED, "SHOW BACKUP SCHEMAS is not supported yet")
-            .hint("pg_restore prints the statements of a schema file of the backup; SHOW BACKUP lists its objects.")
-            .into());
-    }
-    let manifest = gateway.backups.show_backup(statement, requester).await?;
+    let Shown { manifest, created } = gateway.backups.show_backup(statement, requester).await?;
     let rows = match statement.what {
         _ if statement.options.as_json => vec![vec![Value::Text(Some(serde_json::to_string(&manifest)?))]],
         ShowBackupWhat::Files => manifest.shards.iter().flat_map(|part| files(&manifest, part)).collect(),
-        _ => manifest.shards.iter().flat_map(|part| objects(part, statement.options.check_files)).collect(),
+        what => {
+            let statements = (what == ShowBackupWhat::Schemas).then(|| by_object(&created));
+            let shards = manifest.shards.iter();
+            shards.flat_map(|part| objects(part, statement.options.check_files, statements.as_ref())).collect()
+        }
     };
     let databases = manifest.shards.iter().flat_map(|part| &part.databases);
     let left_out = databases.flat_map(|database| database.skipped.iter().map(move |it| (database, it)));
@@ -101,7 +114,18 @@ fn text(text: &str) -> Value {
     Value::Text(Some(text.to_owned()))
 }
 
-fn objects(part: &ShardPart, with_files: bool) -> Vec<Vec<Value>> {
+/// Statements by shard, database, kind, schema and name.
+type Statements<'c> = HashMap<[&'c str; 5], &'c str>;
+
+fn by_object(created: &[Created]) -> Statements<'_> {
+    let mut all = HashMap::new();
+    for Created { shard, database, kind, schema, name, statement } in created {
+        all.insert([shard, database, kind, schema, name].map(String::as_str), statement.as_str());
+    }
+    all
+}
+
+fn objects(part: &ShardPart, with_files: bool, statements: Option<&Statements<'_>>) -> Vec<Vec<Value>> {
     let mut rows = Vec::new();
     for database in &part.databases {
         let row = |schema: Option<&str>, name: &str, kind: &str, files: &[&FileEntry]| {
@@ -119,6 +143,11 @@ fn objects(part: &ShardPart, with_files: bool) -> Vec<Vec<Value>> {
                 Value::Bool(Some(false)),
                 Value::Text(None),
             ];
+            if let Some(statements) = statements {
+                let key = [&part.shard, &database.name, kind, schema.unwrap_or_default(), name];
+                let statement = statements.get(&key).map(|statement| (*statement).to_owned());
+                row.insert(CREATE_STATEMENT, Value::Text(statement));
+            }
             if with_files {
                 row.push(sum(|file| file.file_bytes));
             }

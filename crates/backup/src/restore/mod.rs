@@ -8,13 +8,15 @@
 //! **What a crash leaves.** A database `_backhaul_<job>` with the job's mark, which the next coordinator takes up:
 //! which files are in it stands in the database itself, committed with their rows. A job that fails removes it.
 
+mod created;
 mod import;
 mod plan;
 mod show;
 mod source;
 mod story;
 
+pub use created::Created;
 pub use import::{IMPORT, Import};
-pub use show::{SHOW, Show};
+pub use show::{SHOW, Show, Shown};
 pub(crate) use source::places;
 pub use story::{RESTORE_TYPE, ResumeRestore};

@@ -9,9 +9,10 @@ use cluster::{Filter, NodeId, Peers};
 use pgerror::{PgError, SqlState};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
-use sql::{ShowBackup, Subdir, Text};
+use sql::{ShowBackup, ShowBackupOptions, ShowBackupWhat, Subdir, Text};
 use storage::{Stores, Uri};
 
+use super::created::{self, Created};
 use super::source::{self, Source};
 use crate::manifest::{FileEntry, Manifest};
 use crate::plan::{Backups, Requester, literal};
@@ -25,7 +26,16 @@ const DEADLINE: Duration = Duration::from_secs(600);
 #[derive(Clone, Serialize, Deserialize)]
 enum Request {
     Backups { uri: String },
-    Backup { uri: String, subdir: Option<String>, check_files: bool },
+    Backup { uri: String, subdir: Option<String>, check_files: bool, schemas: bool },
+}
+
+/// What one backup holds.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Shown {
+    /// Its manifest, verified.
+    pub manifest: Manifest,
+    /// The statements that create its objects, where they were asked for.
+    pub created: Vec<Created>,
 }
 
 /// Looks into collections for other nodes.
@@ -46,7 +56,7 @@ impl Show {
                 let found = source::list(&self.stores, &self.peers, &Uri::parse(&uri)?).await?;
                 Ok(serde_json::to_value(found)?)
             }
-            Request::Backup { uri, subdir, check_files } => {
+            Request::Backup { uri, subdir, check_files, schemas } => {
                 // A statement without a filter is for every node.
                 let (uri, all) = (Uri::parse(&uri)?, Filter::default());
                 let source = Source::find(&self.stores, &self.peers, &uri, subdir.as_deref(), &all).await?;
@@ -56,7 +66,8 @@ impl Show {
                         parts.flat_map(|part| part.files.iter().chain(&part.schemas)).collect();
                     source.check(&self.stores, &files).await?;
                 }
-                Ok(serde_json::to_value(source.manifest)?)
+                let created = if schemas { created::created(&self.stores, &source).await? } else { Vec::new() };
+                Ok(serde_json::to_value(Shown { manifest: source.manifest, created })?)
             }
         }
     }
@@ -82,18 +93,20 @@ impl Backups {
         self.look(&Request::Backups { uri }).await
     }
 
-    /// One backup's manifest, verified.
+    /// One backup's manifest, verified, and what else the statement asks for.
     ///
     /// # Errors
     ///
     /// There is none, or it is damaged; no node reaches the store; the requester may not use it.
-    pub async fn show_backup(&self, statement: &ShowBackup, requester: &Requester) -> anyhow::Result<Manifest> {
+    pub async fn show_backup(&self, statement: &ShowBackup, requester: &Requester) -> anyhow::Result<Shown> {
         let uri = self.resolve(&Uri::parse(literal(&statement.collection)?)?, requester).await?.exposed();
         let subdir = match &statement.from {
             Subdir::Latest => None,
             Subdir::Named(text) => Some(literal(text)?.to_owned()),
         };
-        self.look(&Request::Backup { uri, subdir, check_files: statement.options.check_files }).await
+        let ShowBackupOptions { check_files, as_json } = statement.options;
+        let schemas = statement.what == ShowBackupWhat::Schemas && !as_json;
+        self.look(&Request::Backup { uri, subdir, check_files, schemas }).await
     }
 
     /// Asks this node, and while the store is not reached, the others.
@@ -108,8 +121,10 @@ impl Backups {
             match self.peers.call(node, SHOW, request, DEADLINE).await {
                 Ok(answer) => return Ok(answer),
                 Err(error) => {
-                    let unreached = [SqlState::IO_ERROR, SqlState::CONNECTION_FAILURE];
-                    let elsewhere = PgError::of(&error).is_some_and(|said| unreached.contains(&said.code));
+                    // The last one: a node without PostgreSQL's programs, which another one may have.
+                    let passing =
+                        [SqlState::IO_ERROR, SqlState::CONNECTION_FAILURE, SqlState::OBJECT_NOT_IN_PREREQUISITE_STATE];
+                    let elsewhere = PgError::of(&error).is_some_and(|said| passing.contains(&said.code));
                     last = error;
                     if !elsewhere {
                         break;

@@ -1,0 +1,248 @@
+//! What clients may ask of running jobs, and what they are told while they wait.
+
+use std::io::{BufRead as _, BufReader, Read as _};
+use std::process::{Child, Command, Stdio};
+
+use crate::support::demo::{Demo, psql};
+use crate::support::store::files_in;
+use crate::support::wire::Wire;
+use crate::support::{both, run, until};
+
+/// A fleet with enough rows for something to happen while they are read.
+fn fleet() -> Demo {
+    Demo::start(&["--rows", "150000"])
+}
+
+fn backup(demo: &Demo) -> String {
+    let job = demo.ask(1, "BACKUP DATABASE movr INTO 'nodelocal://1/c' WITH DETACHED");
+    assert!(job.parse::<i64>().is_ok(), "{job}");
+    job
+}
+
+/// A statement's command tag, or its error.
+fn tag(demo: &Demo, number: usize, statement: &str) -> String {
+    let output = demo.psql(number).args(["-At", "-v", "VERBOSITY=verbose", "-c", statement]).output().unwrap();
+    both(&output).trim_end().to_owned()
+}
+
+#[track_caller]
+fn until_status(demo: &Demo, job: &str, status: &str) {
+    until(&format!("the job to be {status}"), || {
+        let row = demo.ask(2, &format!("SHOW JOB {job}"));
+        if row.contains(&format!("|{status}|")) { Ok(()) } else { Err(row) }
+    });
+}
+
+#[test]
+fn a_job_pauses_and_goes_on() {
+    let demo = fleet();
+    let job = backup(&demo);
+    assert_eq!(tag(&demo, 2, &format!("PAUSE JOB {job} WITH REASON = 'the rush hour'")), "PAUSE JOBS 1");
+    until_status(&demo, &job, "paused");
+    let told = demo.ask(4, &format!("SHOW JOB WHEN COMPLETE {job}"));
+    let expected = format!("ERROR:  XXUUU: job {job} was paused before it completed with reason: the rush hour");
+    assert!(told.starts_with(&expected), "{told}");
+    // What is so already is no error, and counts.
+    assert_eq!(tag(&demo, 3, &format!("PAUSE JOBS VALUES ({job}), (NULL)")), "PAUSE JOBS 1");
+    // All or none.
+    let told = tag(&demo, 1, &format!("RESUME JOBS VALUES ({job}), (1)"));
+    assert!(told.starts_with("ERROR:  XXUUU: job with ID 1 does not exist"), "{told}");
+    until_status(&demo, &job, "paused");
+
+    let chosen = format!("CREATE TABLE chosen AS SELECT {job} AS id, 'because' AS why");
+    run(demo.psql(1).args(["-v", "ON_ERROR_STOP=1", "-qc", &chosen]));
+    assert_eq!(tag(&demo, 3, "RESUME JOBS (SELECT id, why FROM chosen)"), "RESUME JOBS 1");
+    let row = demo.ask(4, "SHOW JOBS WHEN COMPLETE SELECT id FROM chosen");
+    assert!(row.starts_with(&format!("{job}|BACKUP|")) && row.contains("|succeeded|"), "{row}");
+}
+
+#[test]
+fn a_cancelled_job_leaves_no_backup() {
+    let demo = fleet();
+    let job = backup(&demo);
+    let other = backup(&demo);
+    assert_eq!(tag(&demo, 1, &format!("PAUSE JOB {other}")), "PAUSE JOBS 1");
+    until_status(&demo, &other, "paused");
+    assert_eq!(tag(&demo, 4, "CANCEL ALL BACKUP JOBS"), "CANCEL JOBS 2");
+    for job in [&job, &other] {
+        let row = demo.ask(2, &format!("SHOW JOB WHEN COMPLETE {job}"));
+        assert!(row.contains("|canceled|") && row.contains("|job canceled by user|"), "{row}");
+        assert_eq!(tag(&demo, 3, &format!("CANCEL JOB {job}")), "CANCEL JOBS 1");
+        for (verb, refusal) in [("PAUSE", "requested to be paused"), ("RESUME", "resumed")] {
+            let told = tag(&demo, 3, &format!("{verb} JOB {job}"));
+            let expected = format!("ERROR:  XXUUU: job with status canceled cannot be {refusal}");
+            assert!(told.starts_with(&expected), "{told}");
+        }
+    }
+    until("what was written to be gone", || {
+        let left = files_in(&demo.node_dir(1).join("extern"));
+        if left.is_empty() { Ok(()) } else { Err(format!("{left:?}")) }
+    });
+}
+
+#[test]
+fn an_attached_client_is_told_that_its_job_was_paused() {
+    let demo = fleet();
+    let statement = "BACKUP DATABASE movr INTO 'nodelocal://1/c'";
+    let client = demo.psql(1).args(["-c", statement]).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    until("the job to be paused", || {
+        let told = tag(&demo, 2, "PAUSE ALL BACKUP JOBS");
+        if told == "PAUSE JOBS 1" { Ok(()) } else { Err(told) }
+    });
+    let told = both(&client.wait_with_output().unwrap());
+    assert!(told.starts_with("ERROR:  job ") && told.contains(" was paused before it completed"), "{told}");
+    assert_eq!(tag(&demo, 3, "RESUME ALL RESTORE JOBS"), "RESUME JOBS 0");
+    assert_eq!(tag(&demo, 3, "RESUME ALL BACKUP JOBS"), "RESUME JOBS 1");
+    let job = demo.ask(1, "SHOW JOBS").split('|').next().unwrap().to_owned();
+    let row = demo.ask(1, &format!("SHOW JOB WHEN COMPLETE {job}"));
+    assert!(row.contains("|succeeded|"), "{row}");
+}
+
+#[test]
+fn jobs_belong_to_their_users() {
+    let demo = Demo::start(&[]);
+    run(demo.psql_direct(1).args(["-v", "ON_ERROR_STOP=1", "-c", "CREATE ROLE plain LOGIN"]));
+    let job = stuck(&demo);
+    let as_plain = |statement: &str| {
+        let url = demo.nodes[3].url.replace("root@", "plain@");
+        both(&psql(&url).args(["-At", "-v", "VERBOSITY=verbose", "-c", statement]).output().unwrap())
+    };
+    for verb in ["PAUSE", "RESUME", "CANCEL"] {
+        let told = as_plain(&format!("{verb} JOB {job}"));
+        let expected = format!("ERROR:  42501: user plain does not have privileges for job {job}");
+        assert!(told.starts_with(&expected), "{told}");
+        // Of the jobs that are not theirs, ALL takes none.
+        assert_eq!(as_plain(&format!("{verb} ALL BACKUP JOBS")), format!("{verb} JOBS 0\n"));
+    }
+    let point = "SET backhaul.debug_pausepoints = 'backup.after_lock'";
+    let url = demo.nodes[0].url.replace("root@", "plain@");
+    let told = psql(&url).args(["-c", point, "-c", "BACKUP DATABASE movr INTO 'nodelocal://1/c'"]).output().unwrap();
+    let told = both(&told);
+    assert!(told.contains("ERROR:  only superusers may set pausepoints for a job"), "{told}");
+}
+
+/// A job that no node knows how to run: what becomes of it is what the test writes. Gives its id.
+fn stuck(demo: &Demo) -> &'static str {
+    let make = "INSERT INTO registry.jobs (id, job_type, description, statement, user_name, filter, prefers, payload)
+                VALUES (77, 'STUCK', '', '', 'root', '', '{}', '{}')";
+    write(demo, make);
+    "77"
+}
+
+fn write(demo: &Demo, statement: &str) {
+    let registry = demo.direct_url(1).replace("/movr?", "/backhaul?");
+    let ring = "SELECT pg_notify('backhaul_jobs', '')";
+    run(psql(&registry).args(["-v", "ON_ERROR_STOP=1", "-q", "-c", statement, "-c", ring]));
+}
+
+const ENDS: &str = "UPDATE registry.jobs SET status = 'succeeded', finished = now() WHERE id = 77";
+
+/// A client that waits; killed when dropped.
+struct Waiting(Child);
+
+impl Waiting {
+    fn start(command: &mut Command) -> Self {
+        Self(command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap())
+    }
+}
+
+impl Drop for Waiting {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+#[test]
+fn a_client_that_waits_is_told_how_far_its_job_is() {
+    let demo = Demo::start(&["--nodes", "2"]);
+    let job = stuck(&demo);
+    let mut client = demo.psql(2);
+    client.args(["-At", "-c", &format!("SHOW JOB WHEN COMPLETE {job}")]);
+    let mut client = Waiting::start(client.env("PGOPTIONS", "-c backhaul.progress=on"));
+    let mut said = BufReader::new(client.0.stderr.take().unwrap()).lines().map(Result::unwrap);
+    // Each is heard before the next thing happens.
+    assert_eq!(said.next().unwrap(), "NOTICE:  job 77: 0% done");
+    write(&demo, "UPDATE registry.jobs SET fraction_completed = 0.42, running_status = 'loading rows' WHERE id = 77");
+    let line = said.next().unwrap();
+    assert!(line.starts_with("NOTICE:  job 77: 42% done, loading rows"), "{line}");
+    write(&demo, "UPDATE registry.jobs SET status = 'reverting', running_status = NULL WHERE id = 77");
+    let line = said.next().unwrap();
+    assert!(line.starts_with("NOTICE:  job 77: reverting, 42% done"), "{line}");
+    write(&demo, ENDS);
+    let mut row = String::new();
+    client.0.stdout.take().unwrap().read_to_string(&mut row).unwrap();
+    assert!(row.contains("|succeeded|") && said.next().is_none(), "{row}");
+    // Who does not ask is not told.
+    let quiet = demo.psql(2).args(["-At", "-c", &format!("SHOW JOB WHEN COMPLETE {job}")]).output().unwrap();
+    assert!(quiet.stderr.is_empty() && both(&quiet).contains("|succeeded|"));
+}
+
+#[test]
+fn progress_comes_before_the_rows_and_a_wait_can_be_cancelled() {
+    let demo = Demo::start(&["--nodes", "2"]);
+    stuck(&demo);
+    let mut wire = Wire::login(&demo.nodes[1].address, "movr");
+    assert_eq!(wire.query("SET backhaul.progress = on").hear(), "C SET\nZ I");
+    wire.parse("", "SHOW JOB WHEN COMPLETE 77").bind("", "", 0).execute("", 0).sync();
+    assert_eq!(wire.hear_until(|tag| tag == b'N'), "1\n2\nN SNOTICE C00000 Mjob 77: 0% done");
+    {
+        let _canceller = wire.canceller();
+        let heard = wire.hear();
+        assert!(heard.starts_with("E SERROR C57014") && heard.ends_with("Z I"), "{heard}");
+    }
+    // Nothing that was meant for the wait comes later.
+    assert_eq!(wire.query("SET backhaul.progress = off").hear(), "C SET\nZ I");
+    wire.parse("", "SHOW JOB WHEN COMPLETE 77").bind("", "", 0).execute("", 0).sync();
+    assert_eq!(wire.hear_until(|tag| tag == b'2'), "1\n2");
+    write(&demo, ENDS);
+    let heard = wire.hear();
+    assert!(heard.starts_with("D 77|STUCK|") && heard.ends_with("C SHOW\nZ I"), "{heard}");
+}
+
+#[test]
+fn controls_are_answered_in_either_protocol() {
+    let demo = Demo::start(&["--nodes", "2", "--no-example-database"]);
+    for node in &demo.nodes {
+        let mut wire = Wire::login(&node.address, "postgres");
+        assert_eq!(wire.query("PAUSE ALL BACKUP JOBS; CANCEL JOB NULL").hear(), "C PAUSE JOBS 0\nC CANCEL JOBS 0\nZ I");
+        wire.parse("s", "RESUME JOBS SELECT 7 WHERE false").describe(b'S', "s").bind("p", "s", 0).execute("p", 0);
+        wire.parse("", "SELECT 1").bind("", "", 0).execute("", 0).sync();
+        assert_eq!(wire.hear(), "1\nt 0\nn\n2\nC RESUME JOBS 0\n1\n2\nD 1\nC SELECT 1\nZ I");
+        for (text, expected) in [
+            ("PAUSE JOB 1", "E SERROR CXXUUU Mjob with ID 1 does not exist"),
+            ("PAUSE JOBS SELECT nothing", "E SERROR C42703 Mcolumn \"nothing\" does not exist P19"),
+            ("CANCEL JOBS SELECT 'x'", "E SERROR C42804 Ma query that names jobs must give integers"),
+            ("CANCEL JOBS SELECT 'é', nothing", "E SERROR C42703 Mcolumn \"nothing\" does not exist P25"),
+        ] {
+            assert_eq!(wire.query(text).hear(), format!("{expected}\nZ I"), "{text}");
+            wire.parse("", text).bind("", "", 0).execute("", 0).bind("", "", 0).execute("", 0).sync();
+            assert_eq!(wire.hear(), format!("1\n2\n{expected}\nZ I"), "{text}");
+            // Inside a transaction it fails that, too.
+            assert_eq!(wire.query("BEGIN").hear(), "C BEGIN\nZ T");
+            assert_eq!(wire.query(text).hear(), format!("{expected}\nZ E"), "{text}");
+            assert_eq!(wire.query("ROLLBACK").hear(), "C ROLLBACK\nZ I");
+        }
+        // What the query says is the user's, in the user's transaction.
+        assert_eq!(wire.query("BEGIN; CREATE TEMP TABLE t AS SELECT 5 AS id").hear(), "C BEGIN\nC SELECT 1\nZ T");
+        let heard = wire.query("SHOW JOBS TABLE t; PAUSE JOBS TABLE t").hear();
+        assert!(heard.ends_with("C SHOW\nE SERROR CXXUUU Mjob with ID 5 does not exist\nZ E"), "{heard}");
+        assert_eq!(wire.query("ROLLBACK").hear(), "C ROLLBACK\nZ I");
+    }
+}
+
+#[test]
+fn an_option_of_the_connection_follows_a_relocated_job() {
+    let demo = Demo::start(&[]);
+    let statement = "BACKUP DATABASE movr INTO 'nodelocal://1/c' WITH EXECUTION LOCALITY = 'region=us-west-1'";
+    let mut client = demo.psql(1);
+    client.env("PGOPTIONS", "-c backhaul.on_relocation=wait").args(["-At", "-c", statement]);
+    let row = run(&mut client);
+    assert_eq!(row.split('|').nth(1), Some("succeeded"), "{row}");
+    let restore = "RESTORE DATABASE movr FROM LATEST IN 'nodelocal://1/c'
+                   WITH new_db_name = 'again', EXECUTION LOCALITY = 'region=us-west-1'";
+    let mut client = demo.psql(2);
+    client.env("PGOPTIONS", "-c backhaul.on_relocation=WAIT").args(["-At", "-c", restore]);
+    let row = run(&mut client);
+    assert_eq!(row.split('|').nth(1), Some("succeeded"), "{row}");
+}

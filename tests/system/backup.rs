@@ -330,7 +330,7 @@ fn a_backup_opens_with_stock_tools() {
         "SELECT count(*) FROM pg_constraint WHERE contype = 'f'",
         "SELECT datconnlimit, shobj_description(oid, 'pg_database'), datlocprovider, datcollate FROM pg_database
          WHERE datname = 'movr'",
-        "SELECT setrole::regrole, setconfig FROM pg_db_role_setting ORDER BY 1",
+        "SELECT setrole::regrole, setconfig FROM pg_db_role_setting WHERE setdatabase <> 0 ORDER BY 1",
     ] {
         let restored = run(psql(&url).args(["-Atc", query]));
         assert_eq!(restored, run(demo.psql_direct(1).args(["-Atc", query])), "{query}");

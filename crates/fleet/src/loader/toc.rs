@@ -53,7 +53,8 @@ impl Group {
 
     /// Whether one would wait for the other's locks.
     pub(super) fn is_in_the_way_of(&self, other: &Self) -> bool {
-        !(self.shares && other.shares) && !self.tables.is_disjoint(&other.tables)
+        let is_shared = self.shares && other.shares;
+        !(is_shared || self.tables.is_disjoint(&other.tables))
     }
 }
 

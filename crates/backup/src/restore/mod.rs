@@ -3,12 +3,13 @@
 //! [`plan`] judges the statement, and touches no store, because the gateway may be a node that must not. On the
 //! coordinator, [`story`] finds the backup and verifies its index ([`source`]), has a database made beside each
 //! shard's leaseholder under a temporary name, deals its files to workers ([`import`]), and has the rest built and the
-//! database renamed when every table has its rows. What happens in the database itself is [`fleet::loader`]'s.
+//! databases named and given to their user when every table has its rows ([`giving`]). What happens in the database itself is [`fleet::loader`]'s.
 //!
 //! **What a crash leaves.** A database `_backhaul_<job>` with the job's mark, which the next coordinator takes up:
 //! which files are in it stands in the database itself, committed with their rows. A job that fails removes it.
 
 mod created;
+mod giving;
 mod import;
 mod plan;
 mod show;

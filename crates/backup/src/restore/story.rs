@@ -21,6 +21,7 @@ use serde_json::{Value, json};
 use storage::{Stores, Uri};
 use tokio::time::Instant;
 
+use super::giving::{Giving, leader_of};
 use super::import::{IMPORT, Task};
 use super::plan::superuser_of;
 use super::source::Source;
@@ -33,7 +34,7 @@ use crate::plan::{SealSource, in_time};
 pub const RESTORE_TYPE: &str = "RESTORE";
 
 /// A question to the node beside the target, and the making of an empty database.
-const ASK_DEADLINE: Duration = Duration::from_secs(120);
+pub(crate) const ASK_DEADLINE: Duration = Duration::from_secs(120);
 
 /// Objects without their rows.
 const SCHEMA_DEADLINE: Duration = Duration::from_secs(3600);
@@ -80,9 +81,6 @@ pub struct ResumeRestore {
     seal: SealSource,
 }
 
-/// What the databases of all shards are asked for, one after the other.
-type Step = fn(Box<Publish>) -> Request;
-
 /// One run of one job.
 struct Story<'s> {
     run: &'s Run,
@@ -109,17 +107,18 @@ impl ResumeRestore {
     }
 
     /// Removes what the job has made, by its mark, in whichever shard: the backup itself may not be readable any more.
-    async fn remove(&self, run: &Run) -> anyhow::Result<()> {
+    /// Databases that may be their user's already are not taken back; then the job goes to its end, and has succeeded.
+    async fn take_back(&self, run: &Run) -> anyhow::Result<Option<Value>> {
         let number = next_number(run).await?;
+        if let Some(giving) = Giving::begun(run).await? {
+            giving.give(run, &self.peers, number).await?;
+            return Ok(Some(giving.result));
+        }
         let view = self.peers.cluster().view();
         let mut failed = None;
         for shard in run.kept_under::<String>("made/").await? {
             let removed = async {
-                let leader = view.leader(&shard).and_then(|leader| leader.node_id);
-                let node = leader.ok_or_else(|| {
-                    PgError::new(SqlState::CONNECTION_FAILURE, format!("shard \"{shard}\" cannot be reached"))
-                        .detail("A database that was not finished may be there.")
-                })?;
+                let node = leader_of(&view, &shard, "A database that was not finished may be there.")?;
                 let request = Request::Drop { job: run.id.0, run: number };
                 self.peers.call::<()>(node, LOADER, &request, ASK_DEADLINE).await.map_err(passing)
             };
@@ -128,7 +127,7 @@ impl ResumeRestore {
                 failed = Some(error);
             }
         }
-        failed.map_or(Ok(()), Err)
+        failed.map_or(Ok(None), Err)
     }
 
     async fn story(&self, run: &Run) -> anyhow::Result<Value> {
@@ -153,7 +152,7 @@ impl Resumer for ResumeRestore {
     }
 
     fn revert(&self, run: Run) -> Boxed<'_, Option<Value>> {
-        Box::pin(async move { self.remove(&run).await.map(|()| None) })
+        Box::pin(async move { self.take_back(&run).await })
     }
 
     /// Databases are removed by the nodes beside them; no store is touched.
@@ -222,23 +221,22 @@ impl Story<'_> {
         try_join_all(parts.iter().map(|part| async move { self.finish(source, part, oid(part)?).await })).await?;
         self.run.pausepoint(pausepoints::AFTER_FINISH).await?;
         self.run.progress(NAMED_AT, "giving the database its name").await?;
-        let steps: [(Step, &str); 2] =
-            [(Request::Publish, pausepoints::AFTER_PUBLISH), (Request::Release, pausepoints::AFTER_RELEASE)];
-        for (step, pausepoint) in steps {
-            self.run.check().await?;
-            for part in parts {
-                let request = step(Box::new(Publish {
-                    job: self.run.id.0,
-                    database_oid: oid(part)?,
-                    run: self.number,
-                    target: self.payload.target.clone(),
-                    plan: part.database.clone(),
-                }));
-                self.peers.call::<()>(part.node, LOADER, &request, ASK_DEADLINE).await.map_err(passing)?;
-            }
-            self.run.pausepoint(pausepoint).await?;
+        let mut databases = BTreeMap::new();
+        for part in parts {
+            let database = Publish {
+                job: self.run.id.0,
+                database_oid: oid(part)?,
+                run: self.number,
+                target: self.payload.target.clone(),
+                plan: part.database.clone(),
+            };
+            databases.insert(part.part.shard.clone(), database);
         }
-        Ok(())
+        let giving = Giving { databases, result: result(parts) };
+        giving.name(self.run, self.peers, self.number).await?;
+        self.run.pausepoint(pausepoints::AFTER_PUBLISH).await?;
+        giving.give(self.run, self.peers, self.number).await?;
+        self.run.pausepoint(pausepoints::AFTER_RELEASE).await
     }
 
     /// The shards' parts that hold the database, each with the node beside the shard's primary now.
@@ -248,10 +246,7 @@ impl Story<'_> {
         let mut parts = Vec::new();
         for part in &source.manifest.shards {
             let Some(database) = part.databases.iter().find(|database| database.name == *name) else { continue };
-            let node = view.leader(&part.shard).and_then(|leader| leader.node_id).ok_or_else(|| {
-                let message = format!("shard \"{}\" cannot be reached", part.shard);
-                PgError::new(SqlState::CONNECTION_FAILURE, message).detail("The backup has rows of it.")
-            })?;
+            let node = leader_of(&view, &part.shard, "The backup has rows of it.")?;
             parts.push(Part { part, database, node });
         }
         if parts.is_empty() {
@@ -417,7 +412,7 @@ impl<'p> Part<'p> {
 }
 
 /// What the target's server refuses now it may grant later: it restarts, say, or an earlier run still holds something.
-fn passing(error: anyhow::Error) -> anyhow::Error {
+pub(crate) fn passing(error: anyhow::Error) -> anyhow::Error {
     const PASSING: [SqlState; 7] = [
         SqlState::ADMIN_SHUTDOWN,
         SqlState::CRASH_SHUTDOWN,

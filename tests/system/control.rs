@@ -3,7 +3,10 @@
 use std::io::{BufRead as _, BufReader, Read as _, Write as _};
 use std::process::{Child, Command, Stdio};
 
+use backup::PAUSEPOINTS;
+
 use crate::support::demo::{Demo, psql};
+use crate::support::faults::Fleet;
 use crate::support::store::files_in;
 use crate::support::wire::Wire;
 use crate::support::{both, run, until};
@@ -83,6 +86,26 @@ fn a_cancelled_job_leaves_no_backup() {
         let left = files_in(&demo.node_dir(1).join("extern"));
         if left.is_empty() { Ok(()) } else { Err(format!("{left:?}")) }
     });
+}
+
+#[test]
+fn a_backup_that_is_cancelled_leaves_nothing_unless_it_is_sealed() {
+    let fleet = Fleet::start(&["--rows", "500"]);
+    for point in PAUSEPOINTS.iter().filter(|point| point.starts_with("backup")) {
+        let statement = format!("BACKUP DATABASE movr INTO 'nodelocal://1/{point}' WITH DETACHED");
+        let job = fleet.held(&statement, point);
+        assert_eq!(tag(&fleet.demo, 2, &format!("CANCEL JOB {job}")), "CANCEL JOBS 1");
+        let (status, error) = fleet.end_of(&job);
+        let left = files_in(&fleet.demo.node_dir(1).join("extern").join(point));
+        let listed = fleet.demo.ask(1, &format!("SHOW BACKUPS IN 'nodelocal://1/{point}'"));
+        if ["backup.after_seal", "backup.after_latest"].contains(point) {
+            assert_eq!((status.as_str(), error.as_str()), ("succeeded", ""), "{point}");
+            assert!(left.iter().any(|file| file.ends_with("BACKUP_MANIFEST")) && listed.starts_with("/20"), "{listed}");
+        } else {
+            assert_eq!((status.as_str(), error.as_str()), ("canceled", "job canceled by user"), "{point}");
+            assert!(left.is_empty() && listed.is_empty(), "{point}: {left:?} {listed}");
+        }
+    }
 }
 
 #[test]

@@ -2,10 +2,12 @@
 
 use std::path::PathBuf;
 
+use backup::PAUSEPOINTS;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
 use crate::support::demo::{Demo, psql};
+use crate::support::faults::Fleet;
 use crate::support::store::files_in;
 use crate::support::{both, postgres_program, run, until};
 
@@ -120,6 +122,12 @@ fn an_attached_restore_is_relocated_as_a_backup_is() {
     let told = demo.ask(1, &statement("one"));
     assert!(told.starts_with("ERROR:  XXUUU: execution of job ") && told.contains(" relocated to "), "{told}");
     let row = demo.ask(3, &statement("two"));
+    // The description names what LATEST was, the statement is as it was given.
+    let job = demo.ask(1, &format!("SHOW JOB {}", row.split('|').next().unwrap()));
+    assert!(
+        job.contains("|RESTORE DATABASE movr FROM '/20") && job.contains("|RESTORE DATABASE movr FROM 'latest'"),
+        "{job}"
+    );
     let columns: Vec<&str> = row.split('|').collect();
     assert_eq!((columns[1], columns[2], columns[4]), ("succeeded", "1.0", "0"), "{row}");
     assert_same(&demo, "movr", "two");
@@ -250,6 +258,31 @@ fn damage_is_noticed_and_leaves_no_database() {
         psql(&demo.nodes[0].url.replace("root@", "reader@")).args(["-v", "VERBOSITY=verbose", "-c", restore]).output();
     let told = both(&told.unwrap());
     assert!(told.contains("42501: user reader does not have RESTORE privilege"), "{told}");
+}
+
+#[test]
+fn a_cancelled_restore_leaves_no_database_unless_it_is_its_user_s_already() {
+    let fleet = Fleet::start(&["--rows", "500"]);
+    let demo = &fleet.demo;
+    succeeded(demo, 1, &format!("BACKUP DATABASE movr INTO 'nodelocal://1/b' WITH {WEST}, DETACHED"));
+    for (number, point) in PAUSEPOINTS.iter().filter(|point| point.starts_with("restore")).enumerate() {
+        let name = format!("again{number}");
+        let statement = format!(
+            "RESTORE DATABASE movr FROM LATEST IN 'nodelocal://1/b' WITH new_db_name = '{name}', {WEST}, DETACHED"
+        );
+        let job = fleet.held(&statement, point);
+        assert_eq!(demo.ask(2, &format!("CANCEL JOB {job}")), "CANCEL JOBS 1");
+        let (status, error) = fleet.end_of(&job);
+        let left = "SELECT count(*) FROM pg_database WHERE datname LIKE '\\_backhaul%' OR datname LIKE 'again%'";
+        if *point == "restore.after_release" {
+            assert_eq!((status.as_str(), error.as_str()), ("succeeded", ""), "{point}");
+            assert_same(demo, "movr", &name);
+            assert_eq!(on(demo, "postgres", left), "1\n", "{point}");
+        } else {
+            assert_eq!((status.as_str(), error.as_str()), ("canceled", "job canceled by user"), "{point}");
+            assert_eq!(on(demo, "postgres", left), "0\n", "{point}");
+        }
+    }
 }
 
 const LOADING: &str = "query LIKE 'COPY %FROM STDIN%' AND datname LIKE '\\_backhaul%'";

@@ -120,6 +120,16 @@ impl Run {
         self.guarded(&write, &[&self.id.0, &self.claim, &fraction, &doing]).await
     }
 
+    /// Describes the job anew, without secrets: what was not known when it was made is now.
+    ///
+    /// # Errors
+    ///
+    /// As [`Run::keep`].
+    pub async fn describe(&self, description: &str) -> anyhow::Result<()> {
+        let write = format!("UPDATE registry.jobs SET description = $3 WHERE {MINE} RETURNING id");
+        self.guarded(&write, &[&self.id.0, &self.claim, &description]).await
+    }
+
     /// Shows that something went wrong that the job goes on after: in `execution_errors`, and as what it does now.
     ///
     /// # Errors

@@ -45,13 +45,18 @@ impl Backups {
             Subdir::Latest => None,
             Subdir::Named(text) => Some(literal(text)?.to_owned()),
         };
+        let subdir_is_open = subdir.is_none();
         let description = statement.description(subdir.as_deref().unwrap_or("latest"), &shown);
+        // A character that no name begins or ends with, and that is printed as it is.
+        let around = statement.description("\u{1}", &shown);
+        let around = around.split_once('\u{1}').map(|(before, behind)| (before.to_owned(), behind.to_owned()));
         let payload = Payload {
             database: statement.database.clone(),
             target,
             subdir,
             filter: filter.to_string(),
             user: requester.user.clone(),
+            description: around.filter(|_| subdir_is_open),
         };
         Ok(NewJob {
             id,

@@ -72,6 +72,9 @@ pub(crate) struct Payload {
     pub(crate) subdir: Option<String>,
     pub(crate) filter: String,
     pub(crate) user: String,
+    /// The job's description before and behind the directory, if that was not named.
+    #[serde(default)]
+    pub(crate) description: Option<(String, String)>,
 }
 
 /// Runs restore jobs.
@@ -170,6 +173,9 @@ impl Story<'_> {
         };
         let source = Source::find(self.stores, self.peers, &self.collection, chosen.as_deref(), &self.filter).await?;
         self.run.keep("subdir", &source.subdir).await?;
+        if let Some((before, behind)) = &self.payload.description {
+            self.run.describe(&format!("{before}{}{behind}", source.subdir)).await?;
+        }
         let parts = self.parts(&source)?;
         self.check_rights(&parts).await?;
         self.run.pausepoint(pausepoints::AFTER_SOURCE).await?;

@@ -45,6 +45,30 @@ fn backup_points() -> &'static [&'static str] {
 }
 
 #[test]
+fn a_paused_backup_goes_on_at_its_point_with_what_is_missing() {
+    let fleet = Fleet::start(&["--rows", "20000"]);
+    let set = "SET backhaul.debug_pausepoints = 'backup.after_first_span'";
+    let backup = format!("BACKUP DATABASE movr INTO 'nodelocal://1/p' WITH {WEST}, DETACHED");
+    let job = run(fleet.demo.psql(1).args(["-v", "ON_ERROR_STOP=1", "-Atqc", set, "-c", &backup]));
+    let job = job.trim();
+    until("the job to be paused", || {
+        let seen = fleet.job(job, "status");
+        if seen == "paused" { Ok(()) } else { Err(seen) }
+    });
+    let kept = |key: &str, path: &str| {
+        fleet.registry(&format!("SELECT value #>> '{{{path}}}' FROM registry.job_info WHERE job_id = {job} AND key LIKE '{key}' ORDER BY key LIMIT 1"))
+    };
+    let (lease, file) = (kept("point/s1", "lease"), kept("span/%", "file,path"));
+    assert!(!lease.is_empty() && file.starts_with("data/"), "{lease} {file}");
+    assert_eq!(fleet.demo.ask(4, &format!("RESUME JOB {job}")), "RESUME JOBS 1");
+    assert_eq!(fleet.end_of(job), ("succeeded".to_owned(), String::new()));
+    assert_eq!((kept("point/s1", "lease"), fleet.job(job, "num_runs")), (lease, "2".to_owned()));
+    let backup = LocalBackup::newest(&[fleet.demo.node_dir(1).join("extern")], "p");
+    assert!(backup.manifest.to_string().contains(&file), "what was finished is not done again");
+    assert_eq!(backup.rows("rides").len(), 20000);
+}
+
+#[test]
 fn a_client_that_waits_on_a_stopped_node_is_told_how_to_go_on() {
     let mut fleet = Fleet::start(&["--rows", "2000"]);
     let statement = format!("BACKUP DATABASE movr INTO 'nodelocal://1/w' WITH {WEST}, DETACHED");

@@ -163,3 +163,63 @@ fn a_job_whose_row_was_lost_with_the_registry_s_server_is_reported() {
         .count();
     assert_eq!(seals, 0);
 }
+
+#[test]
+fn a_backup_in_the_nodes_own_directories_is_sealed_once_and_stays_whole() {
+    let mut fleet = Fleet::start(&["--rows", "2000"]);
+    for point in ["backup.after_record", "backup.after_seal", "backup.after_latest"] {
+        let uri = format!("nodelocal://self/{point}");
+        let job = fleet.held(&format!("BACKUP DATABASE movr INTO '{uri}' WITH {WEST}, DETACHED"), point);
+        let coordinator: usize = fleet.job(&job, "coordinator_id").parse().unwrap();
+        // Somebody else goes on, and the manifest is in the directory of the one that is gone.
+        fleet.end_node(coordinator, Signal::SIGTERM);
+        until("another node to have the job", || {
+            let seen = fleet.job(&job, "coordinator_id");
+            if seen == coordinator.to_string() { Err(seen) } else { Ok(()) }
+        });
+        fleet.start_node(coordinator);
+        fleet.until_all_live();
+        assert_eq!(fleet.end_of(&job), ("succeeded".to_owned(), String::new()), "{point}");
+        let directories = (1..=4).flat_map(|node| files_in(&fleet.demo.node_dir(node).join("extern").join(point)));
+        assert_eq!(directories.filter(|file| file.ends_with("BACKUP_MANIFEST")).count(), 1, "{point}");
+        let shown = fleet.demo.ask(1, &format!("SHOW BACKUP FROM LATEST IN '{uri}' WITH check_files"));
+        assert!(shown.contains("movr|public|rides|table|full|"), "{shown}");
+    }
+}
+
+#[test]
+fn behind_the_seal_a_store_is_waited_for_and_what_it_refuses_is_no_failure() {
+    let mut fleet = Fleet::start(&["--rows", "500"]);
+    let statement = format!("BACKUP DATABASE movr INTO 'nodelocal://2/s' WITH {WEST}, DETACHED");
+    let job = fleet.held(&statement, "backup.after_seal");
+    fleet.end_node(2, Signal::SIGKILL);
+    fleet.let_go(&job, "backup.after_seal");
+    until("the job to be tried again", || {
+        let seen = fleet.job(&job, "status || ' ' || execution_errors::text");
+        if seen.contains("running") && seen.contains("nodelocal://2/s") { Ok(()) } else { Err(seen) }
+    });
+    fleet.start_node(2);
+    assert_eq!(fleet.end_of(&job), ("succeeded".to_owned(), String::new()));
+    assert!(fleet.demo.ask(1, "SHOW BACKUPS IN 'nodelocal://2/s'").starts_with("/20"));
+
+    let job = fleet.held(&statement, "backup.after_seal");
+    let files = files_in(&fleet.demo.node_dir(2).join("extern/s"));
+    let sealed = files.iter().filter(|file| file.ends_with("BACKUP_MANIFEST")).max().unwrap();
+    std::fs::create_dir(sealed.with_file_name("RESTORE.txt")).unwrap();
+    fleet.let_go(&job, "backup.after_seal");
+    assert_eq!(fleet.end_of(&job), ("succeeded".to_owned(), String::new()));
+    assert_eq!(fleet.demo.ask(1, "SHOW BACKUPS IN 'nodelocal://2/s'").lines().count(), 2);
+}
+
+#[test]
+fn what_is_being_removed_is_not_found_whole_again() {
+    let fleet = Fleet::start(&["--rows", "500"]);
+    let statement = format!("BACKUP DATABASE movr INTO 'nodelocal://1/l' WITH {WEST}, DETACHED");
+    let job = fleet.held(&statement, "backup.after_seal");
+    // As if the seal had come out of a request that was under way when the removal had begun.
+    fleet.registry(&format!("INSERT INTO registry.job_info (job_id, key, value) VALUES ({job}, 'removing', 'true')"));
+    assert_eq!(fleet.demo.ask(2, &format!("CANCEL JOB {job}")), "CANCEL JOBS 1");
+    assert_eq!(fleet.end_of(&job), ("canceled".to_owned(), "job canceled by user".to_owned()));
+    let left = files_in(&fleet.demo.node_dir(1).join("extern"));
+    assert!(left.is_empty(), "{left:?}");
+}

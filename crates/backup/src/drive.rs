@@ -124,6 +124,7 @@ impl AsyncDone<Span, FileEntry> for &mut Noted<'_> {
         self.shard.run.keep(&key, &entry).await?;
         self.done += weight;
         self.finished.push(entry);
+        self.shard.run.bears_fruit();
         self.shard.run.pausepoint(AFTER_FIRST_SPAN).await?;
         if self.reported.elapsed() >= PROGRESS_EVERY {
             self.reported = Instant::now();

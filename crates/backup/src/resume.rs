@@ -16,7 +16,7 @@ use pgerror::{PgError, SqlState};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use storage::{Created, Store, Stores, Uri};
-use tokio::time::timeout;
+use tokio::time::{Instant, sleep, timeout};
 
 use crate::drive::{self, Finished, Invalidated, Shard};
 use crate::export::sha256;
@@ -24,7 +24,8 @@ use crate::manifest::{FORMAT, FileEntry, Manifest, NodeWork, ShardPart};
 use crate::pausepoints::{AFTER_EXPORT, AFTER_LATEST, AFTER_LOCK, AFTER_POINTS, AFTER_RECORD, AFTER_SCHEMAS};
 use crate::plan::SealSource;
 use crate::point::{self, ShardPoint, Tries};
-use crate::revert::{self, Trace};
+use crate::revert::Trace;
+use crate::seal::{Place, Recorded, When};
 use crate::{hold, layout, seal, spans};
 
 /// The type of these jobs.
@@ -32,6 +33,13 @@ pub const JOB_TYPE: &str = "BACKUP";
 
 /// Under which key it stands that something may be in the store.
 const TOUCHED: &str = "touched";
+
+/// Under which key it stands that the job's files are being removed, whatever is found now.
+const REMOVING: &str = "removing";
+
+/// How long it is asked whether a backup whose job has failed is sealed, and how often.
+const SEALED_PATIENCE: Duration = Duration::from_secs(300);
+const SEALED_LOOK: Duration = Duration::from_secs(2);
 
 /// A schema dump that is longer is not a schema.
 const SCHEMA_MAX: usize = 512 * 1024 * 1024;
@@ -67,9 +75,10 @@ struct Story<'s> {
     /// The backup's directory, with its keys.
     uri: String,
     store: Store,
-    collection: Store,
     stores: &'s Stores,
     directory: Uri,
+    /// The collection.
+    root: Uri,
 }
 
 impl Resume {
@@ -88,10 +97,10 @@ impl Resume {
             peers: &self.peers,
             filter: payload.filter.parse().context("read the job's filter")?,
             store: self.stores.open(&uri).await?,
-            collection: self.stores.open(&collection).await?,
             stores: &self.stores,
             uri: uri.exposed(),
             directory: uri,
+            root: collection,
             payload,
         })
     }
@@ -105,66 +114,107 @@ impl Resumer for Resume {
     fn revert(&self, run: Run) -> Boxed<'_, Option<Value>> {
         Box::pin(async move { self.story(&run).await?.take_back().await })
     }
+
+    /// Stores are for nodes that match. A job that never came to one has nothing there.
+    fn reverts_anywhere(&self, run: Run) -> Boxed<'_, bool> {
+        Box::pin(async move { Ok(run.kept::<bool>(TOUCHED).await?.is_none()) })
+    }
 }
 
 impl Story<'_> {
     async fn tell(&self) -> anyhow::Result<Value> {
-        // The store is the judge: what is sealed is done.
-        let mut manifest = seal::complete(self.run, &self.store, &self.collection, self.when()).await?;
-        if manifest.is_none() {
-            self.lock().await?;
-            self.run.pausepoint(AFTER_LOCK).await?;
-            let body = match seal::recorded(self.run, &self.store).await? {
-                Some(body) => body,
-                None => {
-                    let manifest = self.export().await?;
-                    self.run.pausepoint(AFTER_EXPORT).await?;
-                    seal::record(self.run, &self.store, &manifest).await?
-                }
-            };
-            self.run.pausepoint(AFTER_RECORD).await?;
-            manifest = Some(seal::seal(self.run, &self.store, &self.collection, body, self.when()).await?);
+        // The store is the judge: what is sealed is done. Only what was recorded can be.
+        if let Some(recorded) = seal::recorded(self.run).await?
+            && let Some(manifest) = self.seal(&recorded).await?
+        {
+            return self.end(&manifest).await;
         }
-        self.run.pausepoint(AFTER_LATEST).await?;
-        let manifest = manifest.context("find the manifest")?;
-        self.tidy(&manifest).await?;
-        Ok(result(&manifest))
+        self.lock().await?;
+        self.run.pausepoint(AFTER_LOCK).await?;
+        let manifest = self.export().await?;
+        self.run.pausepoint(AFTER_EXPORT).await?;
+        let recorded = seal::record(self.run, &self.store, &manifest).await?;
+        self.run.pausepoint(AFTER_RECORD).await?;
+        let manifest = self.seal(&recorded).await?.context("find the manifest that was just recorded")?;
+        self.end(&manifest).await
     }
 
-    fn when(&self) -> (&str, DateTime<Utc>) {
+    async fn seal(&self, recorded: &Recorded) -> anyhow::Result<Option<Manifest>> {
+        seal::seal(self.run, &self.place(recorded).await?, recorded, self.when()).await
+    }
+
+    async fn end(&self, manifest: &Manifest) -> anyhow::Result<Value> {
+        self.run.pausepoint(AFTER_LATEST).await?;
+        self.tidy(manifest).await?;
+        Ok(result(manifest))
+    }
+
+    /// Where the recorded body is: another node's own directory, perhaps.
+    async fn place(&self, recorded: &Recorded) -> anyhow::Result<Place> {
+        let there = |uri: &Uri| recorded.node.and_then(|node| uri.on(node)).unwrap_or_else(|| uri.clone());
+        let (store, collection) = (there(&self.directory), there(&self.root));
+        Ok(Place { store: self.stores.open(&store).await?, collection: self.stores.open(&collection).await? })
+    }
+
+    fn when(&self) -> When<'_> {
         (self.payload.subdir.as_str(), self.payload.created)
     }
 
-    fn trace(&self) -> Trace<'_> {
+    fn trace(&self, recorded: Option<&Recorded>) -> Trace<'_> {
         let (run, peers, stores) = (self.run, self.peers, self.stores);
-        Trace { run, peers, stores, filter: &self.filter, directory: &self.directory }
+        let sealed_on = recorded.and_then(|recorded| recorded.node);
+        Trace { run, peers, stores, filter: &self.filter, directory: &self.directory, sealed_on }
     }
 
     /// The backup is whole. That something is left beside it is no reason to fail.
     async fn tidy(&self, manifest: &Manifest) -> anyhow::Result<()> {
         close_points(self.run, self.peers).await?;
-        if let Err(error) = self.trace().remove_strays(manifest).await {
+        let recorded = seal::recorded(self.run).await?;
+        if let Err(error) = self.trace(recorded.as_ref()).remove_strays(manifest).await {
             tracing::warn!(job = %self.run.id, "files that the manifest does not name may be left: {error:#}");
         }
         Ok(())
     }
 
-    /// Removes everything, unless the backup is whole.
+    /// Removes everything, unless the backup is whole. Which of both is decided once: a seal that comes out of a request
+    /// that was under way is removed with the rest.
     async fn take_back(&self) -> anyhow::Result<Option<Value>> {
         close_points(self.run, self.peers).await?;
         if self.run.kept::<bool>(TOUCHED).await?.is_none() {
             return Ok(None);
         }
-        if let Some(store) = self.trace().sealed().await? {
-            let manifest = seal::complete(self.run, &store, &self.collection, self.when()).await?;
-            if let Some(manifest) = &manifest {
-                self.tidy(manifest).await?;
-                return Ok(Some(result(manifest)));
+        let recorded = seal::recorded(self.run).await?;
+        if let Some(recorded) = &recorded
+            && self.run.kept::<bool>(REMOVING).await?.is_none()
+            && let Some(manifest) = self.sealed(recorded).await?
+        {
+            self.tidy(&manifest).await?;
+            return Ok(Some(result(&manifest)));
+        }
+        self.run.keep(REMOVING, &true).await?;
+        self.trace(recorded.as_ref()).remove_all().await?;
+        Ok(None)
+    }
+
+    /// The backup, if it is sealed. A store that does not answer is asked for long: the answer decides.
+    async fn sealed(&self, recorded: &Recorded) -> anyhow::Result<Option<Manifest>> {
+        let begun = Instant::now();
+        loop {
+            let look = async {
+                let place = self.place(recorded).await?;
+                match seal::sealed(self.run, &place).await? {
+                    Some(_) => seal::finish(self.run, &place, self.when()).await,
+                    None => Ok(None),
+                }
+            };
+            match look.await {
+                Err(error) if storage::is_transient(&error) && begun.elapsed() < SEALED_PATIENCE => {
+                    tracing::info!(job = %self.run.id, "whether the backup is sealed is not known yet: {error:#}");
+                    sleep(SEALED_LOOK).await;
+                }
+                done => return done,
             }
         }
-        self.trace().remove_all().await?;
-        self.collection.delete(&layout::latest(self.payload.created, self.run.id)).await.map_err(revert::passing)?;
-        Ok(None)
     }
 
     /// The directory is this job's, and stays so.

@@ -2,11 +2,11 @@
 //!
 //! A job that fails or is canceled removes its files; one that has succeeded removes what its manifest does not name:
 //! files of tries that were lost, of claims that ended. Before anything is removed the workers are asked to stop, and
-//! one that cannot be asked finishes no file: its session has ended by then ([`crate::export`]).
+//! of one that cannot be asked the session is waited for to end: without one it finishes no file ([`crate::export`]).
 //!
-//! A seal that is found here wins: that backup is whole, and the job has succeeded whatever was asked of it. One that
-//! appears later, out of a request that was under way, is removed with the rest. A coordinator that slept through all
-//! of this looks once more behind its seal ([`crate::seal`]).
+//! A seal that is found before anything is removed wins: that backup is whole, and the job has succeeded whatever was
+//! asked of it. One that appears later, out of a request that was under way, is removed with the rest. A coordinator
+//! that slept through all of this looks once more behind its seal ([`crate::seal`]).
 
 use std::collections::BTreeSet;
 use std::time::Duration;
@@ -40,6 +40,8 @@ pub(crate) struct Trace<'t> {
     pub(crate) filter: &'t Filter,
     /// The backup's directory, with its keys.
     pub(crate) directory: &'t Uri,
+    /// The node in whose own directory the manifest is, if it is in one.
+    pub(crate) sealed_on: Option<NodeId>,
 }
 
 impl Trace<'_> {
@@ -56,7 +58,8 @@ impl Trace<'_> {
         }
         if self.directory.on(NodeId(0)).is_some() {
             let finished: Vec<Finished> = self.run.kept_under("span/").await?;
-            let holders: BTreeSet<NodeId> = finished.iter().filter_map(|done| done.file.node).collect();
+            let holders = finished.iter().filter_map(|done| done.file.node).chain(self.sealed_on);
+            let holders: BTreeSet<NodeId> = holders.collect();
             if let Some(node) = holders.iter().find(|node| opened.iter().all(|store| store.node() != Some(**node))) {
                 let message = format!("node {node} does not answer, and it holds files of the backup");
                 return Err(PgError::new(SqlState::CONNECTION_FAILURE, message).into());
@@ -65,28 +68,22 @@ impl Trace<'_> {
         Ok(opened)
     }
 
-    /// Returns when no node that answers works on the job any more.
+    /// Returns when no node works on the job any more: those that answer say so, and the sessions of the others have
+    /// ended, after which they finish no file.
     async fn settle(&self) -> anyhow::Result<()> {
         let view = self.peers.cluster().view();
-        let known = view.nodes.values().filter(|known| known.reachable);
-        let matching = known.filter(|known| known.info.locality.first_unmatched(self.filter).is_none());
+        let matching = view.nodes.values().filter(|known| known.info.locality.first_unmatched(self.filter).is_none());
         let request = export::Request::Settle { job: self.run.id.0 };
-        for node in matching.filter_map(|known| known.info.node_id) {
-            self.peers.call::<()>(node, EXPORT, &request, SETTLE_DEADLINE).await?;
-        }
-        Ok(())
-    }
-
-    /// The store in which the job's backup is sealed, if it is.
-    pub(crate) async fn sealed(&self) -> anyhow::Result<Option<Store>> {
-        for store in self.places().await.map_err(passing)? {
-            let body = store.read(layout::SEAL).await.map_err(passing)?;
-            let manifest = body.and_then(|body| serde_json::from_slice::<Manifest>(&body).ok());
-            if manifest.is_some_and(|manifest| manifest.job == self.run.id.0) {
-                return Ok(Some(store));
+        let mut silent = Vec::new();
+        for known in matching {
+            match known.info.node_id {
+                Some(node) if known.reachable => {
+                    self.peers.call::<()>(node, EXPORT, &request, SETTLE_DEADLINE).await?;
+                }
+                node => silent.extend(node),
             }
         }
-        Ok(None)
+        self.run.sessions_have_ended(&silent).await
     }
 
     /// Removes all files of the job.
@@ -121,7 +118,7 @@ impl Trace<'_> {
     }
 }
 
-/// The files of a directory that are this job's, the lock last. Where another job has its lock, only names that carry
+/// The files of a directory that are this job's, the lock last and a seal first. Where another job has its lock, only names that carry
 /// this job's number are.
 fn of_job(job: JobId, entries: &[Entry]) -> Vec<String> {
     let (lock, data) = (layout::lock(job), layout::data_of(job));
@@ -129,6 +126,7 @@ fn of_job(job: JobId, entries: &[Entry]) -> Vec<String> {
     let is_mine = |path: &str| path.starts_with(&data) || !is_shared;
     let paths = entries.iter().map(|entry| &entry.path).filter(|path| **path != lock && is_mine(path));
     let mut paths: Vec<String> = paths.cloned().collect();
+    paths.sort_by_key(|path| path != layout::SEAL);
     paths.extend(entries.iter().any(|entry| entry.path == lock).then_some(lock));
     paths
 }
@@ -137,6 +135,9 @@ async fn remove(store: &Store, chosen: impl Fn(&[Entry]) -> Vec<String>) -> anyh
     for _ in 0..PASSES_MAX {
         let mut paths = chosen(&store.list("").await?);
         let Some(last) = paths.pop() else { return Ok(()) };
+        if paths.first().is_some_and(|path| path == layout::SEAL) {
+            store.delete(&paths.remove(0)).await?;
+        }
         let removals = paths.into_iter().map(|path| async move { store.delete(&path).await });
         stream::iter(removals).buffer_unordered(AT_ONCE).try_collect::<()>().await?;
         store.delete(&last).await?;
@@ -146,7 +147,7 @@ async fn remove(store: &Store, chosen: impl Fn(&[Entry]) -> Vec<String>) -> anyh
 }
 
 /// A store that does not answer now may do so later.
-pub(crate) fn passing(error: anyhow::Error) -> anyhow::Error {
+fn passing(error: anyhow::Error) -> anyhow::Error {
     if storage::is_transient(&error) { error.context(Retryable) } else { error }
 }
 

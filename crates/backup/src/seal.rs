@@ -9,7 +9,9 @@ use std::time::Duration;
 use anyhow::{Context as _, bail};
 use bytes::Bytes;
 use chrono::{DateTime, Utc};
+use cluster::NodeId;
 use jobs::{Retryable, Run};
+use pgerror::{PgError, SqlState};
 use serde::{Deserialize, Serialize};
 use storage::{Created, Store};
 use tokio::time::timeout;
@@ -27,31 +29,34 @@ const RECORDED: &str = "seal";
 const WITHDRAW_DEADLINE: Duration = Duration::from_secs(120);
 const WITHDRAW_LOOK: Duration = Duration::from_millis(200);
 
-/// A body that has been written and may be sealed.
+/// A body that has been written and may be sealed. From when it is recorded, nothing else is, and nowhere else.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-struct Recorded {
+pub(crate) struct Recorded {
     path: String,
     sha256: String,
+    /// Whose own directory it is in, if it is in one.
+    #[serde(default)]
+    pub(crate) node: Option<NodeId>,
 }
 
-fn read(bytes: &[u8]) -> anyhow::Result<Manifest> {
-    let manifest: Manifest = serde_json::from_slice(bytes).context("read the manifest")?;
-    if manifest.format != FORMAT {
-        bail!("the manifest has format {}, and this program knows only {FORMAT}", manifest.format);
-    }
-    Ok(manifest)
+/// Where a backup is sealed.
+pub(crate) struct Place {
+    /// The backup's directory.
+    pub(crate) store: Store,
+    /// The collection's root.
+    pub(crate) collection: Store,
 }
 
-/// The body that this job has recorded, in an earlier run or this one, if it can still be read.
+/// When a job was made, and the directory that this gave.
+pub(crate) type When<'w> = (&'w str, DateTime<Utc>);
+
+/// What this job has recorded, in an earlier run or this one.
 ///
 /// # Errors
 ///
-/// The registry or the store cannot be read.
-pub(crate) async fn recorded(run: &Run, store: &Store) -> anyhow::Result<Option<Bytes>> {
-    let Some(recorded) = run.kept::<Recorded>(RECORDED).await? else { return Ok(None) };
-    let body = store.read(&recorded.path).await?;
-    // In a store of another node's own it is not to be had here; then it is written again.
-    Ok(body.filter(|body| sha256(body) == recorded.sha256))
+/// The registry is not reachable.
+pub(crate) async fn recorded(run: &Run) -> anyhow::Result<Option<Recorded>> {
+    run.kept(RECORDED).await
 }
 
 /// Writes the body and records it.
@@ -59,7 +64,7 @@ pub(crate) async fn recorded(run: &Run, store: &Store) -> anyhow::Result<Option<
 /// # Errors
 ///
 /// A lost claim, or the store.
-pub(crate) async fn record(run: &Run, store: &Store, manifest: &Manifest) -> anyhow::Result<Bytes> {
+pub(crate) async fn record(run: &Run, store: &Store, manifest: &Manifest) -> anyhow::Result<Recorded> {
     let body = Bytes::from(serde_json::to_vec_pretty(manifest)?);
     let mut path = layout::body(run.claim);
     if let Created::Exists(_) = store.create(&path, body.clone()).await? {
@@ -67,37 +72,69 @@ pub(crate) async fn record(run: &Run, store: &Store, manifest: &Manifest) -> any
         path = format!("{path}-{}", uuid::Uuid::new_v4().simple());
         store.create(&path, body.clone()).await?;
     }
-    run.keep(RECORDED, &Recorded { path, sha256: sha256(&body) }).await?;
-    Ok(body)
+    let recorded = Recorded { path, sha256: sha256(&body), node: store.node() };
+    run.keep(RECORDED, &recorded).await?;
+    Ok(recorded)
 }
 
-/// Seals the backup with a recorded body, and points LATEST at it.
+/// Seals the backup with a recorded body, unless that was done before, and does what comes behind the seal. None when
+/// the body cannot be found in its place any more: then there is no seal either.
 ///
 /// # Errors
 ///
 /// A lost claim, the store, or somebody else's seal.
 pub(crate) async fn seal(
     run: &Run,
-    store: &Store,
-    collection: &Store,
-    body: Bytes,
-    (subdir, created): (&str, DateTime<Utc>),
-) -> anyhow::Result<Manifest> {
-    // The last look: from here to the seal is one request.
-    run.check().await?;
-    if let Created::Exists(other) = store.create(layout::SEAL, body).await.map_err(once_sealed)? {
-        let other = read(&other)?;
-        if other.job != run.id.0 {
-            bail!("job {} has sealed a backup in this directory", other.job);
+    place: &Place,
+    recorded: &Recorded,
+    when: When<'_>,
+) -> anyhow::Result<Option<Manifest>> {
+    let sealing = async {
+        if sealed(run, place).await?.is_none() {
+            let body = place.store.read(&recorded.path).await?.filter(|body| sha256(body) == recorded.sha256);
+            let Some(body) = body else { return Ok(None) };
+            // A task of its own: if the run is dropped in the middle, this one looks behind the seal all the same.
+            tokio::spawn(put(run.clone(), place.store.clone(), body)).await.context("seal the backup")??;
+            run.pausepoint(AFTER_SEAL).await?;
+        }
+        finish(run, place, when).await
+    };
+    sealing.await.map_err(once_sealed)
+}
+
+/// The sealed body, if the backup is sealed.
+///
+/// # Errors
+///
+/// The store; the seal cannot be read; or it is another job's.
+pub(crate) async fn sealed(run: &Run, place: &Place) -> anyhow::Result<Option<Bytes>> {
+    let Some(body) = place.store.read(layout::SEAL).await? else { return Ok(None) };
+    match serde_json::from_slice(&body) {
+        Ok(Owner { job }) if job == run.id.0 => Ok(Some(body)),
+        Ok(Owner { job }) => bail!("job {job} has sealed a backup in this directory"),
+        Err(error) => {
+            let message = format!("the manifest of the backup in {} is damaged", place.store.redacted());
+            Err(PgError::new(SqlState::DATA_CORRUPTED, message).detail(format!("It cannot be read: {error}.")).into())
         }
     }
+}
+
+#[derive(Deserialize)]
+struct Owner {
+    job: i64,
+}
+
+async fn put(run: Run, store: Store, body: Bytes) -> anyhow::Result<()> {
+    // The last look: from here to the seal is one request.
+    run.check().await?;
+    let made = store.create(layout::SEAL, body).await;
     // Whoever stood still between the last look and the seal may have sealed what others have removed meanwhile.
     if let Err(error) = run.check().await {
-        withdraw(run, store).await?;
+        withdraw(&run, &store).await?;
         return Err(error);
     }
-    run.pausepoint(AFTER_SEAL).await?;
-    complete(run, store, collection, (subdir, created)).await?.context("find the seal that was just made")
+    // One that was there before is looked at by whoever comes behind the seal.
+    made.map(drop)
 }
 
 /// Takes the seal back if the job has failed or was canceled. If it has not, somebody else goes on behind the seal.
@@ -114,49 +151,53 @@ async fn withdraw(run: &Run, store: &Store) -> anyhow::Result<()> {
     timeout(WITHDRAW_DEADLINE, decided).await.unwrap_or(Ok(()))
 }
 
-/// If the backup is sealed, writes what belongs to the seal and is made from it, and points LATEST at it. Whoever comes
-/// after a coordinator that died right behind the seal does the same again.
-///
-/// # Errors
-///
-/// The store.
-pub(crate) async fn complete(
-    run: &Run,
-    store: &Store,
-    collection: &Store,
-    (subdir, created): (&str, DateTime<Utc>),
-) -> anyhow::Result<Option<Manifest>> {
-    let Some(body) = store.read(layout::SEAL).await? else { return Ok(None) };
-    let manifest = read(&body)?;
-    if manifest.job != run.id.0 {
-        return Ok(None);
-    }
-    finish(run, store, collection, &manifest, &body, (subdir, created)).await.map_err(once_sealed)?;
-    Ok(Some(manifest))
-}
-
 /// At the seal and behind it a store that does not answer is asked for longer than anywhere else: it may hold a whole
 /// backup already.
 fn once_sealed(error: anyhow::Error) -> anyhow::Error {
     if storage::is_transient(&error) { error.context(Retryable) } else { error }
 }
 
-async fn finish(
+/// Behind the seal: writes what belongs to it and is made from it, and points LATEST at it. Whoever comes after a
+/// coordinator that died there does the same again.
+///
+/// What the store refuses for good is noted, and no reason to fail: the backup is whole.
+///
+/// # Errors
+///
+/// There is no seal of this job; or the store cannot be reached now.
+pub(crate) async fn finish(run: &Run, place: &Place, when: When<'_>) -> anyhow::Result<Option<Manifest>> {
+    let body = sealed(run, place).await?.context("find the seal")?;
+    let manifest: Manifest = serde_json::from_slice(&body).context("read the manifest")?;
+    if manifest.format != FORMAT {
+        bail!("the manifest has format {}, and this program knows only {FORMAT}", manifest.format);
+    }
+    match behind(run, place, &manifest, &body, when).await {
+        Err(error) if !storage::is_transient(&error) => {
+            let error = error.context("write what belongs to a backup that is whole");
+            tracing::warn!(job = %run.id, "{error:#}");
+            run.note(&error).await?;
+        }
+        done => done?,
+    }
+    Ok(Some(manifest))
+}
+
+async fn behind(
     run: &Run,
-    store: &Store,
-    collection: &Store,
+    place: &Place,
     manifest: &Manifest,
     body: &[u8],
-    (subdir, created): (&str, DateTime<Utc>),
+    (subdir, created): When<'_>,
 ) -> anyhow::Result<()> {
+    // The pointer first: without it the backup is not found.
+    place.collection.create(&layout::latest(created, run.id), Bytes::from(subdir.to_owned())).await?;
     for (path, text) in [
         (layout::CHECKSUM, format!("{}\n", sha256(body))),
         (layout::RESTORE_TEXT, restore_text::text(manifest, subdir)),
     ] {
-        let mut writer = store.writer(path).await?;
+        let mut writer = place.store.writer(path).await?;
         writer.write(Bytes::from(text)).await?;
         writer.finish().await?;
     }
-    collection.create(&layout::latest(created, run.id), Bytes::from(subdir.to_owned())).await?;
     Ok(())
 }

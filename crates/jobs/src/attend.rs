@@ -18,19 +18,25 @@ use uuid::Uuid;
 
 use crate::control::CANCELED;
 use crate::gate;
-use crate::run::{LostClaim, MINE, Retryable, Run, words};
+use crate::ledger::RegistryAway;
+use crate::run::{ERRORS_MAX, LostClaim, MINE, NOTED, Retryable, Run, words};
 use crate::runner::{Claimed, Duty, Held, Jobs, Resumer, TICK};
 
 /// A job that fails in a way that may pass is begun again for so long after the first failure of a row, with waits that
 /// double up to the longest. A run that lasted for a while ends the row.
 const RETRY_FOR: Duration = Duration::from_secs(300);
 const A_WHILE: Duration = Duration::from_secs(60);
+
+/// Runs in a row that lasted for a while and brought nothing to its end: what they wait for does not come.
+const FRUITLESS_MAX: u32 = 5;
+
 const FIRST_WAIT: Duration = Duration::from_millis(500);
 const LONGEST_WAIT: Duration = Duration::from_secs(10);
 
-/// What a job made is tried to be removed for so many seconds; what is there still when they are over stays, and the
-/// job says so.
-const REVERT_FOR: f64 = 30.0;
+/// What a job made is tried to be removed for so long after it first could not be, and for so many seconds by however many
+/// nodes; what is there still when they are over stays, and the job says so.
+const REVERT_FOR: Duration = Duration::from_secs(30);
+const REVERT_MAX: f64 = 1800.0;
 
 /// A job that was begun so often, on whichever nodes, fails: it may be what ends its coordinators.
 const RUNS_MAX: i64 = 60;
@@ -72,7 +78,7 @@ impl Jobs {
         let anywhere = match claimed.duty {
             Duty::Pause | Duty::Cancel => true,
             Duty::Run => false,
-            Duty::Revert(_) => !resumer.reverts_where_it_ran(),
+            Duty::Revert(_) => resumer.reverts_anywhere(self.run_of(claimed)).await?,
         };
         if !anywhere && !self.matches(&claimed.filter) {
             return match self.relocate(claimed.id, claimed.claim, &claimed.filter, &claimed.prefers).await? {
@@ -118,6 +124,7 @@ impl Jobs {
             payload: claimed.payload.clone(),
             sealed: claimed.sealed.clone(),
             pausepoints: claimed.pausepoints.clone(),
+            fruits: Arc::default(),
             ledger: self.ledger().clone(),
         }
     }
@@ -126,8 +133,9 @@ impl Jobs {
         let run = self.run_of(claimed);
         let mut wait = FIRST_WAIT;
         let mut failing_since: Option<Instant> = None;
+        let mut fruitless = 0;
         loop {
-            let begun = Instant::now();
+            let (begun, fruits) = (Instant::now(), run.fruits());
             if !self.begin(claimed).await? {
                 let message = format!("the job was begun {RUNS_MAX} times and never came to its end");
                 let error = PgError::new(SqlState::UNCATEGORIZED, message).into();
@@ -140,9 +148,10 @@ impl Jobs {
             };
             if begun.elapsed() >= A_WHILE {
                 (failing_since, wait) = (None, FIRST_WAIT);
+                fruitless = if run.fruits() > fruits { 0 } else { fruitless + 1 };
             }
             let since = *failing_since.get_or_insert_with(Instant::now);
-            if !may_pass(&error) || since.elapsed() >= RETRY_FOR {
+            if !may_pass(&error) || since.elapsed() >= RETRY_FOR || fruitless >= FRUITLESS_MAX {
                 return self.begin_to_revert(claimed, "failed", &error).await;
             }
             tracing::warn!(job = %claimed.id, "job is tried again: {error:#}");
@@ -185,7 +194,7 @@ impl Jobs {
         let write = "
             UPDATE registry.jobs SET status = 'reverting', ends_as = $3, error = $4, result = $5, claim_id = gen_random_uuid(),
                    reverting_since = clock_timestamp(), running_status = 'removing what the job has made', next_run = NULL,
-                   unmatched_since = NULL, modified = clock_timestamp()
+                   modified = clock_timestamp()
             WHERE id = $1 AND claim_id = $2 AND status IN ('running', 'cancel-requested') RETURNING id";
         let (words, parts) = words(error);
         tracing::warn!(job = %claimed.id, "job is {ends_as}: {words}");
@@ -196,16 +205,22 @@ impl Jobs {
     async fn revert(&self, claimed: &Claimed, resumer: Arc<dyn Resumer>, since: f64) -> anyhow::Result<()> {
         let run = self.run_of(claimed);
         let begun = Instant::now();
+        let mut failing_since: Option<Instant> = None;
         let mut wait = FIRST_WAIT;
         loop {
             let error = match resumer.revert(run.clone()).await {
                 Ok(Some(result)) => return self.succeed(claimed, &result).await,
-                Ok(None) => return self.end(claimed).await,
+                Ok(None) => return self.end(claimed, None).await,
                 Err(error) if error.downcast_ref::<LostClaim>().is_some() => return Err(error),
                 Err(error) => error,
             };
-            if !may_pass(&error) || since + begun.elapsed().as_secs_f64() >= REVERT_FOR {
-                return self.stay_behind(claimed, &error).await;
+            // While the registry is away nothing is tried, and nothing could be written.
+            if error.downcast_ref::<RegistryAway>().is_none() {
+                let failing = *failing_since.get_or_insert_with(Instant::now);
+                let over = failing.elapsed() >= REVERT_FOR || since + begun.elapsed().as_secs_f64() >= REVERT_MAX;
+                if !may_pass(&error) || over {
+                    return self.stay_behind(claimed, &error).await;
+                }
             }
             tracing::info!(job = %claimed.id, "what the job has made is not removed yet: {error:#}");
             sleep(wait).await;
@@ -216,21 +231,18 @@ impl Jobs {
     /// Ends a job although what it made could not be removed.
     async fn stay_behind(&self, claimed: &Claimed, error: &anyhow::Error) -> anyhow::Result<()> {
         tracing::warn!(job = %claimed.id, "what the job has made stays: {error:#}");
-        let (words, _) = words(error);
-        let error = PgError::new(SqlState::UNCATEGORIZED, "what the job has made was not all removed").detail(words);
-        match self.run_of(claimed).note(&error.into()).await {
-            Err(lost) if lost.downcast_ref::<LostClaim>().is_some() => Err(lost),
-            _ => self.end(claimed).await,
-        }
+        let note = format!("what the job has made was not all removed: {}", words(error).0);
+        self.end(claimed, Some(&note)).await
     }
 
-    async fn end(&self, claimed: &Claimed) -> anyhow::Result<()> {
+    async fn end(&self, claimed: &Claimed, note: Option<&str>) -> anyhow::Result<()> {
         let write = format!(
             "UPDATE registry.jobs SET status = ends_as, running_status = NULL, sealed = NULL, next_run = NULL,
-                    finished = clock_timestamp(), modified = clock_timestamp()
+                    finished = clock_timestamp(), modified = clock_timestamp(),
+                    execution_errors = CASE WHEN $3::text IS NULL THEN execution_errors ELSE {NOTED} END
              WHERE {MINE} RETURNING id"
         );
-        self.last_word(&write, &[&claimed.id.0, &claimed.claim]).await?;
+        self.last_word(&write, &[&claimed.id.0, &claimed.claim, &note, &ERRORS_MAX]).await?;
         self.ledger().notify().await;
         Ok(())
     }

@@ -4,6 +4,7 @@
 //! to confirm. It follows the registry when that moves, and LISTENs before it is used, so that whoever reads rows
 //! after having seen it misses nothing.
 
+use std::fmt;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -11,7 +12,7 @@ use anyhow::{Context as _, bail};
 use cluster::registry::DATABASE;
 use cluster::{Cluster, Dialer, PeerSession, Purpose, spoken};
 use pgerror::{PgError, SqlState};
-use tokio::sync::{Notify, watch};
+use tokio::sync::watch;
 use tokio::time::{sleep, timeout};
 use tokio_postgres::Row;
 use tokio_postgres::types::ToSql;
@@ -47,8 +48,6 @@ struct Shared {
     bell: watch::Sender<u64>,
     /// Counts connections.
     connections: watch::Sender<u64>,
-    /// Rung when a statement was not answered in time.
-    late: Notify,
 }
 
 /// The handle; clones share one connection.
@@ -57,9 +56,9 @@ pub struct Ledger(Arc<Shared>);
 
 impl Default for Ledger {
     fn default() -> Self {
-        let (session, late) = (watch::Sender::default(), Notify::new());
-        let (bell, connections) = (watch::Sender::default(), watch::Sender::default());
-        Self(Arc::new(Shared { session, bell, connections, late }))
+        let (session, bell, connections) =
+            (watch::Sender::default(), watch::Sender::default(), watch::Sender::default());
+        Self(Arc::new(Shared { session, bell, connections }))
     }
 }
 
@@ -93,6 +92,7 @@ impl Ledger {
         noted.context("note where the registry is")?.map_err(spoken)?;
         let mut notifications = session.notifications();
         self.0.session.send_replace(Some(Arc::new(session)));
+        let mut given_up = self.0.session.subscribe();
         self.0.connections.send_modify(|count| *count += 1);
         self.ring();
         loop {
@@ -101,7 +101,10 @@ impl Ledger {
                     Ok(()) => self.ring(),
                     Err(_) => bail!("the connection to the registry was lost"),
                 },
-                () = self.0.late.notified() => bail!("the registry did not answer in time"),
+                late = given_up.wait_for(Option::is_none) => {
+                    drop(late?);
+                    bail!("the registry did not answer in time");
+                }
                 moved = views.wait_for(|view| view.registry().is_some_and(|(node, _)| node.instance != beside)) => {
                     moved?;
                     bail!("the registry has moved to another server");
@@ -135,7 +138,7 @@ impl Ledger {
         let found = timeout(CONNECTION_DEADLINE, sessions.wait_for(Option::is_some)).await;
         match found {
             Ok(Ok(session)) => session.clone().context("take the session"),
-            Ok(Err(_)) | Err(_) => Err(unreachable().into()),
+            Ok(Err(_)) | Err(_) => Err(away()),
         }
     }
 
@@ -150,13 +153,20 @@ impl Ledger {
             Ok(Ok(rows)) => Ok(rows),
             Ok(Err(error)) if is_passing(&error) => {
                 tracing::info!("the registry was lost in a statement: {:#}", spoken(error));
-                Err(unreachable().into())
+                Err(away())
             }
             Ok(Err(error)) => Err(spoken(error)),
             Err(_) => {
-                // A connection on which nothing comes back is not used again; `attend` opens another one.
-                self.0.late.notify_one();
-                Err(unreachable().into())
+                // A connection on which nothing comes back is not used again; `attend` opens another one. It may have
+                // done so already: several statements wait on one.
+                self.0.session.send_if_modified(|current| {
+                    let is_it = current.as_ref().is_some_and(|current| Arc::ptr_eq(current, &session));
+                    if is_it {
+                        *current = None;
+                    }
+                    is_it
+                });
+                Err(away())
             }
         }
     }
@@ -179,8 +189,19 @@ fn is_passing(error: &tokio_postgres::Error) -> bool {
         || ["25006", "55P03", "57014", "40001", "40P01"].contains(&code)
 }
 
-fn unreachable() -> PgError {
-    PgError::new(SqlState::CONNECTION_FAILURE, "the registry cannot be reached")
+/// It is the registry that is away, and nothing that a job works on. A context in a chain; the reason is below it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct RegistryAway;
+
+impl fmt::Display for RegistryAway {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("ask the registry")
+    }
+}
+
+fn away() -> anyhow::Error {
+    let error = PgError::new(SqlState::CONNECTION_FAILURE, "the registry cannot be reached")
         .detail("Jobs are kept in the database \"backhaul\" on the system shard's primary.")
-        .hint("Try again; SHOW NODES tells which nodes are there.")
+        .hint("Try again; SHOW NODES tells which nodes are there.");
+    anyhow::Error::new(error).context(RegistryAway)
 }

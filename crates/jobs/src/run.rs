@@ -1,8 +1,11 @@
 //! A job at work: what its resumer may do to the row, always through the claim.
 
 use std::fmt;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
+use cluster::NodeId;
 use pgerror::{PgError, SqlState};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
@@ -36,8 +39,17 @@ const HOLD_MAX: Duration = Duration::from_secs(600);
 /// How often it looks whether it may go on.
 const HOLD_LOOK: Duration = Duration::from_millis(50);
 
+/// The session of a node that is gone has ended by then, if sessions live as long as they do by default; and how often
+/// that is asked.
+const SESSIONS_DEADLINE: Duration = Duration::from_secs(20);
+const SESSIONS_LOOK: Duration = Duration::from_millis(200);
+
 /// So many of the latest errors of a job are shown; CockroachDB's number.
-const ERRORS_MAX: i32 = 3;
+pub(crate) const ERRORS_MAX: i32 = 3;
+
+/// The errors of a row and one more, `$3`; the oldest goes when there are more than `$4`.
+pub(crate) const NOTED: &str = "(execution_errors || (to_char(clock_timestamp() AT TIME ZONE 'UTC',
+    'YYYY-MM-DD HH24:MI:SS') || ' ' || $3))[greatest(1, cardinality(execution_errors) + 2 - $4):]";
 
 /// A job under this node's claim.
 #[derive(Clone)]
@@ -51,6 +63,8 @@ pub struct Run {
     /// As the job was made.
     pub sealed: Option<Vec<u8>>,
     pub(crate) pausepoints: Vec<String>,
+    /// Counts what has come to its end.
+    pub(crate) fruits: Arc<AtomicU64>,
     pub(crate) ledger: Ledger,
 }
 
@@ -107,6 +121,15 @@ impl Run {
         self.guarded(&delete, &[&self.id.0, &self.claim, &prefix]).await
     }
 
+    /// Says that a part of the work is done for good. A job whose long runs bring nothing of the kind is given up.
+    pub fn bears_fruit(&self) {
+        self.fruits.fetch_add(1, Ordering::Relaxed);
+    }
+
+    pub(crate) fn fruits(&self) -> u64 {
+        self.fruits.load(Ordering::Relaxed)
+    }
+
     /// Shows how far it is, and what it does now.
     ///
     /// # Errors
@@ -138,8 +161,7 @@ impl Run {
     pub async fn note(&self, error: &anyhow::Error) -> anyhow::Result<()> {
         let write = format!(
             "UPDATE registry.jobs SET running_status = 'trying again: ' || $3, modified = clock_timestamp(),
-                    execution_errors = (execution_errors || (to_char(clock_timestamp() AT TIME ZONE 'UTC',
-                        'YYYY-MM-DD HH24:MI:SS') || ' ' || $3))[greatest(1, cardinality(execution_errors) + 2 - $4):]
+                    execution_errors = {NOTED}
              WHERE {MINE} RETURNING id"
         );
         let (words, _) = words(error);
@@ -153,6 +175,27 @@ impl Run {
     /// As [`Run::keep`].
     pub async fn check(&self) -> anyhow::Result<()> {
         self.guarded(&format!("SELECT id FROM registry.jobs WHERE {MINE}"), &[&self.id.0, &self.claim]).await
+    }
+
+    /// Waits until none of these nodes has a session any more.
+    ///
+    /// # Errors
+    ///
+    /// 08006 when one of them renews its session: it works, and only cannot be reached from here. Or the registry is not
+    /// reachable.
+    pub async fn sessions_have_ended(&self, nodes: &[NodeId]) -> anyhow::Result<()> {
+        let nodes: Vec<i32> = nodes.iter().map(|node| node.0).collect();
+        let live = "SELECT node_id FROM registry.sessions WHERE node_id = ANY($1) AND expires_at > clock_timestamp()";
+        let begun = tokio::time::Instant::now();
+        loop {
+            let rows = self.ledger.query(live, &[&nodes]).await?;
+            let Some(row) = rows.first() else { return Ok(()) };
+            if begun.elapsed() >= SESSIONS_DEADLINE {
+                let message = format!("node {} cannot be reached, and has a session", row.get::<_, i32>(0));
+                return Err(PgError::new(SqlState::CONNECTION_FAILURE, message).into());
+            }
+            tokio::time::sleep(SESSIONS_LOOK).await;
+        }
     }
 
     /// What the job's row says that it is now; none when there is no row any more.

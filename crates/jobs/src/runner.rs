@@ -45,10 +45,8 @@ pub trait Resumer: Send + Sync {
     /// succeeded.
     fn revert(&self, run: Run) -> Boxed<'_, Option<Value>>;
 
-    /// Whether what it has made is to be removed by nodes that match the filter only.
-    fn reverts_where_it_ran(&self) -> bool {
-        true
-    }
+    /// Whether what it has made may be removed by a node that does not match the filter.
+    fn reverts_anywhere(&self, run: Run) -> Boxed<'_, bool>;
 }
 
 struct Shared {

@@ -53,7 +53,7 @@ impl Giving {
     /// A name is taken; a shard cannot be reached.
     pub(crate) async fn name(&self, run: &Run, peers: &Peers, number: i64) -> anyhow::Result<()> {
         run.check().await?;
-        self.ask(peers, number, Request::Publish).await
+        self.ask(peers, number, Request::Publish, false).await
     }
 
     /// Gives all to their user.
@@ -64,15 +64,37 @@ impl Giving {
     pub(crate) async fn give(&self, run: &Run, peers: &Peers, number: i64) -> anyhow::Result<()> {
         // Through the claim, so it is the last look, too.
         run.keep(GIVING, self).await?;
-        self.ask(peers, number, Request::Release).await
+        self.ask(peers, number, Request::Release, false).await
     }
 
-    async fn ask(&self, peers: &Peers, number: i64, step: fn(Box<Publish>) -> Request) -> anyhow::Result<()> {
+    /// Gives what an earlier run may have given. A database that is not there any more was its user's already, and they
+    /// have removed it.
+    ///
+    /// # Errors
+    ///
+    /// A shard cannot be reached; a later run has been there.
+    pub(crate) async fn give_again(&self, peers: &Peers, number: i64) -> anyhow::Result<()> {
+        self.ask(peers, number, Request::Release, true).await
+    }
+
+    async fn ask(
+        &self,
+        peers: &Peers,
+        number: i64,
+        step: fn(Box<Publish>) -> Request,
+        may_be_gone: bool,
+    ) -> anyhow::Result<()> {
         let view = peers.cluster().view();
         for (shard, database) in &self.databases {
             let node = leader_of(&view, shard, "A database that is whole waits there for its name.")?;
             let request = step(Box::new(Publish { run: number, ..database.clone() }));
-            peers.call::<()>(node, LOADER, &request, ASK_DEADLINE).await.map_err(passing)?;
+            let asked = peers.call::<()>(node, LOADER, &request, ASK_DEADLINE).await.map_err(passing);
+            if let Err(error) = asked {
+                let is_gone = PgError::of(&error).is_some_and(|said| said.code == SqlState::UNDEFINED_DATABASE);
+                if !is_gone || !may_be_gone {
+                    return Err(error);
+                }
+            }
         }
         Ok(())
     }

@@ -114,7 +114,7 @@ impl ResumeRestore {
     async fn take_back(&self, run: &Run) -> anyhow::Result<Option<Value>> {
         let number = next_number(run).await?;
         if let Some(giving) = Giving::begun(run).await? {
-            giving.give(run, &self.peers, number).await?;
+            giving.give_again(&self.peers, number).await?;
             return Ok(Some(giving.result));
         }
         let view = self.peers.cluster().view();
@@ -159,13 +159,17 @@ impl Resumer for ResumeRestore {
     }
 
     /// Databases are removed by the nodes beside them; no store is touched.
-    fn reverts_where_it_ran(&self) -> bool {
-        false
+    fn reverts_anywhere(&self, _run: Run) -> Boxed<'_, bool> {
+        Box::pin(std::future::ready(Ok(true)))
     }
 }
 
 impl Story<'_> {
     async fn tell(&self) -> anyhow::Result<Value> {
+        if let Some(giving) = Giving::begun(self.run).await? {
+            giving.give_again(self.peers, self.number).await?;
+            return Ok(giving.result);
+        }
         // The newest is the newest when the job began: a later run takes the same.
         let chosen = match self.run.kept::<String>("subdir").await? {
             Some(subdir) => Some(subdir),
@@ -225,6 +229,7 @@ impl Story<'_> {
         self.run.progress(LOAD_SHARE, "building indexes, constraints and views").await?;
         let oid = |part: &Part<'_>| oids.get(&part.part.shard).copied().context("find the database of a shard");
         try_join_all(parts.iter().map(|part| async move { self.finish(source, part, oid(part)?).await })).await?;
+        self.run.bears_fruit();
         self.run.pausepoint(pausepoints::AFTER_FINISH).await?;
         self.run.progress(NAMED_AT, "giving the database its name").await?;
         let mut databases = BTreeMap::new();
@@ -462,6 +467,7 @@ struct Noted<'n> {
 impl AsyncDone<(u32, FileEntry), ()> for &mut Noted<'_> {
     async fn done(&mut self, _file: (u32, FileEntry), weight: u64, (): ()) -> anyhow::Result<()> {
         self.done += weight;
+        self.run.bears_fruit();
         self.run.pausepoint(pausepoints::AFTER_FIRST_FILE).await?;
         if self.reported.elapsed() >= PROGRESS_EVERY {
             self.reported = Instant::now();

@@ -336,3 +336,19 @@ fn a_backup_opens_with_stock_tools() {
         assert_eq!(restored, run(demo.psql_direct(1).args(["-Atc", query])), "{query}");
     }
 }
+
+#[test]
+fn backups_of_one_moment_have_directories_of_their_own() {
+    let demo = Demo::start(&["--rows", "100"]);
+    let begin = |number: usize| {
+        let statement = "BACKUP DATABASE movr INTO 'nodelocal://1/same' WITH DETACHED";
+        demo.psql(number).args(["-Atc", statement]).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap()
+    };
+    let clients: Vec<_> = (0..8).map(|turn| begin(1 + turn % 4)).collect();
+    let jobs: Vec<String> =
+        clients.into_iter().map(|client| both(&client.wait_with_output().unwrap()).trim().to_owned()).collect();
+    for job in &jobs {
+        succeeded(&demo, 2, job);
+    }
+    assert_eq!(demo.ask(1, "SHOW BACKUPS IN 'nodelocal://1/same'").lines().count(), jobs.len());
+}

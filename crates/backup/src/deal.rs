@@ -7,19 +7,18 @@
 use std::collections::{BTreeMap, VecDeque};
 use std::time::Duration;
 
-use cluster::{Filter, NodeId, Peers};
+use cluster::{Filter, NodeId, Peers, View};
 use futures_util::stream::{FuturesUnordered, StreamExt as _};
 use jobs::{LostClaim, Retryable};
 use pgerror::{PgError, SqlState};
+use tokio::time::{Instant, sleep};
 
 use crate::assign::assign;
+use crate::patience::Patience;
 use crate::point::{leaseholder, workers};
 
 /// Pieces that one worker has at a time: while one is being compressed the other is being read.
 const PIECES_AT_ONCE: usize = 2;
-
-/// A piece that fails for reasons that may pass is tried this often.
-const TRIES_MAX: u32 = 4;
 
 /// What may pass: a store or a lock that refuses, a conflict with recovery, a server that restarts.
 const PASSING: [SqlState; 8] = [
@@ -49,12 +48,19 @@ struct Ended<P, R> {
     worker: NodeId,
     piece: P,
     weight: u64,
-    tries: u32,
+    failures: Failures,
     outcome: anyhow::Result<R>,
 }
 
-type Open<P> = Vec<(P, u64, u32)>;
-type Queues<P> = BTreeMap<NodeId, VecDeque<(P, u64, u32)>>;
+/// What a piece has been through, and how long it rests before its next try.
+#[derive(Clone, Copy, Default)]
+struct Failures {
+    patience: Patience,
+    rest: Duration,
+}
+
+type Open<P> = Vec<(P, u64, Failures)>;
+type Queues<P> = BTreeMap<NodeId, VecDeque<(P, u64, Failures)>>;
 
 impl Deal<'_> {
     /// Has every piece (with its weight in bytes) done once, by `one`; `done` takes note of each.
@@ -75,7 +81,8 @@ impl Deal<'_> {
         R: Send,
         F: Future<Output = anyhow::Result<R>> + Send,
     {
-        let mut open: Open<P> = pieces.into_iter().map(|(piece, weight)| (piece, weight, 1)).collect();
+        let mut open: Open<P> =
+            pieces.into_iter().map(|(piece, weight)| (piece, weight, Failures::default())).collect();
         let mut queues = Queues::new();
         let mut at_work: BTreeMap<NodeId, usize> = BTreeMap::new();
         let mut lost: Vec<NodeId> = Vec::new();
@@ -88,10 +95,11 @@ impl Deal<'_> {
                 let busy = at_work.entry(*worker).or_default();
                 while *busy < PIECES_AT_ONCE
                     && running.len() < self.at_once.max(1)
-                    && let Some((piece, weight, tries)) = queue.pop_front()
+                    && let Some((piece, weight, failures)) = queue.pop_front()
                 {
                     *busy += 1;
-                    running.push(self.watched(*worker, piece.clone(), weight, tries, one(*worker, piece)));
+                    let work = one(*worker, piece.clone());
+                    running.push(self.watched(*worker, piece, weight, failures, work));
                 }
             }
             let Some(ended) = running.next().await else { return Ok(()) };
@@ -103,8 +111,8 @@ impl Deal<'_> {
                     if let Some(end) = said.as_ref().and_then(&ends) {
                         return Err(end);
                     }
-                    self.judge(error, said, ended.worker, ended.tries, &mut lost).await?;
-                    open.push((ended.piece, ended.weight, ended.tries + 1));
+                    let failures = self.judge(error, said, ended.worker, ended.failures, &mut lost)?;
+                    open.push((ended.piece, ended.weight, failures));
                     if lost.contains(&ended.worker) {
                         open.extend(queues.remove(&ended.worker).unwrap_or_default());
                     }
@@ -135,17 +143,42 @@ impl Deal<'_> {
         worker: NodeId,
         piece: P,
         weight: u64,
-        tries: u32,
+        failures: Failures,
         work: impl Future<Output = anyhow::Result<R>>,
     ) -> Ended<P, R> {
+        let rested = async {
+            sleep(failures.rest).await;
+            work.await
+        };
         let outcome = tokio::select! {
-            outcome = work => outcome,
+            outcome = rested => outcome,
             () = self.goes(worker) => {
                 let message = format!("node {worker} was lost while it worked");
                 Err(PgError::new(SqlState::CONNECTION_FAILURE, message).into())
             }
+            () = self.server_goes() => {
+                let message = format!("the server beside node {} was lost while it was worked on", self.server);
+                Err(PgError::new(SqlState::CONNECTION_FAILURE, message).into())
+            }
         };
-        Ended { worker, piece, weight, tries, outcome }
+        Ended { worker, piece, weight, failures, outcome }
+    }
+
+    /// Returns when the server that is worked on does not answer the node beside it any more: it may keep its
+    /// connections open all the same, as one that is frozen does.
+    async fn server_goes(&self) {
+        let mut views = self.peers.cluster().subscribe();
+        let gone = views.wait_for(|view| !self.has_server(view)).await;
+        drop(gone);
+    }
+
+    fn has_server(&self, view: &View) -> bool {
+        view.node(self.server).is_some_and(|known| known.reachable && known.info.server_state().is_some())
+    }
+
+    /// Whether the server that is worked on answers now.
+    pub(crate) fn server_answers(&self) -> bool {
+        self.has_server(&self.peers.cluster().view())
     }
 
     /// Returns when `node` does not answer any more.
@@ -161,14 +194,14 @@ impl Deal<'_> {
     }
 
     /// What a failure means: for the worker, for the piece, or for everything.
-    async fn judge(
+    fn judge(
         &self,
         error: anyhow::Error,
         said: Option<PgError>,
         worker: NodeId,
-        tries: u32,
+        mut failures: Failures,
         lost: &mut Vec<NodeId>,
-    ) -> anyhow::Result<()> {
+    ) -> anyhow::Result<Failures> {
         if error.downcast_ref::<LostClaim>().is_some() {
             return Err(error);
         }
@@ -178,15 +211,14 @@ impl Deal<'_> {
         if connection && !self.is_reachable(worker) {
             // Its death is not the piece's fault, and each node dies once.
             lost.push(worker);
-            return Ok(());
+            return Ok(failures);
         }
         // What a store or a lock refuses now it may grant later; across nodes only the code tells.
-        let may_pass = code.is_some_and(|code| PASSING.contains(&code)) || storage::is_transient(&error);
-        if tries < TRIES_MAX && (connection || may_pass) {
-            tokio::time::sleep(Duration::from_millis(200) * 2_u32.pow(tries)).await;
-            return Ok(());
+        let may_pass = connection || code.is_some_and(|code| PASSING.contains(&code)) || storage::is_transient(&error);
+        match failures.patience.after_failure(Instant::now()).filter(|_| may_pass) {
+            Some(rest) => Ok(Failures { rest, ..failures }),
+            None => Err(error),
         }
-        Err(error)
     }
 }
 

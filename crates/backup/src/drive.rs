@@ -80,7 +80,7 @@ impl Shard<'_> {
         let at_once = self.point.opened.point.readers;
         let deal = Deal { peers: self.peers, filter: self.filter, shard: &self.point.shard, server, at_once };
         let ends = |said: &PgError| {
-            let gone = said.code == SqlState::CONNECTION_FAILURE && !deal.is_reachable(server);
+            let gone = said.code == SqlState::CONNECTION_FAILURE && !deal.server_answers();
             let spoilt = gone || is_invalidated(said) || is_point_lost(said);
             spoilt.then(|| Invalidated(said.clone()).into())
         };

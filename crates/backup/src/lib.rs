@@ -22,6 +22,7 @@ mod export;
 mod hold;
 mod layout;
 mod manifest;
+mod patience;
 mod pausepoints;
 mod plan;
 mod point;

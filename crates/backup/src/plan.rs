@@ -11,7 +11,7 @@ use std::time::Duration;
 use anyhow::Context as _;
 use chrono::Utc;
 use cluster::{Filter, PeerSession, Peers, Purpose, spoken};
-use jobs::{Job, JobId, Jobs, NewJob};
+use jobs::{Job, JobId, Jobs, NewJob, Taken};
 use pgerror::{PgError, SqlState};
 use serde_json::Value;
 use sql::{Backup, Text};
@@ -89,8 +89,16 @@ impl Backups {
     /// Whatever is wrong with the statement, before a job exists; for an attached one the relocation
     /// (`execution of job … relocated to …`), or the reason for which the job failed.
     pub async fn run(&self, statement: &Backup, requester: &Requester, on_wait: OnWait<'_>) -> anyhow::Result<Outcome> {
-        let new = in_time(self.plan(statement, requester)).await?;
-        self.start(&new, statement.options.detached, requester, on_wait).await
+        for _ in 0..PLANS_MAX {
+            let new = in_time(self.plan(statement, requester)).await?;
+            match self.start(&new, statement.options.detached, requester, on_wait).await {
+                // Planned again it has a later moment, and another directory.
+                Err(error) if error.downcast_ref::<Taken>().is_some() => {}
+                started => return started,
+            }
+        }
+        let message = "too many backups are begun at the same moment";
+        Err(PgError::new(SqlState::OBJECT_IN_USE, message).hint("Try again.").into())
     }
 
     /// Makes the job, and, unless the client wants its id only, waits for its end.
@@ -154,6 +162,7 @@ impl Backups {
             prefers: shards.into_keys().collect(),
             payload: serde_json::to_value(&payload)?,
             sealed: Some((self.seal)()?.seal(&resolved.exposed())?),
+            exclusive: Some(payload.subdir),
             pausepoints,
         })
     }
@@ -301,6 +310,9 @@ pub(crate) fn check_use(uri: &Uri, requester: &Requester) -> Result<(), PgError>
     Err(PgError::new(SqlState::INSUFFICIENT_PRIVILEGE, message)
         .hint("Ask a superuser to make an external connection, and use external://name."))
 }
+
+/// A backup's directory is named for its moment. If another one has it, the next moment is taken, so often.
+const PLANS_MAX: u32 = 20;
 
 /// A plan that takes longer is given up: a server that froze keeps its connections open.
 const PLAN_DEADLINE: Duration = Duration::from_secs(60);

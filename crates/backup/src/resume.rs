@@ -15,12 +15,13 @@ use jobs::{Resumer, Run};
 use pgerror::{PgError, SqlState};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
-use storage::{Created, Store, Stores, Uri};
+use storage::{Store, Stores, Uri};
 use tokio::time::{Instant, sleep, timeout};
 
 use crate::drive::{self, Finished, Invalidated, Shard};
 use crate::export::sha256;
 use crate::manifest::{FORMAT, FileEntry, Manifest, NodeWork, ShardPart};
+use crate::patience::Patience;
 use crate::pausepoints::{AFTER_EXPORT, AFTER_LATEST, AFTER_LOCK, AFTER_POINTS, AFTER_RECORD, AFTER_SCHEMAS};
 use crate::plan::SealSource;
 use crate::point::{self, ShardPoint, Tries};
@@ -133,7 +134,13 @@ impl Story<'_> {
         self.run.pausepoint(AFTER_LOCK).await?;
         let manifest = self.export().await?;
         self.run.pausepoint(AFTER_EXPORT).await?;
-        let recorded = seal::record(self.run, &self.store, &manifest).await?;
+        let mut patience = Patience::default();
+        let recorded = loop {
+            match seal::record(self.run, &self.store, &manifest).await {
+                Err(error) if storage::is_transient(&error) => patience.again(error).await?,
+                done => break done?,
+            }
+        };
         self.run.pausepoint(AFTER_RECORD).await?;
         let manifest = self.seal(&recorded).await?.context("find the manifest that was just recorded")?;
         self.end(&manifest).await
@@ -170,8 +177,12 @@ impl Story<'_> {
     async fn tidy(&self, manifest: &Manifest) -> anyhow::Result<()> {
         close_points(self.run, self.peers).await?;
         let recorded = seal::recorded(self.run).await?;
-        if let Err(error) = self.trace(recorded.as_ref()).remove_strays(manifest).await {
-            tracing::warn!(job = %self.run.id, "files that the manifest does not name may be left: {error:#}");
+        let mut patience = Patience::default();
+        while let Err(error) = self.trace(recorded.as_ref()).remove_strays(manifest).await {
+            if let Err(error) = patience.again(error).await {
+                tracing::warn!(job = %self.run.id, "files that the manifest does not name may be left: {error:#}");
+                break;
+            }
         }
         Ok(())
     }
@@ -217,22 +228,23 @@ impl Story<'_> {
         }
     }
 
-    /// The directory is this job's, and stays so.
+    /// The directory is this job's, and stays so. Jobs of one fleet never share a name; those of several fleets that use
+    /// one collection may, and then none of them goes on that sees another's lock.
     async fn lock(&self) -> anyhow::Result<()> {
-        let mine = layout::lock(self.run.id);
-        for entry in self.store.list("").await? {
-            let Some(other) = entry.path.strip_prefix(layout::LOCK_PREFIX) else { continue };
-            if entry.path != mine {
-                let uri = self.store.redacted();
-                let message = format!("{uri} already contains a `BACKUP-LOCK` file written by job {other}");
-                return Err(PgError::new(SqlState::FILE_ALREADY_EXISTS, message).into());
-            }
-        }
+        self.is_alone().await?;
         self.run.keep(TOUCHED, &true).await?;
         // A lock of this job from an earlier run is as good as a new one.
-        let (Created::New | Created::Exists(_)) =
-            self.store.create(&mine, Bytes::from(format!("{}\n", self.payload.description))).await?;
-        Ok(())
+        self.create(&layout::lock(self.run.id), &Bytes::from(format!("{}\n", self.payload.description))).await?;
+        self.is_alone().await
+    }
+
+    async fn is_alone(&self) -> anyhow::Result<()> {
+        let mine = layout::lock(self.run.id);
+        let entries = self.store.list(layout::LOCK_PREFIX).await?;
+        let Some(other) = entries.iter().find(|entry| entry.path != mine) else { return Ok(()) };
+        let (uri, other) = (self.store.redacted(), other.path.trim_start_matches(layout::LOCK_PREFIX));
+        let message = format!("{uri} already contains a `BACKUP-LOCK` file written by job {other}");
+        Err(PgError::new(SqlState::FILE_ALREADY_EXISTS, message).into())
     }
 
     async fn export(&self) -> anyhow::Result<Manifest> {
@@ -273,7 +285,12 @@ impl Story<'_> {
                 tracing::info!(job = %self.run.id, shard, "an earlier run's point is kept");
                 return Ok(point);
             }
-            Some(point) => point.tries.lost(),
+            Some(point) => {
+                let message = format!("the point of shard \"{shard}\" was lost with node {} or its server", point.node);
+                let error = PgError::new(SqlState::CONNECTION_FAILURE, message);
+                self.run.note(&anyhow::Error::from(error).context("read at another point")).await?;
+                point.tries.lost()
+            }
             None => Tries::default(),
         };
         self.new_point(shard, databases, tries).await
@@ -393,7 +410,7 @@ impl Story<'_> {
         let dump = dump.freeze();
         let path = layout::schema(&point.shard, database, point.lease);
         // The lease is in the name: what is there already is this very dump.
-        self.store.create(&path, dump.clone()).await?;
+        self.create(&path, &dump).await?;
         Ok(FileEntry {
             path,
             node: self.store.node(),
@@ -406,6 +423,17 @@ impl Story<'_> {
             sha256: sha256(&dump),
             written_by: self.peers.cluster().me().node_id.context("coordinate as a node that has a number")?,
         })
+    }
+
+    /// Writes a file, if the store does so within some seconds.
+    async fn create(&self, path: &str, bytes: &Bytes) -> anyhow::Result<()> {
+        let mut patience = Patience::default();
+        loop {
+            match self.store.create(path, bytes.clone()).await {
+                Err(error) if storage::is_transient(&error) => patience.again(error).await?,
+                done => return done.map(drop),
+            }
+        }
     }
 
     /// What each node read and wrote.

@@ -38,6 +38,11 @@ impl JobId {
     }
 }
 
+/// Another job has the text that was to be this one's alone. No job was made.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("another job has been made at the same moment for the same place")]
+pub struct Taken;
+
 /// A job that is to be made.
 #[derive(Clone, Debug)]
 pub struct NewJob {
@@ -59,6 +64,8 @@ pub struct NewJob {
     pub payload: Value,
     /// What the resumer needs and nobody else may read, encrypted.
     pub sealed: Option<Vec<u8>>,
+    /// A text that no two jobs may have: a place that both would write to.
+    pub exclusive: Option<String>,
     /// Where it stops; see [`Run::pausepoint`](crate::Run::pausepoint).
     pub pausepoints: Vec<String>,
 }

@@ -29,7 +29,7 @@ mod show;
 
 pub use attend::may_pass;
 pub use control::{Control, Controller};
-pub use job::{Job, JobId, NewJob};
+pub use job::{Job, JobId, NewJob, Taken};
 pub use ledger::Ledger;
 pub use run::{LostClaim, Retryable, Run};
 pub use runner::{Jobs, Resumer};

@@ -17,7 +17,7 @@ use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
 use crate::gate;
-use crate::job::{Job, JobId, NewJob};
+use crate::job::{Job, JobId, NewJob, Taken};
 use crate::ledger::Ledger;
 use crate::run::Run;
 
@@ -169,7 +169,7 @@ impl Jobs {
     ///
     /// # Errors
     ///
-    /// The registry is not reachable; whether the job was made is then not known.
+    /// [`Taken`]; or the registry is not reachable, and whether the job was made is then not known.
     pub async fn create(&self, new: &NewJob) -> anyhow::Result<()> {
         self.insert(new, None, None).await?;
         self.0.ledger.notify().await;
@@ -236,11 +236,12 @@ impl Jobs {
     async fn insert(&self, new: &NewJob, claim: Option<Uuid>, session: Option<&Session>) -> anyhow::Result<()> {
         let insert = "
             INSERT INTO registry.jobs (id, job_type, description, statement, user_name, filter, prefers, payload,
-                                       sealed, pausepoints, claim_id, claim_session, coordinator_id)
-            VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13)";
+                                       sealed, pausepoints, claim_id, claim_session, coordinator_id, exclusive)
+            VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14)
+            ON CONFLICT (exclusive) DO NOTHING RETURNING id";
         let filter = new.filter.to_string();
         let (session_id, node) = (session.map(|session| session.id), session.map(|session| session.node_id.0));
-        let parameters: [&(dyn tokio_postgres::types::ToSql + Sync); 13] = [
+        let parameters: [&(dyn tokio_postgres::types::ToSql + Sync); 14] = [
             &new.id.0,
             &new.job_type,
             &new.description,
@@ -254,8 +255,12 @@ impl Jobs {
             &claim,
             &session_id,
             &node,
+            &new.exclusive,
         ];
-        self.0.ledger.query(insert, &parameters).await.with_context(|| format!("make job {}", new.id))?;
+        let made = self.0.ledger.query(insert, &parameters).await.with_context(|| format!("make job {}", new.id))?;
+        if made.is_empty() {
+            return Err(Taken.into());
+        }
         let mut given = self.given();
         given.truncate(GIVEN_MAX - 1);
         given.push_front(new.id);

@@ -68,6 +68,7 @@ impl Backups {
             prefers: Vec::new(),
             payload: serde_json::to_value(&payload)?,
             sealed: Some((self.seal)()?.seal(&resolved.exposed())?),
+            exclusive: None,
             pausepoints,
         })
     }

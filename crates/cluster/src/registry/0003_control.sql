@@ -2,7 +2,9 @@ ALTER TABLE registry.jobs
     ADD ends_as         text CHECK (ends_as IN ('failed', 'canceled')),
     ADD reverting_since timestamptz,
     ADD pause_reason    text,
-    ADD pausepoints     text[] NOT NULL DEFAULT '{}';
+    ADD pausepoints     text[] NOT NULL DEFAULT '{}',
+    ADD exclusive       text UNIQUE;
+COMMENT ON COLUMN registry.jobs.exclusive IS 'What no two jobs may have: the directory of a backup.';
 COMMENT ON COLUMN registry.jobs.ends_as IS 'Set when a job begins to revert: what it will be when what it made is removed.';
 COMMENT ON COLUMN registry.jobs.pausepoints IS 'Where it stops, for tests and demonstrations: name pauses it there, name:hold keeps it there until the text is taken out.';
 

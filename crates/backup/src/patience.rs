@@ -1,0 +1,62 @@
+//! Asking again while what fails may pass: a store that refuses for some seconds, a lock, a server that restarts.
+
+use std::time::Duration;
+
+use tokio::time::{Instant, sleep};
+
+/// So long after its first failure something is tried again; what takes long to fail is tried a few times all the same.
+const PATIENCE: Duration = Duration::from_secs(30);
+const TRIES_MIN: u32 = 4;
+
+/// Waits between tries double up to the longest.
+const FIRST_WAIT: Duration = Duration::from_millis(200);
+const LONGEST_WAIT: Duration = Duration::from_secs(5);
+
+/// How often something has failed, and since when.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Patience {
+    failing_since: Option<Instant>,
+    tries: u32,
+}
+
+impl Patience {
+    /// Takes note of a failure; gives how long to wait before the next try, or nothing when it was the last.
+    pub(crate) fn after_failure(&mut self, now: Instant) -> Option<Duration> {
+        let since = *self.failing_since.get_or_insert(now);
+        self.tries += 1;
+        let is_over = self.tries >= TRIES_MIN && now.duration_since(since) >= PATIENCE;
+        (!is_over).then(|| LONGEST_WAIT.min(FIRST_WAIT * 2_u32.pow(self.tries.min(16))))
+    }
+
+    /// Waits before the next try of what has failed with `error`.
+    ///
+    /// # Errors
+    ///
+    /// `error` itself, when it was the last one.
+    pub(crate) async fn again(&mut self, error: anyhow::Error) -> anyhow::Result<()> {
+        let Some(wait) = self.after_failure(Instant::now()) else { return Err(error) };
+        tracing::info!("tried again in {wait:?}: {error:#}");
+        sleep(wait).await;
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn it_lasts_for_a_while_and_for_some_tries() {
+        let begun = Instant::now();
+        let (mut short, mut waited) = (Patience::default(), Duration::ZERO);
+        while let Some(wait) = short.after_failure(begun + waited) {
+            waited += wait;
+        }
+        assert!(waited >= PATIENCE && waited < PATIENCE + LONGEST_WAIT, "{waited:?}");
+        let (mut long, mut tries) = (Patience::default(), 1);
+        while long.after_failure(begun + PATIENCE * 2 * tries).is_some() {
+            tries += 1;
+        }
+        assert_eq!(tries, TRIES_MIN);
+    }
+}

@@ -10,7 +10,7 @@ use crate::asking::{Asking, Next};
 use crate::frame::{Header, cut_string, header};
 use crate::local::{Execution, concerns, utf8};
 use crate::pipeline::Transaction;
-use crate::run::columns;
+use crate::run::{JOB_GOES_ON, columns};
 use crate::session::{BUFFER_MAX, Outcome, Running, Session};
 
 /// No more than this much of a frame is looked at; a statement of ours that is longer is refused.
@@ -288,7 +288,7 @@ fn in_failed_transaction() -> PgError {
 
 fn cancelled_by_user() -> PgError {
     // PostgreSQL's own words.
-    PgError::new(SqlState::QUERY_CANCELED, "canceling statement due to user request")
+    PgError::new(SqlState::QUERY_CANCELED, "canceling statement due to user request").hint(JOB_GOES_ON)
 }
 
 fn too_long() -> PgError {

@@ -146,10 +146,12 @@ impl Gateway {
     }
 }
 
+/// The end of a wait is not the end of what is waited for.
+pub(crate) const JOB_GOES_ON: &str = "A job that was made goes on; SHOW JOBS lists it.";
+
 fn timed_out() -> PgError {
     // PostgreSQL's own words.
-    PgError::new(SqlState::QUERY_CANCELED, "canceling statement due to statement timeout")
-        .hint("A job that was made goes on; SHOW JOBS lists it.")
+    PgError::new(SqlState::QUERY_CANCELED, "canceling statement due to statement timeout").hint(JOB_GOES_ON)
 }
 
 fn one_text(text: String) -> Answer {

@@ -30,7 +30,7 @@ const DEADLINE: Duration = Duration::from_secs(60);
 const ANSWER_DEADLINE: Duration = Duration::from_secs(5);
 
 /// What is said where there is no S3 server.
-pub(super) const MISSING: &str = "no S3 server: moto_server was found neither on PATH nor below target/drivers \
+pub(super) const MISSING: &str = "no S3 server: moto_server was found neither below target/drivers nor on PATH \
      (pip install 'moto[server]', or scripts/prepare --tests); back up to nodelocal://self/ instead";
 
 /// A running S3 server.
@@ -60,8 +60,9 @@ pub(super) fn start(network: &Network, dir: &Path) -> anyhow::Result<Option<Obje
 fn find() -> Option<PathBuf> {
     let path = env::var_os("PATH").unwrap_or_default();
     let on_path = env::split_paths(&path).map(|dir| dir.join(PROGRAM));
+    // The release that the tests know comes first.
     let here = env::current_dir().ok().map(|dir| dir.join(IN_CHECKOUT));
-    on_path.chain(here).find(|program| program.is_file())
+    here.into_iter().chain(on_path).find(|program| program.is_file())
 }
 
 impl ObjectStore {
@@ -85,7 +86,7 @@ impl ObjectStore {
         }
     }
 
-    /// The bucket as a statement has it, without the closing quote's path.
+    /// The URI of a path in the bucket, for a statement.
     pub(super) fn uri(&self, path: &str) -> String {
         format!(
             "s3://{BUCKET}/{path}?AWS_ACCESS_KEY_ID=demo&AWS_SECRET_ACCESS_KEY=demo&AWS_REGION=us-east-1&AWS_ENDPOINT=http://{}",

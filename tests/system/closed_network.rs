@@ -91,7 +91,7 @@ fn completed(demo: &Demo, number: usize, job: &str) -> Vec<String> {
 /// What of the host's own network a demo must leave as it is.
 fn host() -> (String, String) {
     let forwards = std::fs::read_to_string("/proc/sys/net/ipv4/ip_forward").unwrap();
-    (run(Command::new("nft").args(["list", "ruleset"])), forwards)
+    (run(Command::new("nft").args(["--stateless", "list", "ruleset"])), forwards)
 }
 
 #[test]

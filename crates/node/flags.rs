@@ -33,6 +33,8 @@ pub(crate) enum Command {
         dir: PathBuf,
         #[arg(long)]
         remove: bool,
+        #[arg(long)]
+        network_of: Option<u32>,
     },
     /// Print the version.
     Version,
@@ -192,6 +194,12 @@ pub(crate) struct Demo {
     /// The first node's HTTP port, the others follow; 0 for any.
     #[arg(long, default_value_t = 8080, value_name = "PORT")]
     pub(crate) http_port: u16,
+
+    /// Give each region (first tier) a network of its own, out of which only the nodes' ports can be reached, and an S3
+    /// server that the second region alone reaches. Needs root, iproute2 and nftables. Nodes have addresses of their own
+    /// and one port, and PostgreSQL streams through it, too.
+    #[arg(long)]
+    pub(crate) closed_network: bool,
 
     /// Directory for the fleet, which is kept; a temporary one, which is not, when left out.
     #[arg(long, value_name = "DIR")]

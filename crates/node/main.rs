@@ -37,7 +37,9 @@ async fn run(command: Command) -> anyhow::Result<ExitCode> {
         }
         Command::Check(flags) => check::run(&flags).await,
         Command::Demo(demo) => demo::run(&demo).await,
-        Command::DemoReaper { dir, remove } => demo::reap(&dir, remove).map(|()| ExitCode::SUCCESS),
+        Command::DemoReaper { dir, remove, network_of } => {
+            demo::reap(&dir, remove, network_of).map(|()| ExitCode::SUCCESS)
+        }
         Command::Version => {
             print_line(&format!("backhaul {}", env!("CARGO_PKG_VERSION")));
             Ok(ExitCode::SUCCESS)

@@ -14,7 +14,7 @@ use super::{backhaul, both, postgres_program, processes_in};
 /// A running `backhaul demo`; ended when dropped.
 pub struct Demo {
     child: Child,
-    rest: Option<JoinHandle<()>>,
+    rest: Option<JoinHandle<Vec<String>>>,
     /// Its data directory.
     pub dir: tempfile::TempDir,
     /// Its nodes, in order.
@@ -69,7 +69,7 @@ impl Demo {
         }
         let nodes = said.iter().filter_map(|line| node(line)).collect();
         // The demo goes on printing, and must not block on a full pipe.
-        let rest = Some(std::thread::spawn(move || lines.for_each(drop)));
+        let rest = Some(std::thread::spawn(move || lines.map_while(Result::ok).collect()));
         Self { child, rest, dir, nodes, said }
     }
 
@@ -137,19 +137,22 @@ impl Demo {
     }
 
     /// Ends the demo by a signal and waits for it; its directory stays.
-    pub fn end(mut self, signal: Signal) -> tempfile::TempDir {
-        self.stop(signal);
-        std::mem::replace(&mut self.dir, directory())
+    pub fn end(self, signal: Signal) -> tempfile::TempDir {
+        self.end_hearing(signal).0
     }
 
-    fn stop(&mut self, signal: Signal) {
+    /// The same, and what it printed after `ready`.
+    pub fn end_hearing(mut self, signal: Signal) -> (tempfile::TempDir, Vec<String>) {
+        let said = self.stop(signal);
+        (std::mem::replace(&mut self.dir, directory()), said)
+    }
+
+    fn stop(&mut self, signal: Signal) -> Vec<String> {
         if self.child.try_wait().unwrap().is_none() {
             kill(self.pid(), signal).unwrap();
             self.child.wait().unwrap();
         }
-        if let Some(rest) = self.rest.take() {
-            rest.join().unwrap();
-        }
+        self.rest.take().map(|rest| rest.join().unwrap()).unwrap_or_default()
     }
 }
 

@@ -6,6 +6,7 @@ mod backup; // what BACKUP promises: where it runs, what clients are told, what 
 mod backup_faults; // deaths in the middle, stores that fail, statements that cannot be
 mod check; // what `backhaul check` finds, and that its statements mend it
 mod clients; // every client takes every node for PostgreSQL: psql and its friends
+mod closed_network; // regions that only nodes can speak across, and a store that one of them reaches
 mod control; // PAUSE, RESUME, CANCEL, and what a client that waits is told
 mod crash; // whatever dies, wherever a job is: it ends right, once, and leaves nothing
 mod demo; // what `backhaul demo` promises: its fleet, its ends, its refusals

@@ -198,8 +198,8 @@ fn end(dir: &Path, kind: fn(&str, &[&str]) -> bool, signals: [Signal; 2]) {
     }
 }
 
-/// The reaper's work: once `wait` returns, everything of the demo in `dir` ends, and the directory goes if it was
-/// temporary.
+/// The reaper's work: once `wait` returns, everything of the demo in `dir` ends, `after` removes what else the demo made,
+/// and the directory goes if it was temporary.
 ///
 /// There is one reaper at a time. A demo that starts where another was killed a moment ago waits in `ready` until that
 /// one's reaper is done, which could not tell the new processes from the old.
@@ -208,14 +208,17 @@ pub(super) fn reap(
     remove: bool,
     ready: impl FnOnce(),
     wait: impl FnOnce() -> anyhow::Result<()>,
+    after: impl FnOnce() -> anyhow::Result<()>,
 ) -> anyhow::Result<()> {
     let file = fs::OpenOptions::new().create(true).append(true).open(dir.join("REAPER"))?;
     let _lock = Flock::lock(file, FlockArg::LockExclusive).map_err(|(_, errno)| errno).context("lock REAPER")?;
     ready();
     wait()?;
     end_processes(dir);
+    // The directory goes even where something else cannot be removed.
+    let removed = after();
     if remove {
         fs::remove_dir_all(dir).with_context(|| format!("remove {}", dir.display()))?;
     }
-    Ok(())
+    removed
 }

@@ -6,8 +6,11 @@
 
 mod ground;
 mod movr;
+mod network;
 mod nodes;
+mod object_store;
 mod plan;
+mod raise;
 mod servers;
 
 use std::cell::Cell;
@@ -18,26 +21,24 @@ use std::process::{ExitCode, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, bail};
-use fleet::private::{Installation, Instance, RunAs};
+use fleet::private::{Installation, RunAs};
 use tokio::io::AsyncReadExt as _;
 use tokio::process::{Child, Command};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::task::JoinSet;
 use tokio::time::timeout;
 
-use crate::flags::{Demo, Init, Trust};
-use crate::init;
+use crate::flags::Demo;
 use crate::{failed, print_line};
 use ground::Ground;
+use network::Network;
 use nodes::RunningNode;
-use plan::{Part, PlannedNode};
-use servers::SUPERUSER;
+use object_store::ObjectStore;
+use plan::PlannedNode;
+use raise::{Raised, Site};
 
 /// The clean-up of an earlier demo in the same directory takes no longer than this.
 const REAPER_DEADLINE: Duration = Duration::from_secs(60);
-
-/// From so many rides on, the user is told what takes so long.
-const ROWS_THAT_TAKE_A_WHILE: u32 = 50_000;
 
 /// Starts the fleet and stays until it is told to end, or has run what it was given.
 ///
@@ -49,48 +50,66 @@ pub(crate) async fn run(flags: &Demo) -> anyhow::Result<ExitCode> {
     let installation = Installation::find()?;
     let run_as = RunAs::choose()?;
     let ground = Ground::take(flags.data_dir.as_deref(), run_as.as_ref())?;
-    let mut reaper = Reaper::start(&ground).await?;
+    let mut reaper = Reaper::start(&ground, flags.closed_network).await?;
+    let (planned, installation, run_as) = (&planned, &installation, run_as.as_ref());
+    let site = Site { flags, planned, installation, run_as, ground: &ground, network: None };
+    // Said before the clean-up, which takes a moment.
+    let outcome = until_told(site).await.unwrap_or_else(|error| failed(&error));
+    reaper.finish().await?;
+    Ok(outcome)
+}
+
+/// Lives until the user has had enough.
+async fn until_told(mut site: Site<'_>) -> anyhow::Result<ExitCode> {
     let (mut interrupted, mut terminated) = (signal(SignalKind::interrupt())?, signal(SignalKind::terminate())?);
     let in_psql = Cell::new(false);
     let interrupt = async {
         // Ctrl-C in psql is for psql's statement.
         while interrupted.recv().await.is_some() && in_psql.get() {}
     };
+    let flags = site.flags;
+    if flags.closed_network {
+        site.network = Some(Network::make(site.planned, flags.sql_port, flags.http_port)?);
+    }
     let outcome = tokio::select! {
-        outcome = live(flags, &planned, &installation, run_as.as_ref(), &ground, &in_psql) => outcome,
+        outcome = live(&site, &in_psql) => outcome,
         () = interrupt => Ok(ExitCode::SUCCESS),
         _ = terminated.recv() => Ok(ExitCode::SUCCESS),
     };
-    // Said before the clean-up, which takes a moment.
-    let outcome = outcome.unwrap_or_else(|error| failed(&error));
-    reaper.finish().await?;
-    Ok(outcome)
+    // With -e, standard output belongs to the results.
+    if let Some(network) = site.network.filter(|_| flags.execute.is_empty()) {
+        network.account()?.iter().for_each(|line| print_line(line));
+    }
+    outcome
 }
 
 /// The reaper's own process: waits for its input to close, then ends everything in `dir`.
 ///
 /// # Errors
 ///
-/// The directory cannot be removed.
-pub(crate) fn reap(dir: &Path, remove: bool) -> anyhow::Result<()> {
+/// The directory, or the closed network of the demo `network_of`, cannot be removed.
+pub(crate) fn reap(dir: &Path, remove: bool, network_of: Option<u32>) -> anyhow::Result<()> {
     let wait = || {
         // Blocking is all that this process does.
         std::io::stdin().read_to_end(&mut Vec::new())?;
         Ok(())
     };
-    ground::reap(dir, remove, || print_line("ready"), wait)
+    ground::reap(dir, remove, || print_line("ready"), wait, || network_of.map_or(Ok(()), network::remove))
 }
 
 /// The process that outlives this one.
 struct Reaper(Child);
 
 impl Reaper {
-    async fn start(ground: &Ground) -> anyhow::Result<Self> {
+    async fn start(ground: &Ground, closed_network: bool) -> anyhow::Result<Self> {
         let mut command = Command::new(std::env::current_exe()?);
         // A group of its own, so that Ctrl-C does not end it before its work.
         command.arg("demo-reaper").arg(&ground.dir).process_group(0).stdin(Stdio::piped()).stdout(Stdio::piped());
         if ground.temporary {
             command.arg("--remove");
+        }
+        if closed_network {
+            command.args(["--network-of", &std::process::id().to_string()]);
         }
         let mut child = command.spawn().context("start the reaper")?;
         let mut said = [0; 1];
@@ -111,17 +130,13 @@ impl Reaper {
     }
 }
 
-async fn live(
-    flags: &Demo,
-    planned: &[PlannedNode],
-    installation: &Installation,
-    run_as: Option<&RunAs>,
-    ground: &Ground,
-    in_psql: &Cell<bool>,
-) -> anyhow::Result<ExitCode> {
+async fn live(site: &Site<'_>, in_psql: &Cell<bool>) -> anyhow::Result<ExitCode> {
     let begun = Instant::now();
-    nodes::check_ports(flags.sql_port, planned, "SQL")?;
-    nodes::check_ports(flags.http_port, planned, "HTTP")?;
+    let (flags, installation, network) = (site.flags, site.installation, site.network.as_ref());
+    if network.is_none() {
+        nodes::check_ports(flags.sql_port, site.planned, "SQL")?;
+        nodes::check_ports(flags.http_port, site.planned, "HTTP")?;
+    }
     // With -e, standard output belongs to the results.
     let quiet = !flags.execute.is_empty();
     let say = |line: &str| {
@@ -129,40 +144,26 @@ async fn live(
             print_line(line)
         }
     };
-    let layout = layout(flags, planned);
-    let is_new = match ground.ready_layout() {
-        Some(before) if before != layout => {
-            bail!("{} holds another fleet ({}); give the same flags or another directory", ground.dir.display(), before)
-        }
-        before => before.is_none(),
-    };
-    let bin = installation.bin.display();
-    say(&format!("PostgreSQL {} from {bin}, data in {}", installation.version, ground.dir.display()));
-    let servers = servers::start(installation, run_as, &ground.dir, planned).await?;
-    let mut running = start_nodes(flags, planned, ground, &servers).await?;
-    if is_new {
-        initialize(&running).await?;
-    }
-    let roles = nodes::wait_until_whole(&mut running, is_new).await?;
+    let raised = site.raise(say).await?;
     let database = if flags.no_example_database { "postgres" } else { movr::DATABASE };
-    if is_new && !flags.no_example_database {
-        if flags.rows >= ROWS_THAT_TAKE_A_WHILE {
-            say(&format!("loading {} rides into the database {}", flags.rows, movr::DATABASE));
-        }
-        load_movr(flags, &running).await?;
-    }
-    ground.set_ready(&layout)?;
-    for (node, role) in running.iter().zip(roles) {
+    for (node, role) in raised.running.iter().zip(&raised.roles) {
         let PlannedNode { number, locality, shard, .. } = &node.planned;
         say(&format!("n{number}  pid {}  {locality}  {shard}  {role}  {}", node.pid(), node.url(database)));
     }
+    if let Some(network) = network {
+        network.describe().iter().for_each(|line| say(line));
+        say(&match &raised.store {
+            Some(store) => format!("S3 server, reached from {} only: {}", network.store_tier(), store.uri("")),
+            None => object_store::MISSING.to_owned(),
+        });
+    }
     say(&format!("ready in {:.1} seconds", begun.elapsed().as_secs_f64()));
-    let first = running.first().context("a demo has a first node")?.url(database);
+    let first = raised.running.first().context("a demo has a first node")?.url(database);
     if quiet {
         return execute(installation, &first, &flags.execute).await;
     }
-    suggest(&running, &first).iter().for_each(|line| say(line));
-    let ends = watch(running, planned, servers);
+    suggest(&raised, network, &first).iter().for_each(|line| say(line));
+    let ends = watch(raised);
     let on_terminal = std::io::stdin().is_terminal() && std::io::stdout().is_terminal();
     let way_out = if on_terminal { "\\q" } else { "Ctrl-C" };
     say(&format!("{way_out} ends the demo and everything it started."));
@@ -172,63 +173,6 @@ async fn live(
         return Ok(exit_code(status));
     }
     tell(ends).await
-}
-
-/// What two starts in one directory must have in common.
-fn layout(flags: &Demo, planned: &[PlannedNode]) -> String {
-    let nodes: Vec<String> =
-        planned.iter().map(|node| format!("n{} {} {:?}", node.number, node.shard, node.part)).collect();
-    let movr =
-        if flags.no_example_database { "no example database".to_owned() } else { format!("{} rows", flags.rows) };
-    format!("{}; {movr}", nodes.join(", "))
-}
-
-async fn start_nodes(
-    flags: &Demo,
-    planned: &[PlannedNode],
-    ground: &Ground,
-    servers: &[Instance],
-) -> anyhow::Result<Vec<RunningNode>> {
-    let mut running: Vec<RunningNode> = Vec::new();
-    for (index, node) in planned.iter().enumerate() {
-        let ports = (nodes::port(flags.sql_port, index)?, nodes::port(flags.http_port, index)?);
-        let join: Vec<String> = running.first().map(|first| first.address.clone()).into_iter().collect();
-        // Servers are those of the first nodes, in their order.
-        let server = servers.get(index);
-        running.push(nodes::start(&ground.dir, node, ports, server, &join).await?);
-    }
-    Ok(running)
-}
-
-fn leaseholders(running: &[RunningNode]) -> impl Iterator<Item = &RunningNode> {
-    running.iter().filter(|node| node.planned.part == Part::Leaseholder)
-}
-
-/// The registry on the first shard, the service role on all of them.
-async fn initialize(running: &[RunningNode]) -> anyhow::Result<()> {
-    for (index, node) in leaseholders(running).enumerate() {
-        let init = Init {
-            host: node.address.clone(),
-            user: SUPERUSER.to_owned(),
-            service_role: "backhaul".to_owned(),
-            service_role_only: index > 0,
-            allow_restore: true,
-            trust: Trust { secret_file: None, insecure: true, certs_dir: None },
-        };
-        init::run(&init, |_| ()).await.with_context(|| format!("initialize {}", node.planned.shard))?;
-    }
-    Ok(())
-}
-
-async fn load_movr(flags: &Demo, running: &[RunningNode]) -> anyhow::Result<()> {
-    let shards = leaseholders(running).count();
-    for (index, node) in leaseholders(running).enumerate() {
-        let part = movr::Part { rows: flags.rows, shard: index, shards };
-        movr::load(&node.address, SUPERUSER, &part)
-            .await
-            .with_context(|| format!("load the database {} into {}", movr::DATABASE, node.planned.shard))?;
-    }
-    Ok(())
 }
 
 fn psql(installation: &Installation, url: &str) -> Command {
@@ -253,7 +197,7 @@ fn exit_code(status: ExitStatus) -> ExitCode {
     ExitCode::from(u8::try_from(code).unwrap_or(1))
 }
 
-fn suggest(running: &[RunningNode], first: &str) -> Vec<String> {
+fn suggest(raised: &Raised, network: Option<&Network>, first: &str) -> Vec<String> {
     let mut lines = vec![
         String::new(),
         "Try, in psql on any of these nodes:".to_owned(),
@@ -261,11 +205,12 @@ fn suggest(running: &[RunningNode], first: &str) -> Vec<String> {
         "  SHOW NODES;".to_owned(),
         "  SELECT pg_is_in_recovery(), count(*) FROM rides;  -- every node leads to the leaseholder".to_owned(),
     ];
-    if let (Some(last), Some(database)) = (running.last(), first.rsplit('/').next()) {
-        let region = last.planned.locality.tiers().first().map(ToString::to_string).unwrap_or_default();
-        let backup = format!(
-            "BACKUP DATABASE {database} INTO 'nodelocal://self/b' WITH EXECUTION LOCALITY = '{region}', DETACHED"
-        );
+    if let (Some(last), Some(database)) = (raised.running.last(), first.rsplit('/').next()) {
+        let (region, uri) = match network.zip(raised.store.as_ref()) {
+            Some((network, store)) => (network.store_tier().to_owned(), store.uri("b")),
+            None => (first_tier(last), "nodelocal://self/b".to_owned()),
+        };
+        let backup = format!("BACKUP DATABASE {database} INTO '{uri}' WITH EXECUTION LOCALITY = '{region}', DETACHED");
         lines.push(format!("  {backup};  -- runs in {region} only"));
         lines.push("  SHOW JOBS;".to_owned());
         lines.push(format!("Kill a node and look:  kill -9 {};  psql {first} -c 'SHOW NODES'", last.pid()));
@@ -273,18 +218,24 @@ fn suggest(running: &[RunningNode], first: &str) -> Vec<String> {
     lines
 }
 
+fn first_tier(node: &RunningNode) -> String {
+    node.planned.locality.tiers().first().map(ToString::to_string).unwrap_or_default()
+}
+
 /// Waits for every process of the fleet, so that each may be started again by hand once it has ended.
-fn watch(running: Vec<RunningNode>, planned: &[PlannedNode], servers: Vec<Instance>) -> JoinSet<String> {
+fn watch(raised: Raised) -> JoinSet<String> {
     let mut ends = JoinSet::new();
-    for mut node in running {
+    for mut node in raised.running {
         ends.spawn(async move {
             let status = node.child.wait().await;
             how(&node.planned.name(), status.ok())
         });
     }
-    for (node, server) in planned.iter().zip(servers) {
-        let name = format!("the server of {}", node.name());
-        ends.spawn(async move { how(&name, server.ended().await.ok()) });
+    for (node, server) in raised.servers {
+        ends.spawn(async move { how(&format!("the server of {node}"), server.ended().await.ok()) });
+    }
+    if let Some(ObjectStore { mut child, .. }) = raised.store {
+        ends.spawn(async move { how("the S3 server", child.wait().await.ok()) });
     }
     ends
 }

@@ -13,10 +13,19 @@ use sql::Verb;
 use tokio::process::{Child, Command};
 use tokio::time::sleep;
 
+use super::network::Namespace;
 use super::plan::PlannedNode;
 
 /// A node that does not listen, or a fleet that is not whole by then, is given up.
 const DEADLINE: Duration = Duration::from_secs(30);
+
+/// Where a node listens.
+pub(super) struct Listen {
+    pub(super) sql: String,
+    pub(super) http: String,
+    /// The network namespace it runs in, if not the host's.
+    pub(super) namespace: Option<Namespace>,
+}
 
 /// A running node.
 pub(super) struct RunningNode {
@@ -72,7 +81,7 @@ pub(super) fn check_ports(base: u16, nodes: &[PlannedNode], what: &str) -> anyho
 pub(super) async fn start(
     dir: &Path,
     planned: &PlannedNode,
-    ports: (u16, u16),
+    listen: &Listen,
     server: Option<&Instance>,
     join: &[String],
 ) -> anyhow::Result<RunningNode> {
@@ -83,8 +92,8 @@ pub(super) async fn start(
     let output = fs::OpenOptions::new().create(true).append(true).open(&log)?;
     let mut command = Command::new(std::env::current_exe()?);
     command.args(["start", "--insecure", "--locality", &planned.locality.to_string(), "--shard", &planned.shard]);
-    command.args(["--listen-addr", &format!("127.0.0.1:{}", ports.0), "--http-addr"]);
-    command.args([&format!("127.0.0.1:{}", ports.1), "--node-id", &planned.number.to_string()]);
+    command.args(["--listen-addr", &listen.sql, "--http-addr", &listen.http]);
+    command.args(["--node-id", &planned.number.to_string()]);
     command.arg("--store").arg(&home).arg("--external-io-dir").arg(home.join("extern"));
     command.arg("--listening-url-file").arg(&url_file);
     if !join.is_empty() {
@@ -95,7 +104,11 @@ pub(super) async fn start(
     }
     command.env_remove("BACKHAUL_POSTGRES").process_group(0);
     command.stdin(Stdio::null()).stdout(output.try_clone()?).stderr(output);
-    let mut child = command.spawn().context("start a node")?;
+    let mut spawn = || command.spawn().context("start a node");
+    let mut child = match &listen.namespace {
+        Some(namespace) => namespace.within(spawn)?,
+        None => spawn()?,
+    };
     let deadline = Instant::now() + DEADLINE;
     loop {
         if let Ok(url) = fs::read_to_string(&url_file) {

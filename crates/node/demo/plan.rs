@@ -70,7 +70,7 @@ pub(super) fn plan(flags: &Demo) -> anyhow::Result<Vec<PlannedNode>> {
     if flags.shards == 0 || flags.voters == 0 {
         bail!("--shards and --voters must be at least 1");
     }
-    let localities = localities(flags.demo_locality.as_deref(), nodes)?;
+    let localities = localities(flags, nodes)?;
     let planned = localities.into_iter().enumerate().map(|(index, locality)| {
         // The place among the servers of the same shard: the first leads.
         let part = match index / flags.shards {
@@ -84,9 +84,10 @@ pub(super) fn plan(flags: &Demo) -> anyhow::Result<Vec<PlannedNode>> {
     Ok(planned.collect())
 }
 
-fn localities(given: Option<&str>, nodes: usize) -> anyhow::Result<Vec<Locality>> {
-    let texts: Vec<String> = match given {
+fn localities(flags: &Demo, nodes: usize) -> anyhow::Result<Vec<Locality>> {
+    let texts: Vec<String> = match &flags.demo_locality {
         Some(given) => given.split(':').map(str::to_owned).collect(),
+        None if flags.closed_network => spread(nodes),
         None => {
             let zones = if nodes <= 4 { 2 } else { ZONES.len() };
             let place = |n: usize| format!("region={},zone={}", REGIONS[n / zones % REGIONS.len()], ZONES[n % zones]);
@@ -97,6 +98,19 @@ fn localities(given: Option<&str>, nodes: usize) -> anyhow::Result<Vec<Locality>
         bail!("--demo-locality names {} localities for {nodes} nodes", texts.len());
     }
     texts.iter().map(|text| text.parse().with_context(|| format!("read the locality \"{text}\""))).collect()
+}
+
+/// A closed network is shown best with all regions there are.
+fn spread(nodes: usize) -> Vec<String> {
+    let count = REGIONS.len();
+    // Node n of all of them is in region n * count / nodes; the first one there makes it zone a.
+    let place = |n: usize| {
+        let region = n * count / nodes;
+        let first = (region * nodes).div_ceil(count);
+        let zone = ZONES.get(n - first).map_or_else(|| format!("z{}", n - first), |zone| (*zone).to_owned());
+        format!("region={},zone={zone}", REGIONS[region])
+    };
+    (0..nodes).map(place).collect()
 }
 
 #[cfg(test)]
@@ -122,6 +136,21 @@ mod tests {
             "region=us-west-1,zone=b s1 None",
         ];
         assert_eq!(planned("").unwrap(), expected);
+    }
+
+    #[test]
+    fn a_closed_network_has_all_regions() {
+        let places = |arguments: &str| -> Vec<String> {
+            let nodes = planned(arguments).unwrap();
+            nodes
+                .iter()
+                .map(|node| node.split(' ').next().unwrap().replace("region=", "").replace("zone=", ""))
+                .collect()
+        };
+        assert_eq!(places("--closed-network"), ["us-east-1,a", "us-east-1,b", "us-west-1,a", "eu-west-1,a"]);
+        assert_eq!(places("--closed-network --nodes 3"), ["us-east-1,a", "us-west-1,a", "eu-west-1,a"]);
+        assert_eq!(places("--closed-network --nodes 2"), ["us-east-1,a", "us-west-1,a"]);
+        assert_eq!(places("--closed-network --nodes 12")[7..9], ["us-west-1,z3", "eu-west-1,a"]);
     }
 
     #[test]

@@ -107,6 +107,7 @@ impl Stores {
             uri::Place::S3(bucket) => {
                 let place = Place {
                     at: redacted.into(),
+                    from: Some(self.peers.cluster().me().name().into()),
                     bucket: Some(bucket.name.as_str().into()),
                     secrets: bucket.secrets().into(),
                 };

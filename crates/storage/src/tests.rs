@@ -200,7 +200,7 @@ async fn a_store_that_does_not_listen_is_said_to_be_out_of_reach() {
     let error = store.read("x").await.unwrap_err();
     let said = PgError::of(&error).unwrap();
     assert_eq!(said.code.as_str(), "58030", "{error:?}");
-    assert!(said.message.ends_with("cannot be reached"), "{said:?}");
+    assert!(said.message.ends_with("cannot be reached from node 1"), "{said:?}");
     assert!(is_transient(&error) && !format!("{error:?}{said:?}{store:?}").contains("hunter2"));
 }
 

@@ -32,6 +32,8 @@ const PASSING_CODES: [&str; 9] = [
 pub(crate) struct Place {
     /// The redacted URI.
     pub(crate) at: Arc<str>,
+    /// The node that tries to reach it, in words; of a node's own files the URI says whose they are.
+    pub(crate) from: Option<Arc<str>>,
     /// The bucket, when it has one.
     pub(crate) bucket: Option<Arc<str>>,
     /// Texts that are cut out of whatever the store says.
@@ -64,12 +66,13 @@ pub(crate) fn transient(error: PgError) -> anyhow::Error {
 impl Place {
     /// A place without secrets.
     pub(crate) fn plain(at: impl Into<Arc<str>>) -> Self {
-        Self { at: at.into(), bucket: None, secrets: Arc::from([]) }
+        Self { at: at.into(), from: None, bucket: None, secrets: Arc::from([]) }
     }
 
     /// It did not answer.
     pub(crate) fn unreachable(&self, detail: &str) -> anyhow::Error {
-        let message = format!("the store at {} cannot be reached", self.at);
+        let from = self.from.as_deref().map(|node| format!(" from {node}")).unwrap_or_default();
+        let message = format!("the store at {} cannot be reached{from}", self.at);
         transient(PgError::new(SqlState::IO_ERROR, message).detail(self.clean(detail)))
     }
 
@@ -234,7 +237,12 @@ mod tests {
     use super::*;
 
     fn place() -> Place {
-        Place { at: "s3://b/p".into(), bucket: Some("b".into()), secrets: vec!["hunter2".to_owned()].into() }
+        Place {
+            at: "s3://b/p".into(),
+            from: Some("node 1".into()),
+            bucket: Some("b".into()),
+            secrets: vec!["hunter2".to_owned()].into(),
+        }
     }
 
     fn s3(kind: ErrorKind, code: &str) -> opendal::Error {
@@ -259,7 +267,7 @@ mod tests {
                 opendal::Error::new(ErrorKind::Unexpected, "send http request")
                     .set_source(io::Error::from(io::ErrorKind::ConnectionRefused)),
                 "58030",
-                "the store at s3://b/p cannot be reached",
+                "the store at s3://b/p cannot be reached from node 1",
                 true,
             ),
             (

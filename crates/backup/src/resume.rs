@@ -8,7 +8,7 @@ use anyhow::Context as _;
 use bytes::{Bytes, BytesMut};
 use chrono::{DateTime, Utc};
 use cluster::service::Boxed;
-use cluster::{Filter, NodeId, Peers};
+use cluster::{NodeId, Peers};
 use fleet::founders::{DatabasePlan, FOUNDERS, Request, SequencePlan, TablePlan, is_invalidated, is_point_lost};
 use futures_util::StreamExt as _;
 use jobs::{Resumer, Run};
@@ -19,12 +19,14 @@ use storage::{Created, Store, Stores, Uri};
 use tokio::time::timeout;
 
 use crate::drive::{self, Finished, Invalidated, Shard};
+use crate::explain::crosses;
 use crate::export::sha256;
 use crate::manifest::{FORMAT, FileEntry, Manifest, NodeWork, ShardPart};
 use crate::pausepoints::{AFTER_EXPORT, AFTER_LATEST, AFTER_LOCK, AFTER_POINTS, AFTER_RECORD, AFTER_SCHEMAS};
 use crate::plan::SealSource;
 use crate::point::{self, ShardPoint, Tries};
 use crate::revert::{self, Trace};
+use crate::rules::{Replicas, Rules};
 use crate::{hold, layout, seal, spans};
 
 /// The type of these jobs.
@@ -49,6 +51,22 @@ pub(crate) struct Payload {
     pub(crate) description: String,
     /// The shards that hold any of the databases, and which of them.
     pub(crate) shards: BTreeMap<String, Vec<String>>,
+    /// Whether a server outside the filter may not even be read.
+    #[serde(default)]
+    pub(crate) strict: bool,
+    /// Which servers may be read.
+    #[serde(default)]
+    pub(crate) replicas: Replicas,
+    /// Whether all matching nodes that hold a replica share the spans.
+    #[serde(default)]
+    pub(crate) balanced: bool,
+}
+
+impl Payload {
+    fn rules(&self) -> anyhow::Result<Rules> {
+        let filter = self.filter.parse().context("read the job's filter")?;
+        Ok(Rules { filter, strict: self.strict, replicas: self.replicas, balanced: self.balanced })
+    }
 }
 
 /// Runs backup jobs.
@@ -63,7 +81,7 @@ struct Story<'s> {
     run: &'s Run,
     peers: &'s Peers,
     payload: Payload,
-    filter: Filter,
+    rules: Rules,
     /// The backup's directory, with its keys.
     uri: String,
     store: Store,
@@ -86,7 +104,7 @@ impl Resume {
         Ok(Story {
             run,
             peers: &self.peers,
-            filter: payload.filter.parse().context("read the job's filter")?,
+            rules: payload.rules()?,
             store: self.stores.open(&uri).await?,
             collection: self.stores.open(&collection).await?,
             stores: &self.stores,
@@ -137,7 +155,7 @@ impl Story<'_> {
 
     fn trace(&self) -> Trace<'_> {
         let (run, peers, stores) = (self.run, self.peers, self.stores);
-        Trace { run, peers, stores, filter: &self.filter, directory: &self.directory }
+        Trace { run, peers, stores, filter: &self.rules.filter, directory: &self.directory }
     }
 
     /// The backup is whole. That something is left beside it is no reason to fail.
@@ -240,7 +258,7 @@ impl Story<'_> {
                 .into());
         }
         self.run.progress(0.0, &format!("taking a point of shard {shard}")).await?;
-        let point = point::open(self.run, self.peers, (shard, databases), &self.filter, tries).await?;
+        let point = point::open(self.run, self.peers, (shard, databases), &self.rules, tries).await?;
         // Kept before anything is read at it: two points are never mixed.
         self.run.forget(&format!("span/{shard}/")).await?;
         self.run.keep(&format!("point/{shard}"), &point).await?;
@@ -268,6 +286,9 @@ impl Story<'_> {
             let tables = hold::table_of(&reason, &point.opened.databases);
             spoilt.extend(tables.map(|(database, table)| ((database, table.oid), table)));
             if tries.spoilt >= hold::SPOILT_MAX && !spoilt.is_empty() {
+                if self.forbids_leaseholder(&point.shard) {
+                    return Err(reason.into());
+                }
                 let tables: Vec<_> = spoilt.iter().map(|((name, _), table)| (name.clone(), table.clone())).collect();
                 // What was held before goes when the new locks are there.
                 match hold::hold(self.peers, &point.shard, &tables).await {
@@ -280,6 +301,12 @@ impl Story<'_> {
         }
     }
 
+    /// Whether the statement keeps tables from being held on the leaseholder, where no row may be read either.
+    fn forbids_leaseholder(&self, shard: &str) -> bool {
+        let view = self.peers.cluster().view();
+        view.leader(shard).is_some_and(|leader| self.rules.forbid(&leader.locality))
+    }
+
     async fn read(&self, point: &ShardPoint, progress: (f64, f64)) -> anyhow::Result<ShardPart> {
         let _alive = point::keep_alive(self.peers, point);
         let mut schemas = Vec::new();
@@ -288,7 +315,7 @@ impl Story<'_> {
         }
         self.run.pausepoint(AFTER_SCHEMAS).await?;
         let finished: Vec<Finished> = self.run.kept_under(&drive::key(point)).await?;
-        let shard = Shard { run: self.run, peers: self.peers, point, uri: &self.uri, filter: &self.filter, progress };
+        let shard = Shard { run: self.run, peers: self.peers, point, uri: &self.uri, rules: &self.rules, progress };
         let files = shard.export(&spans::cut(&point.opened.databases), finished).await?;
         let mut databases = point.opened.databases.clone();
         if !point.opened.point.in_recovery {
@@ -376,7 +403,7 @@ impl Story<'_> {
                     continue;
                 }
                 work.bytes_read_remotely += file.bytes;
-                if place(file.written_by).shared_prefix(&place(part.read_from)) == 0 {
+                if crosses(&place(file.written_by), &place(part.read_from)) {
                     work.bytes_read_across_localities += file.bytes;
                 }
             }

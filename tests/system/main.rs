@@ -13,6 +13,7 @@ mod demo; // what `backhaul demo` promises: its fleet, its ends, its refusals
 mod drivers; // the same for application drivers
 mod failover; // promotion, crash and return of servers and nodes
 mod mistakes; // wrong secrets, shards, stores and addresses
+mod plan; // EXPLAIN BACKUP tells what is done; options, ranges and regions; docs/locality.md
 mod restore; // everything comes back the same, once, and damage is noticed
 mod security; // passwords, TLS, open doors
 mod survival; // jobs outlive nodes that are stopped in turn, and a registry that moves

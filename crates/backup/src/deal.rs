@@ -7,7 +7,7 @@
 use std::collections::{BTreeMap, VecDeque};
 use std::time::Duration;
 
-use cluster::{Filter, NodeId, Peers, View};
+use cluster::{NodeId, Peers, View};
 use futures_util::stream::{FuturesUnordered, StreamExt as _};
 use jobs::{LostClaim, Retryable};
 use pgerror::{PgError, SqlState};
@@ -15,7 +15,8 @@ use tokio::time::{Instant, sleep};
 
 use crate::assign::assign;
 use crate::patience::Patience;
-use crate::point::{leaseholder, workers};
+use crate::point::leaseholder;
+use crate::rules::{Fleet, Rules, anchor, workers};
 
 /// Pieces that one worker has at a time: while one is being compressed the other is being read.
 const PIECES_AT_ONCE: usize = 2;
@@ -35,7 +36,8 @@ const PASSING: [SqlState; 8] = [
 /// Where pieces may go.
 pub(crate) struct Deal<'d> {
     pub(crate) peers: &'d Peers,
-    pub(crate) filter: &'d Filter,
+    /// Whom they may go to.
+    pub(crate) rules: &'d Rules,
     /// The shard that they are about.
     pub(crate) shard: &'d str,
     /// The node beside the server that is read from, or written to.
@@ -124,15 +126,18 @@ impl Deal<'_> {
     /// Deals pieces to the nodes that match and live now.
     fn deal<P>(&self, open: &mut Open<P>, lost: &[NodeId], queues: &mut Queues<P>) -> anyhow::Result<()> {
         let view = self.peers.cluster().view();
-        let mut workers = workers(&view, self.filter, self.server);
+        let fleet = Fleet::of(&view, self.shard);
+        let mut workers = workers(&fleet, self.rules, self.server);
         workers.retain(|worker| !lost.contains(&worker.id));
         if workers.is_empty() {
             let message = "no healthy sql instances available matching locality requirement";
             return Err(anyhow::Error::new(PgError::new(SqlState::UNCATEGORIZED, message)).context(Retryable));
         }
-        let leaseholder = leaseholder(&view, self.shard)?;
+        leaseholder(&view, self.shard)?;
+        let anchor = anchor(&fleet, self.rules, self.server).unwrap_or_default();
         let weights: Vec<u64> = open.iter().map(|(_, weight, _)| *weight).collect();
-        for (worker, piece) in assign(&weights, &leaseholder, &workers).into_iter().zip(open.drain(..)) {
+        let assigned = assign(&weights, &anchor, &workers, self.rules.balanced);
+        for (worker, piece) in assigned.into_iter().zip(open.drain(..)) {
             queues.entry(worker).or_default().push_back(piece);
         }
         Ok(())

@@ -17,6 +17,7 @@ use crate::layout;
 use crate::manifest::FileEntry;
 use crate::pausepoints::AFTER_FIRST_SPAN;
 use crate::point::ShardPoint;
+use crate::rules::Rules;
 use crate::spans::Span;
 
 /// A span takes no longer. A worker has a deadline of its own for every piece of it, and one that is gone is noticed by
@@ -45,7 +46,7 @@ pub(crate) struct Shard<'s> {
     pub(crate) point: &'s ShardPoint,
     /// The directory of the backup, with its keys.
     pub(crate) uri: &'s str,
-    pub(crate) filter: &'s cluster::Filter,
+    pub(crate) rules: &'s Rules,
     /// Where on the way from 0 to 1 this shard begins, and how much of the way it is.
     pub(crate) progress: (f64, f64),
 }
@@ -78,7 +79,7 @@ impl Shard<'_> {
         let mut noted = Noted { shard: self, total, done, finished, reported: Instant::now() };
         let server = self.point.node;
         let at_once = self.point.opened.point.readers;
-        let deal = Deal { peers: self.peers, filter: self.filter, shard: &self.point.shard, server, at_once };
+        let deal = Deal { peers: self.peers, rules: self.rules, shard: &self.point.shard, server, at_once };
         let ends = |said: &PgError| {
             let gone = said.code == SqlState::CONNECTION_FAILURE && !deal.server_answers();
             let spoilt = gone || is_invalidated(said) || is_point_lost(said);
@@ -99,7 +100,7 @@ impl Shard<'_> {
         let task = Task {
             job: self.run.id.0,
             uri: self.uri.to_owned(),
-            filter: self.filter.to_string(),
+            filter: self.rules.filter.to_string(),
             path,
             founder: self.point.node,
             span: SpanRequest { lease: self.point.lease, database: span.database, what: span.what },

@@ -2,10 +2,11 @@
 //!
 //! Read in this order. [`plan`] judges a statement before anything exists: filter, databases, rights, URI. A job is
 //! made, and on whichever node coordinates it, [`resume`] tells the story step by step: the lock, a point for each
-//! shard ([`point`]), spans cut from tables ([`spans`]) and dealt to workers ([`assign`], [`deal`]), their export watched
-//! ([`drive`]), tables that keep changing held still ([`hold`]), the manifest written and sealed ([`manifest`], [`seal`]),
-//! and what is left over removed ([`revert`]). What a worker does with one span is [`export`]. The way back is
+//! shard ([`point`]) on a server that the rules choose ([`rules`]), spans cut from tables ([`spans`]) and dealt to
+//! workers ([`assign`], [`deal`]), their export watched ([`drive`]), tables that keep changing held still ([`hold`]),
+//! the manifest written and sealed ([`manifest`], [`seal`]), and what is left over removed ([`revert`]). What a worker does with one span is [`export`]. The way back is
 //! [`restore`]. What is in a backup, and under which names, is [`layout`]; how it opens without us is [`restore_text`];
+//! what a plan looks like before it is carried out is [`explain`], and the spans by themselves are [`ranges`];
 //! what a session sets is [`settings`], where a job can be made to stop [`pausepoints`].
 //!
 //! **What a crash leaves.** Objects are written once and under names that carry the claim, so two coordinators of one
@@ -18,6 +19,7 @@
 mod assign;
 mod deal;
 mod drive;
+mod explain;
 mod export;
 mod hold;
 mod layout;
@@ -26,20 +28,27 @@ mod patience;
 mod pausepoints;
 mod plan;
 mod point;
+mod ranges;
 mod restore;
 mod restore_text;
 mod resume;
 mod revert;
+mod rules;
 mod seal;
 mod settings;
 mod spans;
 
+pub use assign::{Anchor, Share, Worker, assign, sharers};
 pub use export::{EXPORT, Export, PROBE, Probe};
 pub use layout::COLLECTION_FILES;
 pub use manifest::{FileEntry, Manifest, ShardPart};
 pub use pausepoints::PAUSEPOINTS;
 pub use plan::{Backups, Finished, OnWait, Outcome, Requester, SealSource};
-pub use point::{LAG_MAX, READERS};
+pub use point::READERS;
+pub use ranges::{Range, Region};
 pub use restore::{Created, IMPORT, Import, RESTORE_TYPE, ResumeRestore, SHOW, Show, Shown};
 pub use resume::{JOB_TYPE, Resume};
+pub use rules::{
+    Decision, Exclusion, Fleet, LAG_MAX, Place, Reason, Replica, Replicas, Rules, Standing, anchor, decide, workers,
+};
 pub use settings::Settings;

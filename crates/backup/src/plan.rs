@@ -9,7 +9,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::Context as _;
-use chrono::Utc;
+use chrono::{DateTime, Utc};
 use cluster::{Filter, PeerSession, Peers, Purpose, spoken};
 use jobs::{Job, JobId, Jobs, NewJob, Taken};
 use pgerror::{PgError, SqlState};
@@ -19,8 +19,9 @@ use storage::{Connections, Seal, Uri};
 use tokio::time::timeout;
 
 use crate::layout;
-use crate::point::leaseholder;
+use crate::point::{leaseholder, readable};
 use crate::resume::{JOB_TYPE, Payload};
+use crate::rules::{Replicas, Rules};
 use crate::settings::{OnRelocation, Settings};
 
 /// Gives the fleet's seal. Asked for at each use, because the cluster secret may come, or be replaced, at any time.
@@ -35,6 +36,10 @@ pub struct Requester {
     pub superuser: bool,
     /// The session's `statement_timeout`.
     pub statement_timeout: Option<Duration>,
+    /// The session's database.
+    pub database: String,
+    /// The schemas in which an unqualified name is looked for, in order.
+    pub search_path: Vec<String>,
     /// The session's own settings of ours.
     pub settings: Settings,
 }
@@ -68,6 +73,18 @@ pub struct Finished {
     pub bytes: i64,
     /// What the client should know beside: objects that are not in the backup.
     pub notices: Vec<String>,
+}
+
+/// A statement that nothing is wrong with.
+pub(crate) struct Judged {
+    pub(crate) rules: Rules,
+    pausepoints: Vec<String>,
+    id: JobId,
+    created: DateTime<Utc>,
+    /// The shards that hold any of the databases, and which of them.
+    pub(crate) shards: BTreeMap<String, Vec<String>>,
+    shown: String,
+    resolved: Uri,
 }
 
 /// Plans backups and makes their jobs.
@@ -131,22 +148,35 @@ impl Backups {
         Ok(Connections::new((self.seal)()?))
     }
 
-    async fn plan(&self, statement: &Backup, requester: &Requester) -> anyhow::Result<NewJob> {
-        let filter = filter_of(statement.options.execution_locality.as_ref())?;
+    /// Judges everything about a statement that does not depend on which nodes and servers are fit now.
+    pub(crate) async fn judge(&self, statement: &Backup, requester: &Requester) -> anyhow::Result<Judged> {
+        let rules = rules_of(statement, requester)?;
         let pausepoints = requester.pausepoints()?;
         // Whoever cannot make a job need not plan one.
         let id = JobId::new(self.jobs.node_id()?);
         let created = Utc::now();
         let shards = self.targets(&statement.databases, requester).await?;
         let uri = Uri::parse(literal(&statement.into)?)?;
-        let shown = uri.redacted();
         let resolved = self.resolve(&uri, requester).await?;
-        self.jobs.check_filter(&filter).await?;
+        Ok(Judged { rules, pausepoints, id, created, shards, shown: uri.redacted(), resolved })
+    }
+
+    async fn plan(&self, statement: &Backup, requester: &Requester) -> anyhow::Result<NewJob> {
+        let Judged { rules, pausepoints, id, created, shards, shown, resolved } =
+            self.judge(statement, requester).await?;
+        self.jobs.check_filter(&rules.filter).await?;
+        let view = self.peers.cluster().view();
+        for shard in shards.keys() {
+            readable(&view, shard, &rules)?;
+        }
         let subdir = layout::subdir(created);
         let description = statement.description(&subdir, &shown);
         let payload = Payload {
             databases: statement.databases.clone(),
-            filter: filter.to_string(),
+            filter: rules.filter.to_string(),
+            strict: rules.strict,
+            replicas: rules.replicas,
+            balanced: rules.balanced,
             subdir,
             created,
             description: description.clone(),
@@ -158,7 +188,7 @@ impl Backups {
             description,
             statement: statement.redacted(&shown),
             user: requester.user.clone(),
-            filter,
+            filter: rules.filter,
             prefers: shards.into_keys().collect(),
             payload: serde_json::to_value(&payload)?,
             sealed: Some((self.seal)()?.seal(&resolved.exposed())?),
@@ -359,6 +389,19 @@ pub(crate) fn filter_of(option: Option<&Text>) -> anyhow::Result<Filter> {
     let Some(text) = option else { return Ok(Filter::default()) };
     let parsed = literal(text)?.parse::<Filter>();
     Ok(parsed.map_err(|error| PgError::new(SqlState::UNCATEGORIZED, error.to_string()))?)
+}
+
+fn rules_of(statement: &Backup, requester: &Requester) -> anyhow::Result<Rules> {
+    let options = &statement.options;
+    Ok(Rules {
+        filter: filter_of(options.execution_locality.as_ref())?,
+        strict: options.strict,
+        replicas: match &options.replica {
+            Some(which) => Replicas::parse(literal(which)?)?,
+            None => Replicas::Any,
+        },
+        balanced: requester.settings.balanced()?,
+    })
 }
 
 fn finished(job: Job) -> anyhow::Result<Finished> {

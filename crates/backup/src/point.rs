@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use anyhow::{Context as _, anyhow};
-use cluster::{Locality, NodeId, Peers, Role, View};
+use cluster::{NodeId, NodeInfo, Peers, Role, View};
 use fleet::founders::{FOUNDERS, Open, Opened, Request};
 use jobs::{Retryable, Run};
 use pgerror::{PgError, SqlState};
@@ -11,7 +11,7 @@ use serde::{Deserialize, Serialize};
 use tokio_util::task::AbortOnDropHandle;
 use uuid::Uuid;
 
-use crate::assign::{Leaseholder, Worker};
+use crate::rules::{Decision, Fleet, Rules, decide, nothing_to_read};
 
 /// Taking a point includes the dump of the schemas.
 const OPEN_DEADLINE: Duration = Duration::from_secs(180);
@@ -24,9 +24,6 @@ const LEASE_LIFE: Duration = Duration::from_secs(60);
 
 /// Sessions per database and server; more would not read faster, and the server has other clients.
 pub const READERS: usize = 4;
-
-/// A standby that is this far behind its primary, in bytes of WAL, is passed over.
-pub const LAG_MAX: u64 = 1024 * 1024 * 1024;
 
 /// Refusals to take a point that may pass: too many leases or sessions, a pause or a lock of somebody else's.
 const PASSING: [SqlState; 5] = [
@@ -82,75 +79,34 @@ impl Tries {
     }
 }
 
-/// A server that may be read.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) struct Replica {
-    pub(crate) node: NodeId,
-    pub(crate) role: Role,
-}
-
 /// The leaseholder of `shard`.
 ///
 /// # Errors
 ///
 /// 08006 naming the shard: it cannot be reached, and a shorter backup is not made instead.
-pub(crate) fn leaseholder(view: &View, shard: &str) -> anyhow::Result<Leaseholder> {
-    let leader = view.leader(shard).ok_or_else(|| {
+pub(crate) fn leaseholder<'v>(view: &'v View, shard: &str) -> anyhow::Result<&'v NodeInfo> {
+    Ok(view.leader(shard).ok_or_else(|| {
         PgError::new(SqlState::CONNECTION_FAILURE, format!("shard \"{shard}\" cannot be reached"))
             .detail("No node that answers stands beside a primary of it.")
             .hint("SHOW NODES tells which nodes are there.")
-    })?;
-    Ok(Leaseholder { id: leader.node_id, locality: leader.locality.clone() })
+    })?)
 }
 
-/// The nodes that take part: they answer, have a number, and match the filter.
-pub(crate) fn workers(view: &View, filter: &Locality, reads: NodeId) -> Vec<Worker> {
-    let known = view.nodes.values().filter(|known| known.reachable);
-    known
-        .filter(|known| known.info.locality.first_unmatched(filter).is_none())
-        .filter_map(|known| {
-            let id = known.info.node_id?;
-            Some(Worker { id, locality: known.info.locality.clone(), reads_own_server: id == reads })
-        })
-        .collect()
-}
-
-/// The servers that may be read for workers under this filter, the best first.
+/// What the rules say of `shard` now.
 ///
-/// If the leaseholder's node takes part, all spans are its, and it reads its own server. Else a server beside a node
-/// that takes part, then the closest by shared leading tiers, by kind (an asynchronous standby bothers nobody, a
-/// primary somebody, and a synchronous standby cannot be paused), by round trip, by id.
-pub(crate) fn replicas(view: &View, shard: &str, filter: &Locality) -> anyhow::Result<Vec<Replica>> {
-    let leader = leaseholder(view, shard)?;
-    let head = view.leader(shard).and_then(|node| node.server_state()).map(|server| server.lsn.0);
-    let participants: Vec<&Locality> = view
-        .nodes
-        .values()
-        .filter(|known| known.reachable && known.info.locality.first_unmatched(filter).is_none())
-        .map(|known| &known.info.locality)
-        .collect();
-    let mut ranked = Vec::new();
-    for known in view.nodes.values().filter(|known| known.reachable && known.info.shard == shard) {
-        let (Some(node), role) = (known.info.node_id, view.role(&known.info)) else { continue };
-        let kind = match role {
-            Role::NonVoting => 0,
-            Role::Leaseholder => 1,
-            Role::Voting => 2,
-            Role::Detached | Role::Overtaken | Role::Down | Role::None => continue,
-        };
-        let replayed = known.info.server_state().map_or(0, |server| server.lsn.0);
-        if head.is_some_and(|head| head.saturating_sub(replayed) > LAG_MAX) {
-            tracing::info!(%node, shard, "a standby that lags behind is passed over");
-            continue;
-        }
-        let matches = known.info.locality.first_unmatched(filter).is_none();
-        let is_home = matches && leader.id == Some(node);
-        let shared = participants.iter().map(|place| place.shared_prefix(&known.info.locality)).max().unwrap_or(0);
-        let rank = (!is_home, !matches, std::cmp::Reverse(shared), kind, known.round_trip, node);
-        ranked.push((rank, Replica { node, role }));
+/// # Errors
+///
+/// The shard cannot be reached, or the rules leave no server of it to be read; both may pass.
+pub(crate) fn readable(view: &View, shard: &str, rules: &Rules) -> anyhow::Result<Decision> {
+    leaseholder(view, shard)?;
+    let decision = decide(&Fleet::of(view, shard), rules);
+    for (node, _, reason) in &decision.passed_over {
+        tracing::debug!(%node, shard, "not read: {reason}");
     }
-    ranked.sort_by_key(|(rank, _)| *rank);
-    Ok(ranked.into_iter().map(|(_, replica)| replica).collect())
+    match decision.reads.is_empty() {
+        true => Err(anyhow::Error::new(nothing_to_read(shard, &decision, rules)).context(Retryable)),
+        false => Ok(decision),
+    }
 }
 
 /// Takes a point on the best server that gives one.
@@ -162,11 +118,11 @@ pub(crate) async fn open(
     run: &Run,
     peers: &Peers,
     (shard, databases): (&str, &[String]),
-    filter: &Locality,
+    rules: &Rules,
     tries: Tries,
 ) -> anyhow::Result<ShardPoint> {
     let job = run.id.0;
-    let candidates = replicas(&peers.cluster().view(), shard, filter)?;
+    let candidates = readable(&peers.cluster().view(), shard, rules)?.reads;
     let mut last = anyhow!("shard \"{shard}\" has no server that can be read").context(Retryable);
     for candidate in candidates {
         let lease = Uuid::new_v4();

@@ -8,7 +8,7 @@ use anyhow::Context as _;
 use bytes::{Bytes, BytesMut};
 use chrono::{DateTime, Utc};
 use cluster::service::Boxed;
-use cluster::{Filter, NodeId, Peers};
+use cluster::{NodeId, Peers};
 use fleet::founders::{DatabasePlan, FOUNDERS, Request, SequencePlan, TablePlan, is_invalidated, is_point_lost};
 use futures_util::StreamExt as _;
 use jobs::{Resumer, Run};
@@ -19,6 +19,7 @@ use storage::{Store, Stores, Uri};
 use tokio::time::{Instant, sleep, timeout};
 
 use crate::drive::{self, Finished, Invalidated, Shard};
+use crate::explain::crosses;
 use crate::export::sha256;
 use crate::manifest::{FORMAT, FileEntry, Manifest, NodeWork, ShardPart};
 use crate::patience::Patience;
@@ -26,6 +27,7 @@ use crate::pausepoints::{AFTER_EXPORT, AFTER_LATEST, AFTER_LOCK, AFTER_POINTS, A
 use crate::plan::SealSource;
 use crate::point::{self, ShardPoint, Tries};
 use crate::revert::Trace;
+use crate::rules::{Replicas, Rules};
 use crate::seal::{Place, Recorded, When};
 use crate::{hold, layout, seal, spans};
 
@@ -58,6 +60,22 @@ pub(crate) struct Payload {
     pub(crate) description: String,
     /// The shards that hold any of the databases, and which of them.
     pub(crate) shards: BTreeMap<String, Vec<String>>,
+    /// Whether a server outside the filter may not even be read.
+    #[serde(default)]
+    pub(crate) strict: bool,
+    /// Which servers may be read.
+    #[serde(default)]
+    pub(crate) replicas: Replicas,
+    /// Whether all matching nodes that hold a replica share the spans.
+    #[serde(default)]
+    pub(crate) balanced: bool,
+}
+
+impl Payload {
+    fn rules(&self) -> anyhow::Result<Rules> {
+        let filter = self.filter.parse().context("read the job's filter")?;
+        Ok(Rules { filter, strict: self.strict, replicas: self.replicas, balanced: self.balanced })
+    }
 }
 
 /// Runs backup jobs.
@@ -72,7 +90,7 @@ struct Story<'s> {
     run: &'s Run,
     peers: &'s Peers,
     payload: Payload,
-    filter: Filter,
+    rules: Rules,
     /// The backup's directory, with its keys.
     uri: String,
     store: Store,
@@ -96,7 +114,7 @@ impl Resume {
         Ok(Story {
             run,
             peers: &self.peers,
-            filter: payload.filter.parse().context("read the job's filter")?,
+            rules: payload.rules()?,
             store: self.stores.open(&uri).await?,
             stores: &self.stores,
             uri: uri.exposed(),
@@ -170,7 +188,7 @@ impl Story<'_> {
     fn trace(&self, recorded: Option<&Recorded>) -> Trace<'_> {
         let (run, peers, stores) = (self.run, self.peers, self.stores);
         let sealed_on = recorded.and_then(|recorded| recorded.node);
-        Trace { run, peers, stores, filter: &self.filter, directory: &self.directory, sealed_on }
+        Trace { run, peers, stores, filter: &self.rules.filter, directory: &self.directory, sealed_on }
     }
 
     /// The backup is whole. That something is left beside it is no reason to fail.
@@ -307,7 +325,7 @@ impl Story<'_> {
                 .into());
         }
         self.run.progress(0.0, &format!("taking a point of shard {shard}")).await?;
-        let point = point::open(self.run, self.peers, (shard, databases), &self.filter, tries).await?;
+        let point = point::open(self.run, self.peers, (shard, databases), &self.rules, tries).await?;
         // Kept before anything is read at it: two points are never mixed.
         self.run.forget(&format!("span/{shard}/")).await?;
         self.run.keep(&format!("point/{shard}"), &point).await?;
@@ -335,6 +353,9 @@ impl Story<'_> {
             let tables = hold::table_of(&reason, &point.opened.databases);
             spoilt.extend(tables.map(|(database, table)| ((database, table.oid), table)));
             if tries.spoilt >= hold::SPOILT_MAX && !spoilt.is_empty() {
+                if self.forbids_leaseholder(&point.shard) {
+                    return Err(reason.into());
+                }
                 let tables: Vec<_> = spoilt.iter().map(|((name, _), table)| (name.clone(), table.clone())).collect();
                 // What was held before goes when the new locks are there.
                 match hold::hold(self.peers, &point.shard, &tables).await {
@@ -347,6 +368,12 @@ impl Story<'_> {
         }
     }
 
+    /// Whether the statement keeps tables from being held on the leaseholder, where no row may be read either.
+    fn forbids_leaseholder(&self, shard: &str) -> bool {
+        let view = self.peers.cluster().view();
+        view.leader(shard).is_some_and(|leader| self.rules.forbid(&leader.locality))
+    }
+
     async fn read(&self, point: &ShardPoint, progress: (f64, f64)) -> anyhow::Result<ShardPart> {
         let _alive = point::keep_alive(self.peers, point);
         let mut schemas = Vec::new();
@@ -355,7 +382,7 @@ impl Story<'_> {
         }
         self.run.pausepoint(AFTER_SCHEMAS).await?;
         let finished: Vec<Finished> = self.run.kept_under(&drive::key(point)).await?;
-        let shard = Shard { run: self.run, peers: self.peers, point, uri: &self.uri, filter: &self.filter, progress };
+        let shard = Shard { run: self.run, peers: self.peers, point, uri: &self.uri, rules: &self.rules, progress };
         let files = shard.export(&spans::cut(&point.opened.databases), finished).await?;
         let mut databases = point.opened.databases.clone();
         if !point.opened.point.in_recovery {
@@ -454,7 +481,7 @@ impl Story<'_> {
                     continue;
                 }
                 work.bytes_read_remotely += file.bytes;
-                if place(file.written_by).shared_prefix(&place(part.read_from)) == 0 {
+                if crosses(&place(file.written_by), &place(part.read_from)) {
                     work.bytes_read_across_localities += file.bytes;
                 }
             }

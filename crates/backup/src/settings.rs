@@ -21,6 +21,8 @@ pub struct Settings {
     pub on_relocation: String,
     /// `backhaul.progress`.
     pub progress: String,
+    /// `backhaul.backup.balanced_distribution`.
+    pub balanced: String,
 }
 
 /// What an attached client gets when its job has to run elsewhere.
@@ -47,17 +49,27 @@ impl Settings {
     ///
     /// 22023 for what is no truth value.
     pub fn progress(&self) -> Result<bool, PgError> {
-        let value = self.progress.to_ascii_lowercase();
-        let begins = |whole: &str, least: usize| value.len() >= least && whole.starts_with(&value);
-        if begins("true", 1) || begins("yes", 1) || value == "on" || value == "1" {
-            Ok(true)
-        } else if value.is_empty() || begins("false", 1) || begins("no", 1) || begins("off", 2) || value == "0" {
-            Ok(false)
-        } else {
-            // PostgreSQL's own words.
-            let message = "parameter \"backhaul.progress\" requires a Boolean value";
-            Err(PgError::new(SqlState::INVALID_PARAMETER_VALUE, message))
-        }
+        truth("backhaul.progress", &self.progress)
+    }
+
+    /// Whether all matching nodes that hold a replica share a backup's spans.
+    pub(crate) fn balanced(&self) -> Result<bool, PgError> {
+        truth("backhaul.backup.balanced_distribution", &self.balanced)
+    }
+}
+
+/// A truth value as PostgreSQL reads it; an empty text is false.
+fn truth(name: &str, value: &str) -> Result<bool, PgError> {
+    let value = value.to_ascii_lowercase();
+    let begins = |whole: &str, least: usize| value.len() >= least && whole.starts_with(&value);
+    if begins("true", 1) || begins("yes", 1) || value == "on" || value == "1" {
+        Ok(true)
+    } else if value.is_empty() || begins("false", 1) || begins("no", 1) || begins("off", 2) || value == "0" {
+        Ok(false)
+    } else {
+        // PostgreSQL's own words.
+        let message = format!("parameter \"{name}\" requires a Boolean value");
+        Err(PgError::new(SqlState::INVALID_PARAMETER_VALUE, message))
     }
 }
 
@@ -118,6 +130,8 @@ mod tests {
             user: "me".to_owned(),
             superuser,
             statement_timeout: None,
+            database: "db".to_owned(),
+            search_path: Vec::new(),
             settings: Settings { pausepoints: pausepoints.to_owned(), ..Settings::default() },
         };
         let first = PAUSEPOINTS[0];

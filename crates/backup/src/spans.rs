@@ -1,5 +1,7 @@
 //! Cutting tables into spans.
 
+use std::collections::HashMap;
+
 use fleet::founders::{DatabasePlan, TablePlan, What};
 use serde::{Deserialize, Serialize};
 
@@ -40,6 +42,22 @@ pub(crate) fn cut(databases: &[DatabasePlan]) -> Vec<Span> {
     pieces.sort_by_key(|(_, _, weight)| std::cmp::Reverse(*weight));
     let numbered = pieces.into_iter().zip(0..);
     numbered.map(|((database, what, weight), number)| Span { number, database, what, weight }).collect()
+}
+
+/// Tables by the spans that are cut from them.
+pub(crate) struct Tables<'p>(HashMap<(&'p str, u32), &'p TablePlan>);
+
+impl<'p> Tables<'p> {
+    pub(crate) fn of(databases: &'p [DatabasePlan]) -> Self {
+        let tables = databases.iter().flat_map(|plan| plan.tables.iter().map(|table| (plan.name.as_str(), table)));
+        Self(tables.map(|(database, table)| ((database, table.oid), table)).collect())
+    }
+
+    /// The table of a span; `None` for large objects.
+    pub(crate) fn get(&self, span: &'p Span) -> Option<&'p TablePlan> {
+        let What::Table { oid, .. } = span.what else { return None };
+        self.0.get(&(span.database.as_str(), oid)).copied()
+    }
 }
 
 /// The ranges of one table. The last one is open at its end: rows that were put behind the planned blocks before the

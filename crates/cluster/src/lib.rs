@@ -34,6 +34,6 @@ mod wary;
 pub use dial::{Dialer, PEER_OPTION, PEER_USER, PeerSession, Purpose, spoken};
 pub use handle::{Cluster, Known, View};
 pub use locality::{Filter, Locality, LocalityError, Tier};
-pub use node::{Downstream, Lsn, NodeId, NodeInfo, Role, ServerInfo, ServerState, Upstream};
+pub use node::{Downstream, Lsn, NodeId, NodeInfo, Replay, Role, ServerInfo, ServerState, Upstream};
 pub use peers::follow_peers;
 pub use service::Peers;

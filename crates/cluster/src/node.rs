@@ -120,6 +120,20 @@ pub struct ServerState {
     pub upstream: Option<Upstream>,
     /// The standbys that stream from it.
     pub downstream: Vec<Downstream>,
+    /// What holds its replay back, and what its replay may do; of a primary nothing.
+    #[serde(default)]
+    pub replay: Replay,
+}
+
+/// How a standby replays.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Replay {
+    /// Somebody has paused it, and it is no pause for a backup's point: those are over in a moment.
+    pub paused: bool,
+    /// `recovery_min_apply_delay`, as PostgreSQL prints it, if there is one.
+    pub delay: Option<String>,
+    /// `hot_standby_feedback`: the primary keeps what is read here.
+    pub feedback: bool,
 }
 
 impl ServerState {
@@ -241,6 +255,7 @@ pub(crate) mod tests {
                     registry: None,
                     upstream: None,
                     downstream: Vec::new(),
+                    replay: Replay::default(),
                 })
             }),
             peers: Vec::new(),

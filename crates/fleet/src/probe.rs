@@ -3,7 +3,7 @@
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, anyhow, bail};
-use cluster::{Downstream, Lsn, ServerInfo, ServerState, Upstream};
+use cluster::{Downstream, Lsn, Replay, ServerInfo, ServerState, Upstream};
 use tokio::sync::watch;
 use tokio::time::{sleep, timeout};
 use tokio_postgres::Client;
@@ -92,6 +92,7 @@ impl Probe {
         let login = timeout(LOGIN_DEADLINE, self.server.session()).await.context("log into the server")?;
         let (client, _connection) = login.map_err(refused)?;
         let mut rules_read = None;
+        let mut paused_before = false;
         loop {
             if self.is_due(rules_read) {
                 // The first time right after the knocking above; then both, for rules change with a reload, too.
@@ -108,7 +109,10 @@ impl Probe {
                     return Ok(open);
                 }
             }
-            let state = timeout(ANSWER_DEADLINE, ask(&client)).await.context("ask the server what it is")??;
+            let mut state = timeout(ANSWER_DEADLINE, ask(&client)).await.context("ask the server what it is")??;
+            // Seen twice: a pause for a point may begin or end between two looks of one statement.
+            let paused = std::mem::replace(&mut paused_before, state.replay.paused);
+            state.replay.paused &= paused;
             report(ServerInfo::Up(state));
             // Once it was up and is lost, it may come back with other rules.
             *checked = None;
@@ -148,7 +152,15 @@ const STATE: &str = "
            (SELECT status FROM pg_catalog.pg_stat_wal_receiver),
            (SELECT slot_name FROM pg_catalog.pg_stat_wal_receiver),
            (SELECT conninfo FROM pg_catalog.pg_stat_wal_receiver),
-           pg_catalog.current_setting('cluster_name')";
+           pg_catalog.current_setting('cluster_name'),
+           CASE WHEN pg_catalog.pg_is_in_recovery()
+                THEN pg_catalog.pg_is_wal_replay_paused() AND NOT EXISTS (
+                    SELECT FROM pg_catalog.pg_stat_activity
+                    WHERE application_name LIKE 'backhaul job %' AND usename = current_user AND state = 'active'
+                      AND query LIKE '%pg_wal_replay_pause()%')
+                ELSE false END,
+           nullif(pg_catalog.current_setting('recovery_min_apply_delay'), '0'),
+           pg_catalog.current_setting('hot_standby_feedback')::bool";
 
 const DOWNSTREAM: &str = "
     SELECT r.application_name, s.slot_name::text, coalesce(r.sync_state, 'async'), coalesce(r.state, 'unknown')
@@ -184,6 +196,11 @@ async fn ask(client: &Client) -> anyhow::Result<ServerState> {
                 state: row.get(3),
             })
             .collect(),
+        replay: Replay {
+            paused: row.get(10),
+            delay: row.get::<_, Option<String>>(11).filter(|_| in_recovery),
+            feedback: in_recovery && row.get(12),
+        },
     })
 }
 

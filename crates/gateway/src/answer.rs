@@ -50,6 +50,8 @@ pub(crate) enum Kind {
     Float8,
     /// `text[]`
     Texts,
+    /// `int8[]`
+    Int8s,
 }
 
 /// A value; `None` is NULL.
@@ -69,6 +71,8 @@ pub(crate) enum Value {
     Float8(Option<f64>),
     /// `text[]`
     Texts(Vec<String>),
+    /// `int8[]`
+    Int8s(Vec<i64>),
 }
 
 /// The rows that a statement of ours gives.
@@ -114,12 +118,13 @@ impl Kind {
             Self::UtcTime => Type::TIMESTAMP,
             Self::Float8 => Type::FLOAT8,
             Self::Texts => Type::TEXT_ARRAY,
+            Self::Int8s => Type::INT8_ARRAY,
         }
     }
 
     fn size(self) -> i16 {
         match self {
-            Self::Text | Self::Texts => -1,
+            Self::Text | Self::Texts | Self::Int8s => -1,
             Self::Int8 | Self::Timestamp | Self::UtcTime | Self::Float8 => 8,
             Self::Bool => 1,
         }
@@ -274,6 +279,7 @@ impl Writer<'_> {
                 Value::UtcTime(time) => put(&Type::TIMESTAMP, &time.map(|time| time.naive_utc())),
                 Value::Float8(number) => put(&Type::FLOAT8, number),
                 Value::Texts(texts) => put(&Type::TEXT_ARRAY, texts),
+                Value::Int8s(numbers) => put(&Type::INT8_ARRAY, numbers),
             };
             encoded.expect("a value matches its own type");
         }

@@ -20,7 +20,10 @@ const WHO: &str = "
         (3, (SELECT setting FROM pg_catalog.pg_settings WHERE name = 'statement_timeout')),
         (4, pg_catalog.current_setting('backhaul.debug_pausepoints', true)),
         (5, pg_catalog.current_setting('backhaul.on_relocation', true)),
-        (6, pg_catalog.current_setting('backhaul.progress', true))) AS asked (number, text) ORDER BY number";
+        (6, pg_catalog.current_setting('backhaul.progress', true)),
+        (7, pg_catalog.current_setting('backhaul.backup.balanced_distribution', true)),
+        (8, pg_catalog.current_database()::text),
+        (9, pg_catalog.to_json(pg_catalog.current_schemas(true))::text)) AS asked (number, text) ORDER BY number";
 
 /// No more of a value that is no id is told.
 const TOLD_MAX: usize = 60;
@@ -130,8 +133,17 @@ fn requester(told: &[Option<String>]) -> Option<Requester> {
         String::from_utf8(bytes?).ok().map(Some)
     };
     let told: Vec<Option<String>> = told.iter().map(text).collect::<Option<_>>()?;
-    let [Some(user), Some(superuser), Some(timeout), pausepoints, on_relocation, progress] =
-        <[Option<String>; 6]>::try_from(told).ok()?
+    let [
+        Some(user),
+        Some(superuser),
+        Some(timeout),
+        pausepoints,
+        on_relocation,
+        progress,
+        balanced,
+        Some(database),
+        Some(path),
+    ] = <[Option<String>; 9]>::try_from(told).ok()?
     else {
         return None;
     };
@@ -144,7 +156,10 @@ fn requester(told: &[Option<String>]) -> Option<Requester> {
             pausepoints: pausepoints.unwrap_or_default(),
             on_relocation: on_relocation.unwrap_or_default(),
             progress: progress.unwrap_or_default(),
+            balanced: balanced.unwrap_or_default(),
         },
+        database,
+        search_path: serde_json::from_str(&path).ok()?,
     })
 }
 
@@ -189,7 +204,8 @@ mod tests {
         let (mut asking, question) = Asking::begin(statements, None);
         assert_eq!(question, WHO);
         let hex = |text: &str| text.bytes().map(|byte| format!("{byte:02x}")).collect::<String>();
-        for value in [Some("jürgen"), Some("on"), Some("50"), None, Some("wait"), Some("")] {
+        let settings = [Some("jürgen"), Some("on"), Some("50"), None, Some("wait"), Some("")];
+        for value in settings.into_iter().chain([Some("off"), Some("movr"), Some(r#"["pg_catalog","ü"]"#)]) {
             let digits = value.map(hex);
             asking.told(&row(&[digits.as_deref()]));
         }
@@ -216,9 +232,16 @@ mod tests {
                 .collect::<Vec<_>>()
         );
         assert!(statements[2].query().is_none());
-        let settings = Settings { on_relocation: "wait".to_owned(), ..Settings::default() };
-        let statement_timeout = Some(Duration::from_millis(50));
-        assert_eq!(requester, Requester { user: "jürgen".to_owned(), superuser: true, statement_timeout, settings });
+        let settings = Settings { on_relocation: "wait".to_owned(), balanced: "off".to_owned(), ..Settings::default() };
+        let expected = Requester {
+            user: "jürgen".to_owned(),
+            superuser: true,
+            statement_timeout: Some(Duration::from_millis(50)),
+            database: "movr".to_owned(),
+            search_path: vec!["pg_catalog".to_owned(), "ü".to_owned()],
+            settings,
+        };
+        assert_eq!(requester, expected);
     }
 
     #[test]

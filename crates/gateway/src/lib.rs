@@ -30,6 +30,7 @@ mod inbound;
 mod local;
 mod peer;
 mod pipeline;
+mod plans;
 mod progress;
 mod route;
 mod run;

@@ -10,7 +10,7 @@ use tokio::sync::{mpsc, watch};
 
 use crate::Gateway;
 use crate::answer::{Answer, Column, Kind, Value, spoken};
-use crate::{collections, control, external, progress, show};
+use crate::{collections, control, external, plans, progress, show};
 
 const fn column(name: &'static str, kind: Kind) -> Column {
     Column { name, kind }
@@ -56,6 +56,9 @@ pub(crate) fn columns(statement: &Statement) -> &'static [Column] {
     match statement {
         Statement::ShowLocality => &LOCALITY,
         Statement::ShowNodes => &show::NODES,
+        Statement::ExplainBackup(_) => &plans::EXPLAIN,
+        Statement::ShowRanges(show) => plans::range_columns(show),
+        Statement::ShowRegions { databases } => plans::region_columns(*databases),
         Statement::Backup(backup) if backup.options.detached => &DETACHED,
         Statement::Backup(_) => &BACKUP,
         Statement::Restore(restore) if restore.options.detached => &DETACHED,
@@ -108,6 +111,9 @@ impl Gateway {
                 let work = self.backups.run(backup, requester, &on_wait);
                 progress::telling(&self.backups.jobs, requester, waited_for, remarks, work).await.map(outcome_answer)
             }
+            Statement::ExplainBackup(backup) => plans::explain(self, backup, requester).await,
+            Statement::ShowRanges(show) => plans::ranges(self, show, requester).await,
+            Statement::ShowRegions { databases } => plans::regions(self, *databases).await,
             Statement::Restore(restore) => {
                 let work = self.backups.restore(restore, requester, &on_wait);
                 progress::telling(&self.backups.jobs, requester, waited_for, remarks, work).await.map(outcome_answer)

@@ -103,6 +103,7 @@ pub(crate) fn as_text(rows: &[Vec<Value>]) -> Vec<Vec<Option<String>>> {
         Value::Timestamp(at) | Value::UtcTime(at) => time(at),
         Value::Float8(number) => number.map(|number| number.to_string()),
         Value::Texts(texts) => Some(texts.join(",")),
+        Value::Int8s(numbers) => Some(numbers.iter().map(i64::to_string).collect::<Vec<_>>().join(",")),
     };
     rows.iter().map(|row| row.iter().map(text).collect()).collect()
 }

@@ -48,6 +48,15 @@ impl Jobs {
         }
     }
 
+    /// The live nodes that a job with this filter may be handed to, in the order in which it would be.
+    ///
+    /// # Errors
+    ///
+    /// The registry is not reachable.
+    pub async fn coordinators(&self, filter: &Filter, prefers: &[String]) -> anyhow::Result<Vec<NodeId>> {
+        Ok(self.candidates(filter, prefers).await?.into_iter().map(|candidate| candidate.id).collect())
+    }
+
     /// Live nodes that match, the best coordinator first: one that holds a replica of the data, then the least loaded.
     async fn candidates(&self, filter: &Filter, prefers: &[String]) -> anyhow::Result<Vec<Candidate>> {
         let query = "

@@ -73,6 +73,7 @@ fn node(number: i32, in_recovery: bool) -> Seen {
             registry: Some(Uuid::nil()),
             upstream: None,
             downstream: if in_recovery { Vec::new() } else { vec![standby] },
+            replay: cluster::Replay::default(),
         }),
         trouble: None,
         answer: Some(Ok(Own {

@@ -25,7 +25,7 @@ const NO_HISTORY: &str = "PostgreSQL keeps no history of rows.";
 const NO_BACKUP_TO: &str =
     "The `BACKUP TO` syntax is no longer supported. Please use `BACKUP INTO` to create a backup collection.";
 
-const OPTIONS: [Known; 10] = [
+const OPTIONS: [Known; 12] = [
     Known::ours("detached", Value::Switch, "detached option"),
     Known::ours("execution locality", Value::Text, "execution locality option"),
     Known::not_yet("revision_history", Value::Condition, "revision_history option").never(
@@ -39,6 +39,9 @@ const OPTIONS: [Known; 10] = [
     Known::not_yet("include_all_secondary_tenants", Value::Condition, "include_all_virtual_clusters"),
     Known::not_yet("updates_cluster_monitoring_metrics", Value::Condition, "updates_cluster_monitoring_metrics option"),
     Known::not_yet("strict storage locality", Value::Nothing, "strict storage locality option"),
+    // These two are ours alone.
+    Known::ours("strict execution locality", Value::Nothing, "strict execution locality option"),
+    Known::ours("replica", Value::Text, "replica option"),
 ];
 
 pub(crate) fn backup(cursor: &mut Cursor<'_>) -> Result<Backup, PgError> {
@@ -61,6 +64,8 @@ pub(crate) fn backup(cursor: &mut Cursor<'_>) -> Result<Backup, PgError> {
         match option {
             ("detached", given) => chosen.detached = matches!(given, Given::Yes),
             ("execution locality", Given::Text(filter)) => chosen.execution_locality = Some(filter),
+            ("strict execution locality", _) => chosen.strict = true,
+            ("replica", Given::Text(which)) => chosen.replica = Some(which),
             _ => {}
         }
     }
@@ -103,8 +108,11 @@ mod tests {
     fn a_backup_of_databases_is_read() {
         let plain = BackupOptions::default();
         let detached = BackupOptions { detached: true, ..plain.clone() };
-        let both = BackupOptions { detached: true, execution_locality: Some(literal("region=a")) };
-        let bound = BackupOptions { detached: true, execution_locality: Some(Text::Placeholder(2)) };
+        let at = |place| BackupOptions { execution_locality: Some(place), ..plain.clone() };
+        let both = BackupOptions { detached: true, ..at(literal("region=a")) };
+        let bound = BackupOptions { detached: true, ..at(Text::Placeholder(2)) };
+        let read = |which| BackupOptions { strict: true, replica: Some(which), ..plain.clone() };
+        let (strict, strict_bound) = (read(literal("standby")), read(Text::Placeholder(3)));
         for (text, databases, into, options) in [
             ("BACKUP DATABASE foo INTO 'Bar'", vec!["foo"], literal("Bar"), &plain),
             ("backup database foo, BAZ into BAR;", vec!["foo", "baz"], literal("bar"), &plain),
@@ -123,11 +131,25 @@ mod tests {
                 &bound,
             ),
             ("BACKUP DATABASE a INTO x WITH revision_history = false, detached", vec!["a"], literal("x"), &detached),
+            (
+                "BACKUP DATABASE a INTO x WITH Strict Execution Locality, REPLICA = standby",
+                vec!["a"],
+                literal("x"),
+                &strict,
+            ),
+            (
+                "BACKUP DATABASE a INTO x WITH OPTIONS (replica = $3, strict execution locality)",
+                vec!["a"],
+                literal("x"),
+                &strict_bound,
+            ),
         ] {
             let databases = databases.into_iter().map(str::to_owned).collect();
             let expected = Backup { databases, into, options: options.clone() };
             assert!(crate::is_ours(text.as_bytes()), "{text}");
-            assert!(parse(text) == Ok(vec![Statement::Backup(expected)]), "{text}");
+            assert!(parse(text) == Ok(vec![Statement::Backup(expected.clone())]), "{text}");
+            let explained = format!("EXPLAIN {text}");
+            assert!(parse(&explained) == Ok(vec![Statement::ExplainBackup(expected)]), "{explained}");
         }
     }
 
@@ -155,6 +177,10 @@ mod tests {
             ("BACKUP DATABASE a INTO 'x' WITH execution locality", "EOF", 51),
             ("BACKUP DATABASE a INTO 'x' WITH execution locality = region=a", "=", 60),
             ("BACKUP DATABASE a INTO 'x' WITH \"detached\"", "detached", 33),
+            ("BACKUP DATABASE a INTO 'x' WITH strict", "EOF", 39),
+            ("BACKUP DATABASE a INTO 'x' WITH strict execution locality = true", "=", 59),
+            ("BACKUP DATABASE a INTO 'x' WITH replica", "EOF", 40),
+            ("EXPLAIN BACKUP DATABASE a", "EOF", 26),
             ("BACKUP DATABASE a INTO 'x' AS OF SYSTEM TIME", "EOF", 45),
             ("BACKUP DATABASE a INTO 'x' AS OF SYSTEM TIME (1", "EOF", 48),
             ("BACKUP foo INTO 'bar' WITH key1, key2 = 'value'", "key1", 28),
@@ -187,6 +213,12 @@ mod tests {
                 "updates_cluster_monitoring_metrics option",
             ),
             ("execution locality = 'a=b', execution locality = 'c=d'", "c=d", "execution locality option"),
+            (
+                "strict execution locality, strict execution locality, detached",
+                "locality",
+                "strict execution locality option",
+            ),
+            ("replica = 'any', replica = 'standby'", "standby", "replica option"),
             ("encryption_passphrase = 'a', encryption_passphrase = 'b'", "*****", "encryption_passphrase"),
             ("kms = 'a', kms = ('b', 'c')", ")", "kms"),
             ("incremental_location = 'a', incremental_location = 'b'", "b", "incremental_location option"),
@@ -243,7 +275,8 @@ mod tests {
                 "BACKUP option encryption_passphrase is not supported yet",
                 41,
             ),
-            ("EXPLAIN BACKUP DATABASE a INTO 'b'", "EXPLAIN BACKUP is not supported yet", 1),
+            ("EXPLAIN BACKUP DATABASE a INTO b WITH kms = 'x'", "BACKUP option kms is not supported yet", 39),
+            ("EXPLAIN RESTORE DATABASE a FROM LATEST IN 'b'", "EXPLAIN RESTORE is not supported yet", 1),
         ] {
             let error = parse(text).expect_err(text);
             assert_eq!((error.code.as_str(), error.message.as_str()), ("0A000", message), "{text}");

@@ -26,6 +26,7 @@ mod names;
 mod options;
 mod parameters;
 mod parser;
+mod ranges;
 mod restore;
 mod scan;
 mod selection;
@@ -42,7 +43,7 @@ pub use parser::parse;
 pub use scan::is_ours;
 pub use selection::{IDS_MAX, JobKind, Query, Selection};
 pub use statement::{
-    Backup, BackupOptions, Number, Restore, RestoreOptions, ShowBackup, ShowBackupOptions, ShowBackupWhat, ShowJobs,
-    Statement, Subdir, Text,
+    Backup, BackupOptions, Number, RangesOf, Restore, RestoreOptions, ShowBackup, ShowBackupOptions, ShowBackupWhat,
+    ShowJobs, ShowRanges, Statement, Subdir, Text,
 };
 pub use verb::Verb;

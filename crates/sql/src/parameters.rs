@@ -55,11 +55,10 @@ impl Statement {
         Ok(match self {
             Self::ShowLocality => Self::ShowLocality,
             Self::ShowNodes => Self::ShowNodes,
-            Self::Backup(Backup { databases, into, options }) => {
-                let execution_locality = options.execution_locality.map(text).transpose()?;
-                let options = BackupOptions { execution_locality, ..options };
-                Self::Backup(Backup { databases, into: text(into)?, options })
-            }
+            Self::ShowRanges(ranges) => Self::ShowRanges(ranges),
+            Self::ShowRegions { databases } => Self::ShowRegions { databases },
+            Self::Backup(backup) => Self::Backup(bind_backup(backup, values)?),
+            Self::ExplainBackup(backup) => Self::ExplainBackup(bind_backup(backup, values)?),
             Self::Restore(restore) => Self::Restore(bind_restore(restore, values)?),
             Self::ShowBackups { collection } => Self::ShowBackups { collection: text(collection)? },
             Self::ShowBackup(ShowBackup { what, from, collection, options }) => {
@@ -111,7 +110,10 @@ impl Statement {
     fn uses(&self) -> Vec<(usize, ParameterType)> {
         let texts: Vec<&Text> = match self {
             Self::ShowLocality | Self::ShowNodes | Self::ShowJobs(_) => Vec::new(),
-            Self::Backup(backup) => [&backup.into].into_iter().chain(&backup.options.execution_locality).collect(),
+            Self::ShowRanges(_) | Self::ShowRegions { .. } => Vec::new(),
+            Self::Backup(Backup { into, options, .. }) | Self::ExplainBackup(Backup { into, options, .. }) => {
+                [into].into_iter().chain(&options.execution_locality).chain(&options.replica).collect()
+            }
             Self::Restore(Restore { from, collection, options, .. }) => {
                 let options = options.new_db_name.iter().chain(&options.execution_locality);
                 named(from).chain([collection]).chain(options).collect()
@@ -177,6 +179,17 @@ fn bind_subdir(subdir: Subdir, values: &[Option<String>]) -> Result<Subdir, PgEr
         Subdir::Latest => Ok(Subdir::Latest),
         Subdir::Named(text) => bind_text(text, values).map(Subdir::new),
     }
+}
+
+fn bind_backup(backup: Backup, values: &[Option<String>]) -> Result<Backup, PgError> {
+    let Backup { databases, into, options } = backup;
+    let text = |text| bind_text(text, values);
+    let options = BackupOptions {
+        execution_locality: options.execution_locality.map(text).transpose()?,
+        replica: options.replica.map(text).transpose()?,
+        ..options
+    };
+    Ok(Backup { databases, into: text(into)?, options })
 }
 
 fn bind_restore(restore: Restore, values: &[Option<String>]) -> Result<Restore, PgError> {
@@ -246,6 +259,8 @@ mod tests {
             ("SHOW JOBS", vec![]),
             ("BACKUP DATABASE a INTO $1 WITH EXECUTION LOCALITY = $2, DETACHED", vec![Text, Text]),
             ("BACKUP DATABASE a INTO ($2) WITH EXECUTION LOCALITY = $1", vec![Text, Text]),
+            ("EXPLAIN BACKUP DATABASE a INTO $1 WITH replica = $3, EXECUTION LOCALITY = $2", vec![Text; 3]),
+            ("SHOW RANGES FROM TABLE a", vec![]),
             ("RESTORE DATABASE a FROM $2 IN $1 WITH new_db_name=$3, execution locality=$4", vec![Text; 4]),
             ("RESTORE DATABASE a FROM LATEST IN ($1)", vec![Text]),
             ("SHOW BACKUPS IN $1", vec![Text]),
@@ -277,6 +292,11 @@ mod tests {
                 "BACKUP DATABASE a INTO $1 WITH EXECUTION LOCALITY = $2, DETACHED",
                 [Some("x"), Some("region=a")],
                 "BACKUP DATABASE a INTO 'x' WITH EXECUTION LOCALITY = 'region=a', DETACHED",
+            ),
+            (
+                "EXPLAIN BACKUP DATABASE a INTO $1 WITH replica = $2",
+                [Some("x"), Some("standby")],
+                "EXPLAIN BACKUP DATABASE a INTO 'x' WITH replica = 'standby'",
             ),
             ("SHOW JOBS VALUES ($2), ($1), (3)", [Some(" -5 "), None], "SHOW JOBS VALUES (NULL), (-5), (3)"),
             ("CREATE EXTERNAL CONNECTION $2 AS $1", [Some("u"), Some("N")], "CREATE EXTERNAL CONNECTION 'N' AS 'u'"),

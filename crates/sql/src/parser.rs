@@ -62,6 +62,9 @@ fn statement(cursor: &mut Cursor<'_>) -> Result<Statement, PgError> {
         cursor.eat_word("EXPLAIN");
         // From here on, errors are about what is explained.
         cursor.begin();
+        if cursor.at_word("BACKUP") {
+            return backup::backup(cursor).map(Statement::ExplainBackup);
+        }
         cursor.refuse(cursor.unsupported_at(begun, format!("EXPLAIN {} is not supported yet", cursor.topic())));
     }
     if cursor.at_word("BACKUP") {
@@ -191,6 +194,9 @@ mod tests {
             ("SHOW LOCALITY", "SHOW"),
             ("SHOW JOBS", "SHOW"),
             ("SHOW EXTERNAL CONNECTIONS", "SHOW"),
+            ("SHOW RANGES FROM DATABASE a", "SHOW"),
+            ("SHOW REGIONS", "SHOW"),
+            ("EXPLAIN BACKUP DATABASE a INTO 'x'", "EXPLAIN"),
             ("BACKUP DATABASE a INTO 'x'", "BACKUP"),
             ("RESTORE DATABASE a FROM LATEST IN 'x'", "RESTORE"),
             ("SHOW BACKUPS IN 'x'", "SHOW"),

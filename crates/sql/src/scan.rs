@@ -3,7 +3,7 @@
 /// The first words that make a text ours, none the beginning of another. Each is rejected by a bare PostgreSQL (`SHOW`
 /// of an unknown name: 42704, all else: 42601); a test of the whole system proves it for every statement in
 /// `sql-fixtures/`.
-const OURS: [&[&str]; 26] = [
+const OURS: [&[&str]; 28] = [
     &["BACKUP"],
     &["RESTORE"],
     &["EXPLAIN", "BACKUP"],
@@ -14,6 +14,8 @@ const OURS: [&[&str]; 26] = [
     &["SHOW", "JOBS"],
     &["SHOW", "BACKUP"],
     &["SHOW", "BACKUPS"],
+    &["SHOW", "RANGES"],
+    &["SHOW", "REGIONS"],
     &["SHOW", "EXTERNAL", "CONNECTION"],
     &["SHOW", "EXTERNAL", "CONNECTIONS"],
     &["CREATE", "EXTERNAL", "CONNECTION"],
@@ -141,6 +143,10 @@ mod tests {
             ("EXPLAIN SHOW BACKUP LATEST IN 'x'", false),
             ("EXPLAIN SELECT 1", false),
             ("EXPLAIN (ANALYZE) BACKUP", false),
+            ("SHOW RANGES FROM DATABASE a", true),
+            ("show regions", true),
+            ("SHOW regions.x", false),
+            ("SHOW RANGE", false),
             ("SHOW JOB 1", true),
             ("SHOW jobs", true),
             ("SHOW jobs.x", false),

@@ -4,7 +4,7 @@ use pgerror::PgError;
 
 use crate::cursor::Cursor;
 use crate::statement::{ShowJobs, Statement};
-use crate::{external, selection, show_backup};
+use crate::{external, ranges, selection, show_backup};
 
 pub(crate) fn show(cursor: &mut Cursor<'_>) -> Result<Statement, PgError> {
     cursor.expect_words(&["SHOW"])?;
@@ -16,6 +16,10 @@ pub(crate) fn show(cursor: &mut Cursor<'_>) -> Result<Statement, PgError> {
         job(cursor).map(Statement::ShowJobs)
     } else if cursor.eat_word("JOBS") {
         jobs(cursor).map(Statement::ShowJobs)
+    } else if cursor.eat_word("RANGES") {
+        ranges::ranges(cursor).map(Statement::ShowRanges)
+    } else if cursor.eat_word("REGIONS") {
+        ranges::regions(cursor)
     } else if cursor.eat_word("BACKUPS") {
         show_backup::backups(cursor)
     } else if cursor.eat_word("BACKUP") {

@@ -19,6 +19,15 @@ pub enum Statement {
     ShowNodes,
     /// `BACKUP DATABASE … INTO …`: a job that writes a backup.
     Backup(Backup),
+    /// `EXPLAIN BACKUP …`: where that backup would run, and what it would read. Nothing runs.
+    ExplainBackup(Backup),
+    /// `SHOW RANGES FROM …`: the spans that a backup would cut, and which nodes hold them.
+    ShowRanges(ShowRanges),
+    /// `SHOW REGIONS`: where nodes are. `FROM CLUSTER` leaves databases out.
+    ShowRegions {
+        /// Whether databases are told.
+        databases: bool,
+    },
     /// `RESTORE DATABASE … FROM … IN …`: a job that makes a database from a backup.
     Restore(Restore),
     /// `SHOW BACKUPS IN uri`: the backups of a collection.
@@ -59,6 +68,8 @@ impl Statement {
         match self {
             Self::ShowLocality | Self::ShowNodes | Self::ShowJobs(_) | Self::ShowExternalConnections { .. } => "SHOW",
             Self::ShowBackups { .. } | Self::ShowBackup(_) => "SHOW",
+            Self::ShowRanges(_) | Self::ShowRegions { .. } => "SHOW",
+            Self::ExplainBackup(_) => "EXPLAIN",
             Self::Backup(_) => "BACKUP",
             Self::Restore(_) => "RESTORE",
             Self::ControlJobs(control) => control.verb.tag(),
@@ -96,9 +107,13 @@ impl Backup {
 
     fn print(&self, destination: &str) -> String {
         let names: Vec<_> = self.databases.iter().map(|name| quoted_name(name)).collect();
-        let BackupOptions { detached, execution_locality } = &self.options;
-        let options =
-            [detached.then(|| "detached".to_owned()), print_option("execution locality", execution_locality.as_ref())];
+        let BackupOptions { detached, execution_locality, strict, replica } = &self.options;
+        let options = [
+            detached.then(|| "detached".to_owned()),
+            print_option("execution locality", execution_locality.as_ref()),
+            strict.then(|| "strict execution locality".to_owned()),
+            print_option("replica", replica.as_ref()),
+        ];
         format!("BACKUP DATABASE {} INTO {destination}{}", names.join(", "), print_options(options))
     }
 }
@@ -110,6 +125,37 @@ pub struct BackupOptions {
     pub execution_locality: Option<Text>,
     /// `DETACHED`: answer with the job's id at once.
     pub detached: bool,
+    /// `STRICT EXECUTION LOCALITY`: no server is read whose node does not match the filter.
+    pub strict: bool,
+    /// `replica`: which servers may be read, not yet looked into.
+    pub replica: Option<Text>,
+}
+
+/// `SHOW RANGES FROM …`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ShowRanges {
+    /// Of what.
+    pub of: RangesOf,
+    /// `TABLES`: names the table of each range.
+    pub tables: bool,
+    /// `DETAILS`: tells its size and its leaseholder.
+    pub details: bool,
+}
+
+/// Whose ranges are shown.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum RangesOf {
+    /// `DATABASE name`.
+    Database(String),
+    /// `TABLE name`, `TABLE schema.name` or `TABLE database.schema.name`.
+    Table {
+        /// The database; `None` for the session's.
+        database: Option<String>,
+        /// The schema; `None` for the first one of the session's search path that has such a table.
+        schema: Option<String>,
+        /// The table.
+        name: String,
+    },
 }
 
 /// `RESTORE DATABASE a FROM subdir IN uri WITH …`.
@@ -318,13 +364,18 @@ mod tests {
             options: BackupOptions::default(),
         };
         assert_eq!(backup.redacted("it's"), "BACKUP DATABASE a, \"B b\" INTO 'it''s'");
-        backup.options = BackupOptions { execution_locality: Some(literal("region=a")), detached: true };
+        backup.options = BackupOptions {
+            execution_locality: Some(literal("region=a")),
+            detached: true,
+            strict: true,
+            replica: Some(literal("standby")),
+        };
         assert_eq!(
             backup.description("/2026/11/22-105816.12", "nodelocal://1/x"),
             "BACKUP DATABASE a, \"B b\" INTO '/2026/11/22-105816.12' IN 'nodelocal://1/x' \
-             WITH detached, execution locality = 'region=a'"
+             WITH detached, execution locality = 'region=a', strict execution locality, replica = 'standby'"
         );
-        backup.options = BackupOptions { execution_locality: Some(Text::Placeholder(2)), detached: false };
+        backup.options = BackupOptions { execution_locality: Some(Text::Placeholder(2)), ..BackupOptions::default() };
         assert_eq!(backup.redacted("u"), "BACKUP DATABASE a, \"B b\" INTO 'u' WITH execution locality = $2");
     }
 

@@ -341,7 +341,8 @@ impl Story<'_> {
             }
         }
         let shard = part.part.shard.as_str();
-        let deal = Deal { peers: self.peers, filter: &self.filter, shard, server: part.node, at_once: LOADERS };
+        let rules = crate::rules::Rules::matching(&self.filter);
+        let deal = Deal { peers: self.peers, rules: &rules, shard, server: part.node, at_once: LOADERS };
         let one = |worker: NodeId, (span, file): (u32, FileEntry)| async move {
             let load = self.load_of(part, created, span, &file)?;
             let task = Task {

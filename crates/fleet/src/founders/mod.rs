@@ -12,6 +12,7 @@
 
 mod catalog;
 mod dump;
+mod look;
 mod open;
 mod pause;
 mod pool;
@@ -102,6 +103,10 @@ impl Founders {
                 let (sequences, _) = catalog::sequences(&guard, in_recovery).await?;
                 Ok(Reply::Answer(serde_json::to_value(sequences)?))
             }
+            Request::Look { databases } => {
+                check(&databases)?;
+                Ok(Reply::Answer(serde_json::to_value(look::look(&self.server, &databases).await?)?))
+            }
             Request::Span(request) => {
                 let pool = self.pool(request.lease, &request.database)?;
                 Ok(Reply::Download(span::read(&pool, &request.what).await?))
@@ -110,7 +115,7 @@ impl Founders {
     }
 
     async fn open(&self, request: Open) -> anyhow::Result<Opened> {
-        check(&request)?;
+        check(&request.databases)?;
         timeout(OPEN_DEADLINE, Box::pin(self.open_in_turn(request))).await.map_err(|_| {
             let message = format!("the backup's point on {} could not be taken in time", self.server.address());
             PgError::new(SqlState::OBJECT_NOT_IN_PREREQUISITE_STATE, message)
@@ -165,9 +170,9 @@ impl Service for Founders {
     }
 }
 
-fn check(request: &Open) -> anyhow::Result<()> {
-    let count = request.databases.len();
-    let mut names = request.databases.clone();
+fn check(databases: &[String]) -> anyhow::Result<()> {
+    let count = databases.len();
+    let mut names = databases.to_vec();
     names.sort();
     names.dedup();
     if count == 0 || count > DATABASES_MAX || names.len() != count {

@@ -62,7 +62,8 @@ const EQUAL_TRIES: usize = 20;
 /// Taking the point without a pause fails when it takes longer than this.
 const WORK_DEADLINE: Duration = Duration::from_secs(300);
 
-const FACTS: &str = "
+/// Recovery, version, identity, and whether replay may be paused.
+pub(super) const FACTS: &str = "
     SELECT pg_catalog.pg_is_in_recovery(), pg_catalog.current_setting('server_version_num')::int,
            (SELECT system_identifier FROM pg_catalog.pg_control_system())::text,
            pg_catalog.has_function_privilege('pg_catalog.pg_wal_replay_pause()', 'EXECUTE')

@@ -44,6 +44,12 @@ pub enum Request {
         /// The database.
         database: String,
     },
+    /// What the server and its databases are now, without a point: for plans that are only shown. Answered with
+    /// [`Looked`]; nothing is held afterwards.
+    Look {
+        /// The databases.
+        databases: Vec<String>,
+    },
     /// Rows. Answered with bytes: COPY's text format in [`DatabasePlan::copy_encoding`].
     Span(SpanRequest),
 }
@@ -90,6 +96,19 @@ pub struct Opened {
     /// The point.
     pub point: Point,
     /// What each database holds at the point, in the order of the request.
+    pub databases: Vec<DatabasePlan>,
+}
+
+/// What a look at a server found.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Looked {
+    /// Whether it is a standby.
+    pub in_recovery: bool,
+    /// Whether the node's role may pause and resume its replay.
+    pub may_pause: bool,
+    /// Why no schema could be dumped, in words for an operator.
+    pub no_dump: Option<String>,
+    /// What each database holds, in the order of the request.
     pub databases: Vec<DatabasePlan>,
 }
 

@@ -1,0 +1,392 @@
+//! EXPLAIN BACKUP: where the backup would run, what it would read, and why.
+//!
+//! What is wrong with the statement itself (its filter, databases, rights, URI) is its error, as it is BACKUP's. What
+//! the fleet cannot do now stands in the answer: the plan as far as it goes, then the error's text, because who has to
+//! mend the fleet wants to see both. Everything comes from the rules ([`crate::rules`], [`crate::assign`]) that the job
+//! goes by. Nothing runs, no store is touched, no job is made; sizes are read in a short transaction of the server
+//! that would be read.
+
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use anyhow::Context as _;
+use cluster::{Locality, NodeId, Role, View};
+use fleet::founders::{DatabasePlan, FOUNDERS, Looked, Open, Request, What};
+use pgerror::PgError;
+use sql::Backup;
+
+use crate::assign::{assign, sharers};
+use crate::plan::{Backups, Judged, Requester, in_time};
+use crate::point::{READERS, leaseholder};
+use crate::rules::{Decision, Fleet, Replica, Rules, anchor, decide, nothing_to_read, workers};
+use crate::spans::{self, Span, Tables};
+
+/// A look at a server takes no longer; the whole plan has a deadline of its own.
+const LOOK_DEADLINE: Duration = Duration::from_secs(30);
+
+/// Tables that are told one by one, the largest; the others are told together.
+const TABLES_MAX: usize = 1000;
+
+/// Lines of the answer.
+#[derive(Default)]
+struct Page(Vec<String>);
+
+impl Page {
+    fn say(&mut self, depth: usize, text: impl AsRef<str>) {
+        self.0.push(format!("{}{}", "  ".repeat(depth), text.as_ref()));
+    }
+
+    /// Why the backup would fail.
+    fn fails(&mut self, depth: usize, error: &PgError) {
+        self.say(depth, format!("error: {} ({})", error.message, error.code));
+        for (name, text) in [("detail", &error.detail), ("hint", &error.hint)] {
+            if let Some(text) = text {
+                self.say(depth + 1, format!("{name}: {text}"));
+            }
+        }
+    }
+
+    /// The same of an error that may be somebody else's matter.
+    fn fails_with(&mut self, depth: usize, error: anyhow::Error) -> anyhow::Result<()> {
+        let said = PgError::of(&error).cloned();
+        let Some(said) = said else { return Err(error) };
+        self.fails(depth, &said);
+        Ok(())
+    }
+}
+
+impl Backups {
+    /// Explains a BACKUP statement, as lines for a reader.
+    ///
+    /// # Errors
+    ///
+    /// What is wrong with the statement, before anything is looked at; or the registry is not reachable.
+    pub async fn explain(&self, statement: &Backup, requester: &Requester) -> anyhow::Result<Vec<String>> {
+        in_time(Box::pin(async {
+            let judged = self.judge(statement, requester).await?;
+            let mut page = Page::default();
+            self.coordinator(&mut page, &judged, statement.options.detached).await?;
+            let mut total = Sums::default();
+            for (shard, databases) in &judged.shards {
+                total.add(&self.shard(&mut page, (shard, databases), &judged.rules).await?);
+            }
+            page.say(0, format!("total: {total}"));
+            Ok(page.0)
+        }))
+        .await
+    }
+
+    /// Who coordinates, who takes part, and who does not.
+    async fn coordinator(&self, page: &mut Page, judged: &Judged, detached: bool) -> anyhow::Result<()> {
+        let view = self.peers.cluster().view();
+        let me = self.peers.cluster().me();
+        let filter = &judged.rules.filter;
+        let prefers: Vec<String> = judged.shards.keys().cloned().collect();
+        let candidates = self.jobs.coordinators(filter, &prefers).await?;
+        let here = me.node_id.filter(|id| candidates.contains(id));
+        match (here, candidates.first()) {
+            (_, None) => {
+                if let Err(error) = self.jobs.check_filter(filter).await {
+                    page.fails_with(0, error)?;
+                }
+            }
+            (Some(here), _) if !detached => {
+                page.say(0, format!("coordinator: {}", named(&view, here)));
+                page.say(1, "why: it is this gateway, and matches the execution locality");
+            }
+            (None, Some(best)) if !detached => {
+                page.say(0, format!("coordinator: {}", named(&view, *best)));
+                let lacks = me
+                    .locality
+                    .first_unmatched(filter)
+                    .map_or_else(|| "has no session".to_owned(), |tier| format!("lacks {tier}"));
+                page.say(1, format!("why: of the nodes that match, it {}", merits(&view, *best, &prefers)));
+                page.say(1, format!("this gateway, {}, {lacks}: the job is relocated", me.name()));
+            }
+            (_, Some(best)) => {
+                page.say(0, format!("coordinator: the first of {} to claim the job", list(&candidates)));
+                page.say(1, format!("a node that does not match hands it to {}", named(&view, *best)));
+            }
+        }
+        let decision = decide(&Fleet::of(&view, ""), &judged.rules);
+        if !decision.workers.is_empty() {
+            let taking_part: Vec<String> = decision.workers.iter().map(|node| named(&view, *node)).collect();
+            page.say(0, format!("nodes that take part: {}", taking_part.join(", ")));
+        }
+        for (node, why) in &decision.excluded {
+            page.say(0, format!("left out: {}: it {why}", named(&view, *node)));
+        }
+        Ok(())
+    }
+
+    async fn shard(
+        &self,
+        page: &mut Page,
+        (shard, databases): (&str, &[String]),
+        rules: &Rules,
+    ) -> anyhow::Result<Sums> {
+        let view = self.peers.cluster().view();
+        let leader = leaseholder(&view, shard)?;
+        page.say(0, format!("shard {shard}: leaseholder {} ({})", leader.name(), leader.locality));
+        let fleet = Fleet::of(&view, shard);
+        let decision = decide(&fleet, rules);
+        let found = self.look_at_best(page, &view, &decision, databases).await?;
+        let read = found.as_ref().map(|(replica, _)| replica.node);
+        for replica in decision.reads.iter().filter(|replica| Some(replica.node) != read) {
+            let node = named(&view, replica.node);
+            page.say(1, format!("next: {node}, {}: {replica}", replica.role));
+        }
+        for (node, role, reason) in &decision.passed_over {
+            page.say(1, format!("passed over: {}, {role}: {reason}", named(&view, *node)));
+        }
+        let Some((replica, looked)) = found else {
+            if decision.reads.is_empty() {
+                page.fails(1, &nothing_to_read(shard, &decision, rules));
+            }
+            return Ok(Sums::default());
+        };
+        let (workers, anchor) = (workers(&fleet, rules, replica.node), anchor(&fleet, rules, replica.node));
+        let anchor = anchor.unwrap_or_default();
+        let (share, sharing) = sharers(&anchor, &workers, rules.balanced);
+        let sharing: Vec<NodeId> = sharing.iter().map(|worker| worker.id).collect();
+        if sharing.is_empty() {
+            return Ok(Sums::default());
+        }
+        let from = anchor.id.map_or_else(|| "the leaseholder".to_owned(), |id| format!("node {id}"));
+        page.say(1, format!("exported by: {}; counted from {from}, {share}", list(&sharing)));
+        let spans = spans::cut(&looked.databases);
+        let weights: Vec<u64> = spans.iter().map(|span| span.weight.max(1)).collect();
+        let assigned = assign(&weights, &anchor, &workers, rules.balanced);
+        Ok(tables(page, &view, replica.node, &looked.databases, spans.iter().zip(assigned)))
+    }
+
+    /// The first of the servers that answers, as the job would go through them, with what is on it.
+    async fn look_at_best<'d>(
+        &self,
+        page: &mut Page,
+        view: &View,
+        decision: &'d Decision,
+        databases: &[String],
+    ) -> anyhow::Result<Option<(&'d Replica, Looked)>> {
+        for replica in &decision.reads {
+            let node = named(view, replica.node);
+            match self.look_at(replica.node, databases).await {
+                Ok(looked) => {
+                    page.say(1, format!("read: {node}, {}", replica.role));
+                    page.say(2, format!("why: {replica}"));
+                    how(page, view, replica, &looked);
+                    let connections = Open::connections_for(databases.len(), READERS);
+                    page.say(2, format!("connections: at most {connections} on its server"));
+                    return Ok(Some((replica, looked)));
+                }
+                Err(error) => {
+                    page.say(1, format!("would be read, and does not let itself: {node}, {}", replica.role));
+                    page.fails_with(2, error)?;
+                }
+            }
+        }
+        Ok(None)
+    }
+
+    /// Looks at the server beside `node`.
+    pub(crate) async fn look_at(&self, node: NodeId, databases: &[String]) -> anyhow::Result<Looked> {
+        let request = Request::Look { databases: databases.to_vec() };
+        self.peers.call(node, FOUNDERS, &request, LOOK_DEADLINE).await.context("look at a server")
+    }
+}
+
+/// How the point is taken, and what a long read on the server means.
+fn how(page: &mut Page, view: &View, replica: &Replica, looked: &Looked) {
+    page.say(2, match (looked.in_recovery, looked.may_pause, replica.role) {
+        (false, ..) => "mode: exported (its sessions share one snapshot)",
+        (true, true, Role::NonVoting) => "mode: paused (its replay, for the moment in which snapshots are taken)",
+        (true, _, Role::Voting) => {
+            "mode: still, else single (snapshots while replay stands still by itself, else one session reads: commits \
+             may wait for this server, so its replay is never paused)"
+        }
+        (true, ..) => {
+            "mode: still, else single (snapshots while replay stands still by itself, else one session reads: the \
+             role of the node may not pause replay)"
+        }
+    });
+    if looked.in_recovery {
+        let state = view.node(replica.node).and_then(|known| known.info.server_state());
+        page.say(
+            2,
+            match state.is_some_and(|state| state.replay.feedback) {
+                true => "conflicts: feedback (hot_standby_feedback is on: the primary keeps what is read here)",
+                false => "conflicts: retry (hot_standby_feedback is off: a read that VACUUM ends is begun anew)",
+            },
+        );
+    }
+    if let Some(trouble) = &looked.no_dump {
+        page.say(2, format!("error: {trouble}"));
+    }
+}
+
+/// Spans and bytes.
+#[derive(Clone, Copy, Default)]
+struct Sums {
+    spans: u64,
+    bytes: u64,
+    /// Of them those that a node reads from another node's server.
+    remote: u64,
+    /// Of these those that share no leading tier with it.
+    across: u64,
+}
+
+impl Sums {
+    fn add(&mut self, other: &Self) {
+        self.spans += other.spans;
+        self.bytes += other.bytes;
+        self.remote += other.remote;
+        self.across += other.across;
+    }
+}
+
+impl std::fmt::Display for Sums {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let plural = if self.spans == 1 { "" } else { "s" };
+        write!(f, "{} span{plural}, {}", self.spans, size(self.bytes))?;
+        match (self.remote, self.across) {
+            (0, _) => Ok(()),
+            (remote, 0) => write!(f, ", of them {} from another node's server", size(remote)),
+            (remote, across) => {
+                write!(
+                    f,
+                    ", of them {} from another node's server and {} across localities",
+                    size(remote),
+                    size(across)
+                )
+            }
+        }
+    }
+}
+
+/// Tells each table's spans, and gives their sum.
+fn tables<'s>(
+    page: &mut Page,
+    view: &View,
+    read: NodeId,
+    databases: &'s [DatabasePlan],
+    spans: impl Iterator<Item = (&'s Span, NodeId)>,
+) -> Sums {
+    let place = |node: NodeId| view.node(node).map(|known| known.info.locality.clone()).unwrap_or_default();
+    let read_place = place(read);
+    let index = Tables::of(databases);
+    let mut across: BTreeMap<NodeId, bool> = BTreeMap::new();
+    // In the order in which tables come first, which is that of their spans' sizes.
+    let mut order: Vec<String> = Vec::new();
+    let mut told: BTreeMap<String, (Sums, BTreeMap<NodeId, u64>)> = BTreeMap::new();
+    let mut total = Sums::default();
+    for (span, node) in spans {
+        let is_across = *across.entry(node).or_insert_with(|| crosses(&place(node), &read_place));
+        let bytes = |counts: bool| if counts { span.weight } else { 0 };
+        let remote = node != read;
+        let sums = Sums { spans: 1, bytes: span.weight, remote: bytes(remote), across: bytes(remote && is_across) };
+        let name = object(&index, span);
+        let (sum, by) = told.entry(name.clone()).or_insert_with(|| {
+            order.push(name);
+            (Sums::default(), BTreeMap::new())
+        });
+        sum.add(&sums);
+        *by.entry(node).or_default() += 1;
+        total.add(&sums);
+    }
+    let mut others = Sums::default();
+    for (index, name) in order.iter().enumerate() {
+        let Some((sums, by)) = told.get(name) else { continue };
+        if index >= TABLES_MAX {
+            others.add(sums);
+            continue;
+        }
+        let by: Vec<String> = match by.len() {
+            1 => by.keys().map(|node| format!("node {node}")).collect(),
+            _ => by.iter().map(|(node, spans)| format!("node {node}: {spans}")).collect(),
+        };
+        page.say(2, format!("{name}: {sums}; by {}", by.join(", ")));
+    }
+    if order.len() > TABLES_MAX {
+        page.say(2, format!("{} smaller ones: {others}", order.len() - TABLES_MAX));
+    }
+    total
+}
+
+/// Whether bytes between these two places count as bytes across localities.
+pub(crate) fn crosses(one: &Locality, other: &Locality) -> bool {
+    one.shared_prefix(other) == 0
+}
+
+fn object<'p>(tables: &Tables<'p>, span: &'p Span) -> String {
+    match span.what {
+        What::Table { oid, .. } => match tables.get(span) {
+            Some(table) => format!("table {}.{}.{}", span.database, table.schema, table.name),
+            None => format!("table {oid} of {}", span.database),
+        },
+        What::LargeObjects => format!("large objects of {}", span.database),
+        What::LargeObjectData => format!("contents of the large objects of {}", span.database),
+    }
+}
+
+fn named(view: &View, node: NodeId) -> String {
+    match view.node(node) {
+        Some(known) => format!("node {node} ({})", known.info.locality),
+        None => format!("node {node}"),
+    }
+}
+
+/// Why a node is chosen to coordinate.
+fn merits(view: &View, node: NodeId, shards: &[String]) -> &'static str {
+    let serves = view.node(node).is_some_and(|known| {
+        let role = view.role(&known.info);
+        shards.contains(&known.info.shard) && matches!(role, Role::Leaseholder | Role::Voting | Role::NonVoting)
+    });
+    if serves { "holds a replica, and of those coordinates the fewest jobs" } else { "coordinates the fewest jobs" }
+}
+
+fn list(nodes: &[NodeId]) -> String {
+    let numbers: Vec<String> = nodes.iter().map(NodeId::to_string).collect();
+    let word = if nodes.len() == 1 { "node" } else { "nodes" };
+    format!("{word} {}", numbers.join(", "))
+}
+
+/// Bytes for a reader.
+fn size(bytes: u64) -> String {
+    let mut value = bytes as f64;
+    for unit in ["B", "KiB", "MiB", "GiB"] {
+        if value < 1024.0 {
+            return if unit == "B" { format!("{bytes} B") } else { format!("{value:.1} {unit}") };
+        }
+        value /= 1024.0;
+    }
+    format!("{value:.1} TiB")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sizes_are_told_in_the_unit_that_fits() {
+        for (bytes, text) in [
+            (0, "0 B"),
+            (1023, "1023 B"),
+            (1024, "1.0 KiB"),
+            (1_572_864, "1.5 MiB"),
+            (5 << 30, "5.0 GiB"),
+            (3 << 50, "3072.0 TiB"),
+        ] {
+            assert_eq!(size(bytes), text);
+        }
+    }
+
+    #[test]
+    fn sums_say_what_there_is_to_say() {
+        let sums = Sums { spans: 1, bytes: 2048, remote: 0, across: 0 };
+        assert_eq!(sums.to_string(), "1 span, 2.0 KiB");
+        let sums = Sums { spans: 2, remote: 1024, ..sums };
+        assert_eq!(sums.to_string(), "2 spans, 2.0 KiB, of them 1.0 KiB from another node's server");
+        let sums = Sums { across: 512, ..sums };
+        assert!(sums.to_string().ends_with("1.0 KiB from another node's server and 512 B across localities"));
+    }
+}

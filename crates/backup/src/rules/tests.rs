@@ -1,0 +1,183 @@
+//! The rules' table of cases.
+
+use super::*;
+
+/// Nodes one a line: number, locality, and what their server is, with what is amiss.
+fn fleet(lines: &str) -> Fleet {
+    let place = |line: &str| {
+        let mut words = line.split_ascii_whitespace();
+        let id = NodeId(words.next().unwrap().parse().unwrap());
+        let locality = words.next().unwrap().parse().unwrap();
+        let words: Vec<&str> = words.collect();
+        let has = |word: &str| words.contains(&word);
+        let role = match words.first().copied() {
+            Some("primary") => Some(Role::Leaseholder),
+            Some("sync") => Some(Role::Voting),
+            Some("async") => Some(Role::NonVoting),
+            Some("detached") => Some(Role::Detached),
+            Some("overtaken") => Some(Role::Overtaken),
+            Some("down") => Some(Role::Down),
+            _ => None,
+        };
+        let server = role.map(|role| Standing {
+            role,
+            behind: if has("lags") { LAG_MAX + 1 } else { 17 },
+            not_streaming: has("waiting").then(|| "waiting".to_owned()),
+            delay: has("delayed").then(|| "5min".to_owned()),
+            paused: has("paused"),
+        });
+        let round_trip = Duration::from_millis(if has("far") { 90 } else { 1 });
+        Place { id, locality, reachable: !has("gone"), round_trip, server }
+    };
+    Fleet { places: lines.lines().map(str::trim).filter(|line| !line.is_empty()).map(place).collect() }
+}
+
+fn rules(text: &str) -> Rules {
+    let mut rules = Rules::default();
+    for word in text.split_ascii_whitespace() {
+        match word {
+            "strict" => rules.strict = true,
+            "standby" | "nonvoting" => rules.replicas = Replicas::parse(word).unwrap(),
+            "balanced" => rules.balanced = true,
+            filter => rules.filter = filter.parse().unwrap(),
+        }
+    }
+    rules
+}
+
+/// `read 3,1; over 2 Paused; work 3; out 1 lacks region=b`, as far as there is anything.
+fn told(lines: &str, asked: &str) -> String {
+    let decision = decide(&fleet(lines), &rules(asked));
+    let list = |ids: Vec<String>| ids.join(",");
+    let reads = list(decision.reads.iter().map(|replica| replica.node.to_string()).collect());
+    let over: Vec<String> = decision.passed_over.iter().map(|(node, _, reason)| format!("{node} {reason:?}")).collect();
+    let work = list(decision.workers.iter().map(NodeId::to_string).collect());
+    let out: Vec<String> = decision.excluded.iter().map(|(node, why)| format!("{node} {why}")).collect();
+    let parts = [("read", reads), ("over", over.join(",")), ("work", work), ("out", out.join(","))];
+    let parts = parts.iter().filter(|(_, text)| !text.is_empty());
+    parts.map(|(name, text)| format!("{name} {text}")).collect::<Vec<_>>().join("; ")
+}
+
+const DEMO: &str = "
+    1 region=east,zone=a primary
+    2 region=east,zone=b sync
+    3 region=west,zone=a async
+    4 region=west,zone=b";
+
+#[test]
+fn the_server_that_is_read_follows_the_rules() {
+    for (asked, expected) in [
+        ("", "read 1,3,2; work 1,2,3,4"),
+        ("region=west", "read 3,1,2; work 3,4; out 1 lacks region=west,2 lacks region=west"),
+        // Its own node has no server: the closest.
+        ("region=west,zone=b", "read 3,1,2; work 4; out 1 lacks region=west,2 lacks region=west,3 lacks zone=b"),
+        // The leaseholder's node is not among them; its neighbour is read before the far asynchronous standby.
+        ("zone=b,region=east", "read 2,1,3; work 2; out 1 lacks zone=b,3 lacks region=east,4 lacks region=east"),
+        ("balanced", "read 3,1,2; work 1,2,3,4"),
+        ("balanced region=east", "read 1,2,3; work 1,2; out 3 lacks region=east,4 lacks region=east"),
+        (
+            "region=mars",
+            "read 3,1,2; out 1 lacks region=mars,2 lacks region=mars,3 lacks region=mars,4 lacks region=mars",
+        ),
+    ] {
+        assert_eq!(told(DEMO, asked), expected, "{asked}");
+    }
+}
+
+#[test]
+fn options_pass_servers_over_and_never_fall_back() {
+    let west = "work 3,4; out 1 lacks region=west,2 lacks region=west";
+    for (asked, expected) in [
+        ("standby", "read 3,2; over 1 NotAsked(Standby); work 1,2,3,4".to_owned()),
+        ("nonvoting", "read 3; over 1 NotAsked(NonVoting),2 NotAsked(NonVoting); work 1,2,3,4".to_owned()),
+        (
+            "strict region=west",
+            format!("read 3; over 1 Outside({0}),2 Outside({0}); {west}", "Tier { key: \"region\", value: \"west\" }"),
+        ),
+        ("strict", "read 1,3,2; work 1,2,3,4".to_owned()),
+    ] {
+        assert_eq!(told(DEMO, asked), expected, "{asked}");
+    }
+    let decision = decide(&fleet(DEMO), &rules("strict nonvoting region=east"));
+    assert!(decision.reads.is_empty());
+    let error = nothing_to_read("s1", &decision, &rules("strict nonvoting region=east"));
+    assert_eq!(error.message, "shard \"s1\" has no server that the backup may read");
+    let detail = error.detail.unwrap();
+    assert!(detail.contains("node 1 (leaseholder): the statement says replica = 'nonvoting'"), "{detail}");
+    assert!(detail.contains("node 3 (non-voting replica): its node lacks region=east"), "{detail}");
+}
+
+#[test]
+fn an_unfit_server_is_passed_over_with_its_reason() {
+    for (server, reason) in [
+        ("async lags", "Lags(1073741825)"),
+        ("async delayed", "Delayed(\"5min\")"),
+        ("async paused", "Paused"),
+        ("async waiting", "NotStreaming(\"waiting\")"),
+        ("sync lags", "Lags(1073741825)"),
+        ("detached", "Detached"),
+        ("overtaken", "Overtaken"),
+        ("down", "Down"),
+        ("async gone", "Unreachable"),
+    ] {
+        let lines = format!("1 region=east primary\n2 region=west {server}");
+        let told = told(&lines, "region=west");
+        assert!(told.starts_with(&format!("read 1; over 2 {reason}; ")), "{server}: {told}");
+    }
+    // Nothing of this is asked of a primary, and a little lag is no matter.
+    assert!(told("1 a=b primary lags delayed paused waiting\n2 a=c async", "").starts_with("read 1,2; work"));
+    // Several reasons: the one that another would not mend away first.
+    assert!(told("1 a=b primary\n2 a=c async paused lags delayed", "").contains("over 2 Delayed"));
+}
+
+#[test]
+fn the_closest_is_by_tiers_then_kind_then_distance_then_number() {
+    let lines = "
+        1 cloud=x,region=a primary
+        5 cloud=x,region=b async far
+        6 cloud=x,region=b async
+        4 cloud=x,region=b async far
+        2 cloud=y,region=c async
+        3 cloud=x,region=b sync
+        9 cloud=x,region=c";
+    assert_eq!(
+        told(lines, "region=c,cloud=x"),
+        "read 6,4,5,1,3,2; work 9; out 1 lacks region=c,2 lacks cloud=x,3 lacks region=c,4 lacks region=c,\
+         5 lacks region=c,6 lacks region=c"
+    );
+}
+
+#[test]
+fn a_leaseholder_that_is_not_read_is_no_anchor() {
+    let demo = fleet(DEMO);
+    for (asked, server, expected) in [("", 3, 1), ("standby", 3, 3), ("nonvoting region=east", 3, 3)] {
+        let anchor = anchor(&demo, &rules(asked), NodeId(server)).unwrap();
+        assert_eq!(anchor.id, Some(NodeId(expected)), "{asked}");
+    }
+    assert!(rules("standby").forbid(&"region=east".parse().unwrap()));
+    assert!(rules("strict region=west").forbid(&"region=east".parse().unwrap()));
+    assert!(!rules("strict region=east").forbid(&"region=east".parse().unwrap()));
+    assert!(!rules("region=west").forbid(&"region=east".parse().unwrap()));
+}
+
+#[test]
+fn every_reason_reads_as_the_end_of_a_sentence() {
+    let tier = Tier { key: "a".to_owned(), value: "b".to_owned() };
+    for reason in [
+        Reason::Unreachable,
+        Reason::Down,
+        Reason::Overtaken,
+        Reason::Detached,
+        Reason::NotStreaming("waiting".to_owned()),
+        Reason::Lags(5),
+        Reason::Delayed("5min".to_owned()),
+        Reason::Paused,
+        Reason::NotAsked(Replicas::Standby),
+        Reason::NotAsked(Replicas::NonVoting),
+        Reason::Outside(tier),
+    ] {
+        let text = reason.to_string();
+        assert!(text.starts_with("it") || text.starts_with("the statement says"), "{text}");
+        assert!(!text.ends_with('.'), "{text}");
+    }
+}

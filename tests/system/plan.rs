@@ -1,0 +1,251 @@
+//! EXPLAIN BACKUP tells what is done, and nothing is done by it; options never fall back; docs/locality.md is true.
+
+use std::collections::BTreeSet;
+use std::path::PathBuf;
+
+use nix::sys::signal::{Signal, kill};
+use serde_json::Value;
+
+use crate::support::demo::Demo;
+use crate::support::store::{LocalBackup, S3};
+use crate::support::{both, until};
+
+const WEST: &str = "EXECUTION LOCALITY = 'region=us-west-1'";
+
+fn manifest(demo: &Demo, path: &str) -> Value {
+    let dirs: Vec<PathBuf> = (1..=demo.nodes.len()).map(|number| demo.node_dir(number).join("extern")).collect();
+    LocalBackup::newest(&dirs, path).manifest
+}
+
+/// Who wrote files of the first shard.
+fn writers(manifest: &Value) -> BTreeSet<u64> {
+    let files = manifest["shards"][0]["files"].as_array().unwrap();
+    files.iter().map(|file| file["written_by"].as_u64().unwrap()).collect()
+}
+
+/// The plan of a statement, once it has this line.
+#[track_caller]
+fn explained(demo: &Demo, number: usize, statement: &str, line: &str) -> String {
+    until(line, || {
+        let plan = demo.ask(number, &format!("EXPLAIN {statement}"));
+        if plan.lines().any(|said| said.trim().starts_with(line)) { Ok(plan) } else { Err(plan) }
+    })
+}
+
+/// Runs statements one by one in one session of node `number`.
+fn session(demo: &Demo, number: usize, statements: &[&str]) -> String {
+    let mut psql = demo.psql(number);
+    psql.args(["-Atq", "-v", "VERBOSITY=verbose"]);
+    psql.args(statements.iter().flat_map(|statement| ["-c", statement]));
+    both(&psql.output().unwrap()).trim_end().to_owned()
+}
+
+#[test]
+fn what_is_explained_is_what_is_done() {
+    let demo = Demo::start(&["--rows", "2000"]);
+    let (s3, secret) = (S3::start(), "TheSecretKeyThatNobodyMayRead");
+    let door = s3.watched();
+    let uri = format!(
+        "s3://bucket/x?AWS_ACCESS_KEY_ID=key&AWS_SECRET_ACCESS_KEY={secret}&AWS_REGION=us-east-1&AWS_ENDPOINT=http://{}",
+        door.address
+    );
+    let to = |uri: &str| format!("BACKUP DATABASE movr INTO '{uri}' WITH {WEST}");
+    let plan = explained(&demo, 1, &to(&uri), "read: node 3 (region=us-west-1,zone=a), non-voting replica");
+    for line in [
+        "coordinator: node 3 (region=us-west-1,zone=a)",
+        "this gateway, node 1, lacks region=us-west-1: the job is relocated",
+        "left out: node 2 (region=us-east-1,zone=b): it lacks region=us-west-1",
+        "mode: paused",
+        "next: node 1",
+        "exported by: nodes 3, 4; counted from node 1",
+        "table movr.public.rides: ",
+        "total: ",
+    ] {
+        assert!(plan.lines().any(|said| said.trim().starts_with(line)), "{line}\n{plan}");
+    }
+    // No store was asked, no key is shown, no job was made, and nothing is left on the server.
+    assert!(door.visitors().is_empty() && !plan.contains(secret), "{plan}");
+    assert_eq!(demo.ask(1, "SHOW JOBS"), "");
+    until("the look to be over", || {
+        let left = "SELECT count(*) FROM pg_stat_activity WHERE application_name LIKE 'backhaul job%'";
+        let seen = both(&demo.psql_direct(3).args(["-Atc", left]).output().unwrap());
+        if seen.trim() == "0" { Ok(()) } else { Err(seen) }
+    });
+
+    let row = demo.ask(3, &to("nodelocal://self/b"));
+    assert_eq!(row.split('|').nth(1), Some("succeeded"), "{row}");
+    let manifest = manifest(&demo, "b");
+    let shard = &manifest["shards"][0];
+    assert_eq!((&shard["read_from"], &shard["point"]["mode"]), (&3.into(), &"Paused".into()));
+    assert_eq!(writers(&manifest), BTreeSet::from([3, 4]));
+    let databases = shard["databases"][0]["tables"].as_array().unwrap();
+    for file in shard["files"].as_array().unwrap() {
+        let oid = &file["what"]["Table"]["oid"];
+        let table = databases.iter().find(|table| &table["oid"] == oid).unwrap();
+        let line = format!("table movr.public.{}: ", table["name"].as_str().unwrap());
+        let said = plan.lines().find(|said| said.trim().starts_with(&line)).unwrap_or_else(|| panic!("{line}\n{plan}"));
+        let node = format!("by node {}", file["written_by"]);
+        assert!(said.ends_with(&node), "{said}: {node}");
+    }
+    let spans = format!("total: {} spans, ", shard["files"].as_array().unwrap().len());
+    assert!(plan.lines().any(|said| said.starts_with(&spans)), "{spans}\n{plan}");
+}
+
+#[test]
+fn a_prepared_explain_is_bound_like_any_statement() {
+    let demo = Demo::start(&["--rows", "100"]);
+    let runtime = tokio::runtime::Runtime::new().unwrap();
+    runtime.block_on(async {
+        let (client, connection) = tokio_postgres::connect(&demo.nodes[0].url, tokio_postgres::NoTls).await.unwrap();
+        tokio::spawn(connection);
+        let text = "EXPLAIN BACKUP DATABASE movr INTO $1 WITH EXECUTION LOCALITY = $2, replica = $3";
+        let statement = client.prepare(text).await.unwrap();
+        assert_eq!((statement.params().len(), statement.columns()[0].name()), (3, "info"));
+        let rows = client.query(&statement, &[&"nodelocal://1/x", &"region=us-east-1", &"any"]).await.unwrap();
+        let lines: Vec<String> = rows.iter().map(|row| row.get(0)).collect();
+        assert_eq!(lines[0], "coordinator: node 1 (region=us-east-1,zone=a)");
+        assert!(lines.iter().any(|line| line.contains("mode: exported")), "{lines:?}");
+        // Arrays of numbers in the binary form, too.
+        let rows = client.query("SHOW RANGES FROM TABLE users", &[]).await.unwrap();
+        assert_eq!(rows[0].get::<_, Vec<i64>>("replicas"), [1, 2, 3]);
+    });
+}
+
+#[test]
+fn a_standby_that_is_not_fit_is_passed_over_with_its_reason() {
+    let demo = Demo::start(&["--rows", "100"]);
+    let statement = format!("BACKUP DATABASE movr INTO 'nodelocal://self/b' WITH {WEST}");
+    let on_n3 = |text: &str| {
+        let output = demo.psql_direct(3).args(["-Atc", text]).output().unwrap();
+        assert!(output.status.success(), "{}", both(&output));
+    };
+    let passed = "passed over: node 3 (region=us-west-1,zone=a), non-voting replica: ";
+    for (begin, end, reason) in [
+        (
+            vec!["SELECT pg_wal_replay_pause()"],
+            vec!["SELECT pg_wal_replay_resume()"],
+            "its replay is paused by somebody else",
+        ),
+        (
+            vec!["ALTER SYSTEM SET recovery_min_apply_delay = '5min'", "SELECT pg_reload_conf()"],
+            vec!["ALTER SYSTEM RESET recovery_min_apply_delay", "SELECT pg_reload_conf()"],
+            "its replay is late by recovery_min_apply_delay = 5min",
+        ),
+    ] {
+        begin.into_iter().for_each(on_n3);
+        let plan = explained(&demo, 1, &statement, &format!("{passed}{reason}"));
+        assert!(plan.contains("read: node 1 (region=us-east-1,zone=a), leaseholder"), "{plan}");
+        // Where nothing else is allowed, nothing else is read, and no job is made.
+        let jobs = demo.ask(1, "SHOW JOBS");
+        let refused = demo.ask(3, &format!("{statement}, STRICT EXECUTION LOCALITY, DETACHED"));
+        assert!(refused.starts_with("ERROR:  55000: shard \"s1\" has no server that the backup may read"), "{refused}");
+        assert!(refused.contains(&format!("node 3 (non-voting replica): {reason}")), "{refused}");
+        assert_eq!(demo.ask(1, "SHOW JOBS"), jobs);
+        // The job does what was explained: the same function decides.
+        let row = until("the node itself to know", || {
+            let row = demo.ask(3, &statement);
+            let read = manifest(&demo, "b")["shards"][0]["read_from"].clone();
+            if read == 1 { Ok(row) } else { Err(format!("{row}: {read}")) }
+        });
+        assert_eq!(row.split('|').nth(1), Some("succeeded"), "{row}");
+        end.into_iter().for_each(on_n3);
+        explained(&demo, 1, &statement, "read: node 3 (region=us-west-1,zone=a), non-voting replica");
+    }
+}
+
+#[test]
+fn replica_chooses_what_is_read_and_never_falls_back() {
+    let demo = Demo::start(&["--rows", "100"]);
+    let statement = |options: &str| format!("BACKUP DATABASE movr INTO 'nodelocal://self/b' WITH {options}");
+    explained(&demo, 1, &statement("replica = 'nonvoting'"), "read: node 3");
+    // All nodes match; the standby that is read stands in the leaseholder's place.
+    let row = demo.ask(1, &statement("replica = 'nonvoting'"));
+    assert_eq!(row.split('|').nth(1), Some("succeeded"), "{row}");
+    let made = manifest(&demo, "b");
+    assert_eq!((made["shards"][0]["read_from"].clone(), writers(&made)), (3.into(), BTreeSet::from([3])));
+
+    // A later point goes by the same options: with its server gone the job waits, and reads no other.
+    let pausing = "SET backhaul.debug_pausepoints = 'backup.after_points'";
+    let job = session(&demo, 1, &[pausing, &statement("replica = 'nonvoting', DETACHED")]);
+    assert!(job.parse::<i64>().is_ok(), "{job}");
+    let status = |wanted: &str| {
+        until(wanted, || {
+            let row = demo.ask(1, &format!("SHOW JOB {job}"));
+            if row.split('|').nth(5) == Some(wanted) { Ok(row) } else { Err(row) }
+        })
+    };
+    status("paused");
+    kill(demo.server_pid(3), Signal::SIGKILL).unwrap();
+    explained(
+        &demo,
+        1,
+        &statement("replica = 'nonvoting'"),
+        "error: shard \"s1\" has no server that the backup may read",
+    );
+    explained(&demo, 1, &statement("replica = 'standby'"), "read: node 2");
+    assert_eq!(session(&demo, 1, &[&format!("RESUME JOB {job}")]), "");
+    until("the job to find nothing to read", || {
+        let row = demo.ask(1, &format!("SHOW JOB {job}"));
+        let told = row.split('|').next_back().unwrap_or_default().contains("no server that the backup may read");
+        if told && row.split('|').nth(5) == Some("running") { Ok(()) } else { Err(row) }
+    });
+    demo.restart_server(3);
+    status("succeeded");
+    let made = manifest(&demo, "b");
+    assert_eq!((made["job"].to_string(), &made["shards"][0]["read_from"]), (job, &3.into()));
+
+    // A voting replica is read where nothing else is allowed, and its replay is not paused.
+    let plan = explained(
+        &demo,
+        2,
+        &statement("replica = 'standby', EXECUTION LOCALITY = 'zone=b,region=us-east-1'"),
+        "read: node 2",
+    );
+    assert!(plan.contains("mode: still, else single"), "{plan}");
+    let row = demo.ask(2, &statement("replica = 'standby', EXECUTION LOCALITY = 'zone=b,region=us-east-1'"));
+    assert_eq!(row.split('|').nth(1), Some("succeeded"), "{row}");
+    let made = manifest(&demo, "b");
+    let shard = &made["shards"][0];
+    assert!(shard["read_from"] == 2 && shard["point"]["mode"] != "Paused", "{shard}");
+}
+
+#[test]
+fn balanced_nodes_with_a_replica_share_the_work() {
+    let demo = Demo::start(&["--rows", "500"]);
+    let statement = "BACKUP DATABASE movr INTO 'nodelocal://self/b'";
+    explained(&demo, 1, statement, "exported by: node 1; counted from node 1, its node takes part");
+    let balanced = "SET backhaul.backup.balanced_distribution = on";
+    let plan = session(&demo, 1, &[balanced, &format!("EXPLAIN {statement}")]);
+    assert!(plan.contains("read: node 3") && plan.contains("exported by: nodes 1, 2, 3;"), "{plan}");
+    let row = session(&demo, 1, &[balanced, statement]);
+    assert_eq!(row.split('|').nth(1), Some("succeeded"), "{row}");
+    let made = manifest(&demo, "b");
+    assert_eq!((made["shards"][0]["read_from"].clone(), writers(&made)), (3.into(), BTreeSet::from([1, 2, 3])));
+}
+
+/// Every statement of the document runs, and what it is said to answer is answered.
+#[test]
+fn the_document_on_locality_is_true() {
+    let demo = Demo::start(&["--rows", "100"]);
+    let text = include_str!("../../docs/locality.md");
+    let blocks: Vec<&str> = text.split("```sql\n").skip(1).collect();
+    assert!(blocks.len() >= 3);
+    for block in blocks {
+        let (statements, rest) = block.split_once("```").unwrap();
+        let shown = rest.split_once("```text\n").unwrap().1.split("```").next().unwrap();
+        let (changes, questions): (Vec<&str>, Vec<&str>) =
+            statements.lines().partition(|statement| !statement.starts_with("SHOW "));
+        assert!(!changes.is_empty() && !questions.is_empty(), "{statements}");
+        let answer = session(&demo, 1, &changes);
+        assert!(!answer.contains("ERROR"), "{answer}");
+        let words = |line: &str| line.split_ascii_whitespace().collect::<Vec<_>>().join(" ");
+        until(shown, || {
+            let mut psql = demo.psql(4);
+            psql.args(["-x", "-q"]);
+            psql.args(questions.iter().flat_map(|question| ["-c", question]));
+            let answer = both(&psql.output().unwrap());
+            let answered: Vec<String> = answer.lines().map(words).collect();
+            if shown.lines().all(|line| answered.contains(&words(line))) { Ok(()) } else { Err(answer) }
+        });
+    }
+}

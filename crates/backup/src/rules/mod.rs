@@ -360,7 +360,9 @@ pub fn workers(fleet: &Fleet, rules: &Rules, server: NodeId) -> Vec<Worker> {
         reads_own_server: place.id == server,
         holds_replica: holds(place),
     };
-    taking_part.map(worker).collect()
+    let mut workers: Vec<Worker> = taking_part.map(worker).collect();
+    workers.sort_by_key(|worker| worker.id);
+    workers
 }
 
 /// The node that the rule of assignment starts from: the leaseholder's, or, where the statement does not let the

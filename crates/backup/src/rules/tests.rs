@@ -72,7 +72,7 @@ fn the_server_that_is_read_follows_the_rules() {
         // Its own node has no server: the closest.
         ("region=west,zone=b", "read 3,1,2; work 4; out 1 lacks region=west,2 lacks region=west,3 lacks zone=b"),
         // The leaseholder's node is not among them; its neighbour is read before the far asynchronous standby.
-        ("zone=b,region=east", "read 2,1,3; work 2; out 1 lacks zone=b,3 lacks region=east,4 lacks region=east"),
+        ("zone=b,region=east", "read 2,1,3; work 2; out 1 lacks zone=b,3 lacks zone=b,4 lacks region=east"),
         ("balanced", "read 3,1,2; work 1,2,3,4"),
         ("balanced region=east", "read 1,2,3; work 1,2; out 3 lacks region=east,4 lacks region=east"),
         (

@@ -2,9 +2,10 @@
 //!
 //! A node can be asked about its own server and host, and any node about the fleet: it asks all others and puts
 //! together what they say ([`service`]). What the facts mean is decided there by pure rules ([`rules`], [`following`],
-//! and for one server alone `fleet::readiness`), and printed here ([`report`]). Before there is any node, one server
+//! [`anew`], and for one server alone `fleet::readiness`), and printed here ([`report`]). Before there is any node, one server
 //! can be looked at from its host.
 
+mod anew;
 mod following;
 mod report;
 mod rules;
@@ -73,5 +74,7 @@ async fn of_server(server: &Server, insecure: bool) -> Report {
         }
         Err(closed) => (format!("server {}", closed.address), vec![readiness::closed(&closed)]),
     };
-    Report { parts: vec![Part { title, findings }] }
+    let note = "one server alone was looked at: who follows whom, and on which timeline, is seen by a check of the fleet, \
+                backhaul check --host";
+    Report { parts: vec![Part { title, findings }], note: Some(note.to_owned()) }
 }

@@ -16,6 +16,9 @@ pub(super) struct Part {
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub(super) struct Report {
     pub(super) parts: Vec<Part>,
+    /// What the reader has to know of the whole.
+    #[serde(default)]
+    pub(super) note: Option<String>,
 }
 
 impl Report {
@@ -36,6 +39,7 @@ impl Report {
             part.findings.iter().for_each(|finding| print(finding, &mut lines));
         }
         lines.push(format!("{} missing, {} advised", self.count(Severity::Missing), self.count(Severity::Advice)));
+        lines.extend(self.note.clone());
         lines
     }
 }
@@ -60,7 +64,7 @@ mod tests {
             Finding::missing("it is off").mended(Place::Server, ["SELECT 1;", "SELECT 2;"]),
             Finding::advice("it is late"),
         ];
-        let report = Report { parts: vec![Part { title: "node 1".to_owned(), findings }] };
+        let report = Report { parts: vec![Part { title: "node 1".to_owned(), findings }], note: None };
         assert!(!report.is_sound());
         let expected = [
             "node 1",

@@ -122,7 +122,7 @@ pub(super) fn report(fleet: &Fleet) -> Report {
         whole.sort_by_key(|finding| finding.severity);
         parts.insert(0, Part { title: "the fleet".to_owned(), findings: whole });
     }
-    Report { parts }
+    Report { parts, note: None }
 }
 
 fn title(fleet: &Fleet, seen: &Seen) -> String {

@@ -1,7 +1,7 @@
 //! What each node answers to a check: for its own server and host, or for the whole fleet by asking all others.
 
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use anyhow::Context as _;
@@ -19,6 +19,7 @@ use tokio::net::TcpListener;
 use tokio::sync::Semaphore;
 use tokio::task::JoinSet;
 
+use super::anew::Last;
 use super::rules::{Fleet, Seen, report};
 use crate::flags::Start;
 
@@ -45,6 +46,9 @@ pub(super) enum Request {
 pub(super) struct Own {
     /// The server beside it, if it has one.
     pub(super) server: Option<Result<ServerFacts, Closed>>,
+    /// What that was when it was last asked, while it does not answer.
+    #[serde(default)]
+    pub(super) last: Option<Last>,
     /// Where it, its server and its programs write.
     pub(super) disks: Vec<Disk>,
     /// Whether it trusts whoever reaches it.
@@ -107,20 +111,38 @@ pub(crate) struct Check {
     peers: Peers,
     registry: Registry,
     place: Place,
+    /// What the server was at the last check for which it answered.
+    last: Mutex<Option<Last>>,
 }
 
 impl Check {
     /// Answers for a node that stands there.
     pub(crate) fn new(peers: &Peers, registry: &Registry, place: Place) -> Arc<Self> {
-        Arc::new(Self { peers: peers.clone(), registry: registry.clone(), place })
+        Arc::new(Self { peers: peers.clone(), registry: registry.clone(), place, last: Mutex::default() })
     }
 
     async fn answer(&self, request: Value) -> anyhow::Result<Reply> {
         let answer = match serde_json::from_value(request).context("read a request for a check")? {
-            Request::Own => serde_json::to_value(own(&self.place).await)?,
+            Request::Own => serde_json::to_value(self.own().await)?,
             Request::Fleet => serde_json::to_value(report(&self.fleet().await))?,
         };
         Ok(Reply::Answer(answer))
+    }
+
+    /// What is known of the own server; a server that is stopped, to be mended, does not tell any more what it was.
+    async fn own(&self) -> Own {
+        let mut own = own(&self.place).await;
+        let state = self.peers.cluster().me().server_state().cloned();
+        let mut last = self.last.lock().unwrap_or_else(PoisonError::into_inner);
+        match (&own.server, state) {
+            // Of a server that was promoted in between, one of them is still the standby's.
+            (Some(Ok(facts)), Some(state)) if facts.in_recovery() == state.in_recovery => {
+                *last = Some(Last { facts: facts.clone(), state });
+            }
+            (Some(Err(_)), _) => own.last.clone_from(&last),
+            _ => {}
+        }
+        own
     }
 
     /// The whole fleet as this node sees it, each node asked for itself.
@@ -243,6 +265,7 @@ async fn own(place: &Place) -> Own {
     let disks = tokio::time::timeout(Duration::from_secs(5), tokio::task::spawn_blocking(looked)).await;
     Own {
         server,
+        last: None,
         disks: disks.ok().and_then(Result::ok).unwrap_or_default(),
         insecure: place.insecure,
         is_exposed: place.is_exposed,

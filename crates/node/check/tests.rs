@@ -1,6 +1,6 @@
 //! The rules about a whole fleet: a sound one lacks nothing, and each thing that is amiss is told beside who has it.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use chrono::{DateTime, TimeDelta};
 use cluster::leader::ShardFloor;
@@ -8,6 +8,7 @@ use cluster::{Downstream, Lsn, NodeId, Role, ServerState};
 use fleet::readiness::{Closed, DatabaseFacts, HbaFacts, RoleFacts, ServerFacts, StandbyFacts};
 use uuid::Uuid;
 
+use super::anew::Last;
 use super::rules::{Fleet, Seen, report};
 use super::service::{Disk, Own};
 
@@ -15,7 +16,8 @@ fn facts(number: i32, in_recovery: bool) -> ServerFacts {
     let settings = [("max_connections", "100"), ("max_locks_per_transaction", "64"), ("old_snapshot_threshold", "-1")];
     let settings = settings.into_iter().chain([("primary_slot_name", "n2"), ("data_directory", "/data")]);
     ServerFacts {
-        address: format!("/run/n{number}"),
+        address: format!("/run/n{number}/.s.PGSQL.5432"),
+        is_local_socket: true,
         database: "postgres".to_owned(),
         version: 150_018,
         clock: DateTime::UNIX_EPOCH,
@@ -36,11 +38,15 @@ fn facts(number: i32, in_recovery: bool) -> ServerFacts {
             receiver: Some("streaming".to_owned()),
             upstream_host: Some("n1".to_owned()),
             upstream_port: Some("26257".to_owned()),
+            may_be_led: true,
+            is_past_fork: false,
             pause_state: "not paused".to_owned(),
             paused_by_backup: false,
         }),
         slots: Vec::new(),
         settings: settings.map(|(name, value)| (name.to_owned(), value.to_owned())).collect(),
+        on_command_line: BTreeSet::new(),
+        superuser: Some("o'root".to_owned()),
         sessions: 5,
         databases: vec![DatabaseFacts { name: "shop".to_owned(), may_connect: true, tables: Some(1) }],
         hba: Some(HbaFacts { broken: Vec::new(), replication: true }),
@@ -78,6 +84,7 @@ fn node(number: i32, in_recovery: bool) -> Seen {
         trouble: None,
         answer: Some(Ok(Own {
             server: Some(Ok(facts(number, in_recovery))),
+            last: None,
             disks: vec![disk],
             insecure: false,
             is_exposed: true,
@@ -104,6 +111,39 @@ fn own(seen: &mut Seen) -> &mut Own {
 
 fn asked(seen: &mut Seen) -> &mut ServerFacts {
     own(seen).server.as_mut().unwrap().as_mut().unwrap()
+}
+
+/// The first server was promoted to timeline 2, and the second has not come with it.
+fn behind(fleet: &mut Fleet) -> &mut Seen {
+    fleet.floors.get_mut("s1").unwrap().timeline = 2;
+    fleet.nodes[0].server.as_mut().unwrap().timeline = 2;
+    let seen = &mut fleet.nodes[1];
+    seen.role = Some(Role::Detached);
+    asked(seen).standby.as_mut().unwrap().receiver = Some("waiting".to_owned());
+    seen
+}
+
+fn closed() -> Closed {
+    Closed {
+        address: "/run/n2".to_owned(),
+        is_local_socket: true,
+        user: "backhaul".to_owned(),
+        database: "postgres".to_owned(),
+        code: String::new(),
+        reason: "no such file".to_owned(),
+    }
+}
+
+/// The second server is down, and was this when it was last asked.
+fn stopped(fleet: &mut Fleet, was: Option<fn(&mut ServerFacts)>) {
+    let seen = behind(fleet);
+    seen.role = Some(Role::Down);
+    let (mut facts, state) = (asked(seen).clone(), seen.server.take().unwrap());
+    own(seen).server = Some(Err(closed()));
+    own(seen).last = was.map(|was| {
+        was(&mut facts);
+        Last { facts, state }
+    });
 }
 
 fn told(fleet: &Fleet) -> String {
@@ -158,14 +198,7 @@ const CASES: &[Case] = &[
         |f| {
             f.nodes[1].role = Some(Role::Down);
             f.nodes[1].server = None;
-            own(&mut f.nodes[1]).server = Some(Err(Closed {
-                address: "/run/n2".to_owned(),
-                is_local_socket: true,
-                user: "backhaul".to_owned(),
-                database: "postgres".to_owned(),
-                code: String::new(),
-                reason: "no such file".to_owned(),
-            }));
+            own(&mut f.nodes[1]).server = Some(Err(closed()));
         },
         "node 2 ",
         &["cannot ask the server /run/n2 as role \"backhaul\": no such file"],
@@ -179,7 +212,12 @@ const CASES: &[Case] = &[
             f.floors.get_mut("s1").unwrap().timeline = 4;
         },
         "node 2 ",
-        &["on timeline 1, and shard \"s1\" has reached timeline 4", "--target-pgdata='/data'", "host=n1 port=26257"],
+        &[
+            "on timeline 1, and shard \"s1\" has reached timeline 4",
+            "mv '/data' '/data.old'",
+            "--pgdata='/data' ",
+            r"host=n1 port=26257 user='\''o\'\''root'\'' ",
+        ],
         (1, 0),
     ),
     (
@@ -193,10 +231,88 @@ const CASES: &[Case] = &[
         (1, 0),
     ),
     (
+        "a standby that is to receive from elsewhere",
+        |f| {
+            let standby = asked(behind(f)).standby.as_mut().unwrap();
+            standby.upstream_host = Some("n9".to_owned());
+        },
+        "node 2 ",
+        &[
+            "is to receive from n9:26257",
+            "slot('n2');",
+            "current_setting('primary_conninfo') || ' host=n1 port=26257') \\gexec",
+            "SELECT pg_reload_conf();",
+        ],
+        (1, 0),
+    ),
+    (
+        "a standby without a way",
+        |f| {
+            let standby = asked(behind(f)).standby.as_mut().unwrap();
+            (standby.upstream_host, standby.may_be_led) = (None, false);
+        },
+        "node 2 ",
+        &["primary_conninfo has to say host=n1 port=26257, and user="],
+        (1, 0),
+    ),
+    (
+        "a standby past the fork",
+        |f| asked(behind(f)).standby.as_mut().unwrap().is_past_fork = true,
+        "node 2 ",
+        &["cannot go on from there: stop it", "while it is stopped", "pg_basebackup --pgdata='/data' "],
+        (1, 0),
+    ),
+    (
+        "a standby beyond all that was written",
+        |f| behind(f).server.as_mut().unwrap().lsn = Lsn(1001),
+        "node 2 ",
+        &["cannot go on from there: stop it", "pg_basebackup --pgdata='/data' "],
+        (1, 0),
+    ),
+    (
+        "a standby that may be past the fork",
+        |f| {
+            drop(asked(behind(f)).settings.insert("primary_slot_name".to_owned(), String::new()));
+        },
+        "node 2 ",
+        &["if the server's log says that it is not in the history"],
+        (1, 0),
+    ),
+    (
+        "a stopped primary whose WAL can be rewound",
+        |f| {
+            stopped(
+                f,
+                Some(|facts| {
+                    facts.standby = None;
+                    facts.settings.insert("wal_log_hints".to_owned(), "on".to_owned());
+                }),
+            );
+        },
+        "node 2 ",
+        &["was a primary on timeline 1; shard \"s1\" has reached timeline 2", "pg_rewind --target-pgdata='/data' "],
+        (2, 0),
+    ),
+    (
+        "a stopped standby past the fork",
+        |f| stopped(f, Some(|facts| facts.standby.as_mut().unwrap().is_past_fork = true)),
+        "node 2 ",
+        &["was a standby beyond the fork", "pg_basebackup --pgdata='/data' "],
+        (2, 0),
+    ),
+    ("a stopped standby", |f| stopped(f, Some(|_| ())), "node 2 ", &["cannot ask the server"], (1, 0)),
+    (
+        "a stopped server that nobody knows",
+        |f| stopped(f, None),
+        "node 2 ",
+        &["if it was a primary before node 1 at n1:26257 reached timeline 2", "before it is started"],
+        (1, 1),
+    ),
+    (
         "no line for standbys",
         |f| asked(&mut f.nodes[0]).hba = Some(HbaFacts { broken: Vec::new(), replication: false }),
         "node 1 ",
-        &["stream through the nodes' ports, as node 2", "host  replication  all"],
+        &["stream through the nodes' ports, as node 2", "local  replication  all"],
         (1, 0),
     ),
     (

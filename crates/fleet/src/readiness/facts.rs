@@ -1,6 +1,6 @@
 //! What is known of one server; travels between nodes as JSON, and holds no secret.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use chrono::{DateTime, Utc};
 use serde::{Deserialize, Serialize};
@@ -10,6 +10,9 @@ use serde::{Deserialize, Serialize};
 pub struct ServerFacts {
     /// Where it listens, for messages.
     pub address: String,
+    /// Whether that is a socket file.
+    #[serde(default)]
+    pub is_local_socket: bool,
     /// The database that the node logs into, in which rights on functions are needed.
     pub database: String,
     /// `server_version_num`.
@@ -24,6 +27,12 @@ pub struct ServerFacts {
     pub slots: Vec<SlotFacts>,
     /// Settings that matter, by name, in their base units.
     pub settings: BTreeMap<String, String>,
+    /// Those of them that the command line gives, which no file and no statement overrides.
+    #[serde(default)]
+    pub on_command_line: BTreeSet<String>,
+    /// A superuser who may log in: the one that the server was made with, if that may.
+    #[serde(default)]
+    pub superuser: Option<String>,
     /// Clients' sessions, the node's own among them.
     pub sessions: i64,
     /// Its databases that take connections.
@@ -89,6 +98,12 @@ pub struct StandbyFacts {
     pub upstream_host: Option<String>,
     /// The port there.
     pub upstream_port: Option<String>,
+    /// Whether a host and a port that are added to its connection string lead it there.
+    #[serde(default)]
+    pub may_be_led: bool,
+    /// Whether it has replayed more of its timeline than its sender has of that one: it never follows from there.
+    #[serde(default)]
+    pub is_past_fork: bool,
     /// `not paused`, `pause requested` or `paused`.
     pub pause_state: String,
     /// Whether a backup has paused it just now.

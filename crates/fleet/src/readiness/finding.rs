@@ -4,6 +4,8 @@ use std::fmt;
 
 use serde::{Deserialize, Serialize};
 
+use super::ServerFacts;
+
 /// How grave it is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 pub enum Severity {
@@ -32,8 +34,14 @@ pub enum Place {
     },
     /// A psql on the server itself.
     Server,
-    /// The server's `postgresql.conf`.
+    /// A psql on the server itself, which then has to be restarted.
+    Restart,
+    /// What the server is started with.
+    CommandLine,
+    /// The file that has the last word on a setting, of a server that cannot be asked.
     Conf,
+    /// A shell on the server's host, while the server is stopped.
+    Stopped,
     /// The server's `pg_hba.conf`.
     Hba,
     /// A shell on the node's host.
@@ -49,7 +57,16 @@ impl fmt::Display for Place {
                 write!(f, "in psql on the shard's primary, as a superuser, in database \"{database}\":")
             }
             Self::Server => f.write_str("in psql on this server, as a superuser:"),
-            Self::Conf => f.write_str("in postgresql.conf of this server, which then has to be restarted:"),
+            Self::Restart => f.write_str("in psql on this server, as a superuser; then restart the server:"),
+            Self::CommandLine => {
+                f.write_str("on the command line that starts this server, which overrides its files; then restart it:")
+            }
+            Self::Conf => f.write_str(
+                "in postgresql.conf of this server (or in postgresql.auto.conf, if that sets it); then restart it:",
+            ),
+            Self::Stopped => f.write_str(
+                "on this server's host, as the user that it runs as, while it is stopped; after that start it:",
+            ),
             Self::Hba => {
                 f.write_str("in pg_hba.conf of this server, above all other lines; then SELECT pg_reload_conf():")
             }
@@ -99,8 +116,23 @@ impl Finding {
 
     /// Mended by a setting that a reload makes known.
     #[must_use]
-    pub fn reloaded(self, setting: &str) -> Self {
-        self.mended(Place::Server, [&*format!("ALTER SYSTEM SET {setting};"), "SELECT pg_reload_conf();"])
+    pub fn reloaded(self, facts: &ServerFacts, name: &str, value: &str) -> Self {
+        self.set(facts, name, value, Place::Server, ["SELECT pg_reload_conf();"])
+    }
+
+    /// Mended by a setting that only a restart makes known. The statement overrides `postgresql.conf`, and an earlier
+    /// statement, which a line in that file would not.
+    #[must_use]
+    pub fn restarted(self, facts: &ServerFacts, name: &str, value: &str) -> Self {
+        self.set(facts, name, value, Place::Restart, [])
+    }
+
+    fn set<const N: usize>(self, facts: &ServerFacts, name: &str, value: &str, at: Place, then: [&str; N]) -> Self {
+        if facts.on_command_line.contains(name) {
+            return self.mended(Place::CommandLine, [format!("-c {name}='{value}'")]);
+        }
+        let statement = format!("ALTER SYSTEM SET {name} = '{value}';");
+        self.mended(at, std::iter::once(statement).chain(then.map(str::to_owned)))
     }
 
     /// Whether it is mended on the shard's primary, and so is the same finding on each of the shard's servers.

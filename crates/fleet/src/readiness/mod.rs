@@ -20,7 +20,7 @@ mod tests;
 pub use facts::{Closed, DatabaseFacts, HbaFacts, Program, RoleFacts, ServerFacts, SlotFacts, StandbyFacts};
 pub use finding::{Finding, Place, Severity, Step};
 pub use read::read;
-pub use role::{closed, make_restore_role, make_service_role};
+pub use role::{closed, guarded, make_restore_role, make_service_role};
 
 use cluster::Role;
 
@@ -57,6 +57,9 @@ pub fn findings(facts: &ServerFacts, seat: &Seat) -> Vec<Finding> {
 
 /// How a backup would read the server, as a clause.
 pub fn reading(facts: &ServerFacts, seat: &Seat) -> &'static str {
+    if seat.role == Some(Role::Overtaken) {
+        return "not read, because another primary has overtaken it";
+    }
     if !facts.in_recovery() {
         return "read at an exported snapshot";
     }

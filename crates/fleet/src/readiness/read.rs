@@ -1,6 +1,6 @@
 //! Reading what is known of a server, as its service role, with one query for each subject.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
 use anyhow::Context as _;
@@ -28,7 +28,8 @@ const COUNT_DEADLINE: Duration = Duration::from_secs(3);
 const VERSION_MIN: i32 = 140_000;
 
 /// What is looked at in `pg_settings`; none of them can hold a secret.
-const SETTINGS: [&str; 13] = [
+const SETTINGS: [&str; 15] = [
+    "data_checksums",
     "data_directory",
     "hot_standby_feedback",
     "max_connections",
@@ -41,12 +42,14 @@ const SETTINGS: [&str; 13] = [
     "recovery_min_apply_delay",
     "reserved_connections",
     "superuser_reserved_connections",
+    "wal_log_hints",
     "wal_receiver_status_interval",
 ];
 
 const WHAT: &str = "
     SELECT pg_catalog.current_setting('server_version_num')::int, pg_catalog.pg_is_in_recovery(),
-           pg_catalog.clock_timestamp()";
+           pg_catalog.clock_timestamp(),
+           (SELECT rolname::text FROM pg_catalog.pg_roles WHERE rolsuper AND rolcanlogin ORDER BY oid LIMIT 1)";
 
 /// From release 16 on a member may lack the right to take a role.
 const ROLE: &str = "
@@ -62,10 +65,15 @@ const ROLE: &str = "
     FROM pg_catalog.pg_roles r LEFT JOIN pg_catalog.pg_roles restorer ON restorer.rolname = $1
     WHERE r.rolname = current_user";
 
-/// Of the connection string only the place: it may hold a password, which stays on the server.
+/// Of the connection string only the place: it may hold a password, which stays on the server. Of words that are given
+/// twice the last one counts. A WAL receiver waits at the end of a timeline; what its sender has of that one is the last
+/// that it was told.
 const STANDBY: &str = "
     SELECT (SELECT status FROM pg_catalog.pg_stat_wal_receiver),
-           substring(c.conninfo from 'host=''?([^'' ]+)'), substring(c.conninfo from 'port=''?([0-9]+)'),
+           substring(c.conninfo from '.*\\mhost=''?([^'' ]+)'), substring(c.conninfo from '.*\\mport=''?([0-9]+)'),
+           coalesce(c.conninfo ~ '\\muser=' AND c.conninfo !~ '\\mhostaddr=|://', false),
+           EXISTS (SELECT FROM pg_catalog.pg_stat_wal_receiver WHERE status IN ('waiting', 'restarting')
+                   AND latest_end_lsn < pg_catalog.pg_last_wal_replay_lsn()),
            pg_catalog.pg_get_wal_replay_pause_state(),
            EXISTS (SELECT FROM pg_catalog.pg_stat_activity
                    WHERE application_name LIKE 'backhaul job %' AND query LIKE '%pg_wal_replay_pause()%'
@@ -151,17 +159,21 @@ async fn facts(server: &Server, client: &Client, look_at_door: bool) -> anyhow::
         anyhow::bail!("PostgreSQL {} is too old; backups need release 14 or newer", version / 10_000);
     }
     let sessions = within(QUESTION_DEADLINE, client.query_one(SESSIONS, &[])).await.context("count sessions")?;
+    let (settings, on_command_line) = settings(client).await.context("read the settings")?;
     let standby = if in_recovery { Some(standby(client).await.context("ask how the standby follows")?) } else { None };
     let open_door = if look_at_door { open_door(server, client).await } else { None };
     Ok(ServerFacts {
         address: server.address(),
+        is_local_socket: server.is_local_socket(),
         database: server.database().to_owned(),
         version,
         clock: what.get(2),
         role: role(client).await.context("ask what the service role may do")?,
         standby,
         slots: slots(client).await.context("read the replication slots")?,
-        settings: settings(client).await.context("read the settings")?,
+        settings,
+        on_command_line,
+        superuser: what.get(3),
         sessions: sessions.get(0),
         databases: databases(server, client).await.context("look at the databases")?,
         hba: hba(server, client).await.context("read the rules of pg_hba.conf")?,
@@ -193,8 +205,10 @@ async fn standby(client: &Client) -> anyhow::Result<StandbyFacts> {
         receiver: row.get(0),
         upstream_host: row.get(1),
         upstream_port: row.get(2),
-        pause_state: row.get(3),
-        paused_by_backup: row.get(4),
+        may_be_led: row.get(3),
+        is_past_fork: row.get(4),
+        pause_state: row.get(5),
+        paused_by_backup: row.get(6),
     })
 }
 
@@ -211,10 +225,14 @@ async fn slots(client: &Client) -> anyhow::Result<Vec<SlotFacts>> {
     Ok(slots.collect())
 }
 
-async fn settings(client: &Client) -> anyhow::Result<BTreeMap<String, String>> {
-    let query = "SELECT name, setting FROM pg_catalog.pg_settings WHERE name = ANY ($1) AND setting IS NOT NULL";
+/// The settings, and the names of those that the command line gives.
+async fn settings(client: &Client) -> anyhow::Result<(BTreeMap<String, String>, BTreeSet<String>)> {
+    let query = "
+        SELECT name, setting, source = 'command line' FROM pg_catalog.pg_settings
+        WHERE name = ANY ($1) AND setting IS NOT NULL";
     let rows = within(QUESTION_DEADLINE, client.query(query, &[&SETTINGS.as_slice()])).await?;
-    Ok(rows.iter().map(|row| (row.get(0), row.get(1))).collect())
+    let given = rows.iter().filter(|row| row.get(2)).map(|row| row.get(0)).collect();
+    Ok((rows.iter().map(|row| (row.get(0), row.get(1))).collect(), given))
 }
 
 /// A database that goes away meanwhile, or is full, is one whose tables are not counted.

@@ -104,11 +104,14 @@ fn restores(facts: &ServerFacts) -> Option<Finding> {
 pub(super) fn doors(facts: &ServerFacts, seat: &Seat) -> Vec<Finding> {
     let mut found = Vec::new();
     if let Some(open) = facts.open_door.as_ref().filter(|_| !seat.insecure) {
-        let lines = [
-            "host  all          all  127.0.0.1/32  scram-sha-256",
-            "host  replication  all  127.0.0.1/32  scram-sha-256",
-        ];
-        let what = format!("{open}, and a node in front of it would let in everybody");
+        let instead = match facts.is_local_socket {
+            true => {
+                ": connect the node to 127.0.0.1, where such lines of type host ask for passwords, or close the socket"
+            }
+            false => "",
+        };
+        let what = format!("{open}, and a node in front of it would let in everybody{instead}");
+        let lines = ["all", "replication"].map(|database| guarded(facts.is_local_socket, database, "all"));
         found.push(Finding::missing(what).mended(Place::Hba, lines));
     }
     let Some(hba) = &facts.hba else {
@@ -136,7 +139,9 @@ pub fn closed(closed: &Closed) -> Finding {
     let (of, primary) = (quoted(user), Place::Primary { database: database.clone() });
     let finding = Finding::missing(format!("the node cannot ask the server {address} as role {of}: {reason}"));
     match code.as_str() {
-        "28000" if reason.contains("pg_hba.conf") => finding.mended(Place::Hba, [hba_line(closed)]),
+        "28000" if reason.contains("pg_hba.conf") => {
+            finding.mended(Place::Hba, [guarded(closed.is_local_socket, "all", &of)])
+        }
         "28000" if reason.contains("not permitted to log in") => {
             finding.mended(primary, [format!("ALTER ROLE {of} LOGIN;")])
         }
@@ -170,9 +175,10 @@ fn make_sure_of_service_role(role: &str) -> Vec<String> {
     lines
 }
 
-fn hba_line(closed: &Closed) -> String {
-    match closed.is_local_socket {
-        true => format!("local  all  {}  scram-sha-256", quoted(&closed.user)),
-        false => format!("host  all  {}  127.0.0.1/32  scram-sha-256", quoted(&closed.user)),
+/// The line of `pg_hba.conf` by which a server lets in whoever proves a password, on the way that its node takes to it.
+pub fn guarded(is_local_socket: bool, database: &str, role: &str) -> String {
+    match is_local_socket {
+        true => format!("local  {database:11}  {role}  scram-sha-256"),
+        false => format!("host  {database:11}  {role}  127.0.0.1/32  scram-sha-256"),
     }
 }

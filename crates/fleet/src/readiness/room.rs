@@ -25,7 +25,7 @@ pub(super) fn findings(facts: &ServerFacts, seat: &Seat) -> Vec<Finding> {
     found.extend(locks(facts));
     if facts.settings.contains_key("old_snapshot_threshold") && facts.number("old_snapshot_threshold") >= 0 {
         let what = "old_snapshot_threshold is set: a backup that takes longer fails with \"snapshot too old\"";
-        found.push(Finding::missing(what).mended(Place::Conf, ["old_snapshot_threshold = -1"]));
+        found.push(Finding::missing(what).restarted(facts, "old_snapshot_threshold", "-1"));
     }
     found
 }
@@ -58,17 +58,16 @@ fn connections(facts: &ServerFacts, seat: &Seat) -> Option<Finding> {
     );
     let lacking = needed - room.min(free);
     let raised = (max + lacking + STEP - 1) / STEP * STEP;
-    let mut lines = vec![format!("max_connections = {raised}")];
-    if facts.in_recovery() || seat.role == Some(Role::Leaseholder) {
-        lines.push("# on the standbys first, which may not have fewer than their primary".to_owned());
-    }
-    match (room < needed, free < needed) {
-        (true, _) => Some(Finding::missing(budget).mended(Place::Conf, lines)),
-        (false, true) => {
-            Some(Finding::advice(format!("{budget}: at this moment that is not enough")).mended(Place::Conf, lines))
-        }
-        (false, false) => None,
-    }
+    let first = match facts.in_recovery() || seat.role == Some(Role::Leaseholder) {
+        true => "; raise it on the standbys first, which may not have fewer than their primary",
+        false => "",
+    };
+    let finding = match (room < needed, free < needed) {
+        (true, _) => Finding::missing(format!("{budget}{first}")),
+        (false, true) => Finding::advice(format!("{budget}: at this moment that is not enough{first}")),
+        (false, false) => return None,
+    };
+    Some(finding.restarted(facts, "max_connections", &raised.to_string()))
 }
 
 fn role_limit(facts: &ServerFacts, seat: &Seat) -> Option<Finding> {
@@ -98,7 +97,7 @@ fn locks(facts: &ServerFacts) -> Option<Finding> {
         quoted(name),
         slots * per_transaction
     );
-    Some(Finding::missing(what).mended(Place::Conf, [format!("max_locks_per_transaction = {raised}")]))
+    Some(Finding::missing(what).restarted(facts, "max_locks_per_transaction", &raised.to_string()))
 }
 
 /// The programs of PostgreSQL that the node's host lacks.

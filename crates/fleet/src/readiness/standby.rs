@@ -24,10 +24,10 @@ pub(super) fn findings(facts: &ServerFacts, seat: &Seat) -> Vec<Finding> {
     if facts.settings.get("hot_standby_feedback").is_some_and(|value| value == "off") {
         let what = "hot_standby_feedback is off: VACUUM on the primary may end what a backup reads here, which then \
                     begins anew";
-        found.push(Finding::advice(what).reloaded("hot_standby_feedback = on"));
+        found.push(Finding::advice(what).reloaded(facts, "hot_standby_feedback", "on"));
     } else if facts.settings.get("wal_receiver_status_interval").is_some_and(|value| value == "0") {
         let what = "wal_receiver_status_interval is 0, so hot_standby_feedback never reaches the primary";
-        found.push(Finding::advice(what).reloaded("wal_receiver_status_interval = '10s'"));
+        found.push(Finding::advice(what).reloaded(facts, "wal_receiver_status_interval", "10s"));
     }
     if facts.settings.contains_key("max_standby_streaming_delay") {
         let delay = facts.number("max_standby_streaming_delay");
@@ -35,14 +35,14 @@ pub(super) fn findings(facts: &ServerFacts, seat: &Seat) -> Vec<Finding> {
             let what = format!(
                 "max_standby_streaming_delay is {delay} ms: any change of a schema soon ends what a backup reads here"
             );
-            found.push(Finding::advice(what).reloaded("max_standby_streaming_delay = '30s'"));
+            found.push(Finding::advice(what).reloaded(facts, "max_standby_streaming_delay", "30s"));
         }
     }
     let late = facts.number("recovery_min_apply_delay");
     if late > 0 {
         let what =
             format!("replay is {late} ms late by recovery_min_apply_delay, and a backup that reads here is as old");
-        found.push(Finding::advice(what).reloaded("recovery_min_apply_delay = 0"));
+        found.push(Finding::advice(what).reloaded(facts, "recovery_min_apply_delay", "0"));
     }
     let follows = matches!(seat.role, None | Some(Role::Voting | Role::NonVoting));
     if seat.lag > seat.lag_max && follows {
@@ -71,7 +71,7 @@ fn without_slot(facts: &ServerFacts, seat: &Seat) -> Finding {
             Place::Primary { database: facts.database.clone() },
             [format!("SELECT pg_create_physical_replication_slot('{slot}');")],
         )
-        .reloaded(&format!("primary_slot_name = '{slot}'"))
+        .reloaded(facts, "primary_slot_name", &slot)
 }
 
 /// What the server's own slots keep, or have lost.
@@ -91,7 +91,7 @@ pub(super) fn slots(facts: &ServerFacts) -> Vec<Finding> {
             ),
             Some("unreserved") => found.push(
                 Finding::missing(format!("replication slot \"{name}\" is about to lose WAL that its standby needs"))
-                    .reloaded("max_slot_wal_keep_size = -1"),
+                    .reloaded(facts, "max_slot_wal_keep_size", "-1"),
             ),
             _ if !slot.active && slot.kept.is_some_and(|kept| kept > KEPT_MAX) => {
                 let kept = mebibytes(slot.kept.unwrap_or(0).unsigned_abs());

@@ -1,6 +1,6 @@
 //! A sound server lacks nothing; each fact that is amiss is found, with what mends it.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use chrono::DateTime;
 use cluster::Role;
@@ -22,6 +22,7 @@ fn sound() -> ServerFacts {
     ];
     ServerFacts {
         address: "127.0.0.1:5432".to_owned(),
+        is_local_socket: false,
         database: "postgres".to_owned(),
         version: 150_018,
         clock: DateTime::UNIX_EPOCH,
@@ -44,6 +45,8 @@ fn sound() -> ServerFacts {
             .map(|(name, value)| (name.to_owned(), value.to_owned()))
             .into_iter()
             .collect::<BTreeMap<_, _>>(),
+        on_command_line: BTreeSet::new(),
+        superuser: Some("root".to_owned()),
         sessions: 10,
         databases: vec![DatabaseFacts { name: "shop".to_owned(), may_connect: true, tables: Some(12) }],
         hba: Some(HbaFacts { broken: Vec::new(), replication: true }),
@@ -57,6 +60,8 @@ fn standby() -> ServerFacts {
         receiver: Some("streaming".to_owned()),
         upstream_host: Some("10.0.1.5".to_owned()),
         upstream_port: Some("5432".to_owned()),
+        may_be_led: true,
+        is_past_fork: false,
         pause_state: "not paused".to_owned(),
         paused_by_backup: false,
     };
@@ -161,17 +166,23 @@ fn a_primary_without_room_is_named() {
     use Severity::{Advice, Missing};
     let cases: &[Case] = &[
         // 12 for a restore, 9 of the nodes, 3 kept back: four too many.
-        ("few", |f| set(f, "max_connections", "20"), Missing, "up to 12 connections", "max_connections = 30"),
-        ("full", |f| f.sessions = 90, Advice, "90 in use: at this moment", "max_connections = 110"),
-        ("locks", |f| f.databases[0].tables = Some(6400), Missing, "6400 tables", "max_locks_per_transaction = 128"),
-        ("old", |f| set(f, "old_snapshot_threshold", "60"), Missing, "too old", "old_snapshot_threshold = -1"),
+        (
+            "few",
+            |f| set(f, "max_connections", "20"),
+            Missing,
+            "up to 12 connections",
+            "ALTER SYSTEM SET max_connections = '30';",
+        ),
+        ("full", |f| f.sessions = 90, Advice, "90 in use: at this moment", "max_connections = '110';"),
+        ("locks", |f| f.databases[0].tables = Some(6400), Missing, "6400 tables", "max_locks_per_transaction = '128';"),
+        ("old", |f| set(f, "old_snapshot_threshold", "60"), Missing, "too old", "old_snapshot_threshold = '-1';"),
         ("lost", |f| f.slots = vec![slot(false, "lost", 0)], Missing, "has lost", "pg_drop_replication_slot('n2');"),
         (
             "going",
             |f| f.slots = vec![slot(true, "unreserved", 0)],
             Missing,
             "about to lose",
-            "max_slot_wal_keep_size = -1;",
+            "max_slot_wal_keep_size = '-1';",
         ),
         (
             "kept",
@@ -193,7 +204,24 @@ fn a_primary_without_room_is_named() {
             |f| f.open_door = Some("the server lets in anybody".to_owned()),
             Missing,
             "everybody",
-            "scram-sha-256",
+            "[host  all          all  127.0.0.1/32  scram-sha-256 host  replication  all  127.0.0.1/32  scram-sha-256]",
+        ),
+        (
+            "a socket's door",
+            |f| (f.open_door, f.is_local_socket) = (Some("the server lets in anybody".to_owned()), true),
+            Missing,
+            "connect the node to 127.0.0.1",
+            "[local  all          all  scram-sha-256 local  replication  all  scram-sha-256]",
+        ),
+        (
+            "command line",
+            |f| {
+                set(f, "max_connections", "20");
+                f.on_command_line.insert("max_connections".to_owned());
+            },
+            Missing,
+            "up to 12 connections",
+            "[-c max_connections='30']",
         ),
         (
             "program",
@@ -215,7 +243,7 @@ fn what_disturbs_reading_a_standby_is_named() {
             |f| set(f, "hot_standby_feedback", "off"),
             Advice,
             "VACUUM",
-            "ALTER SYSTEM SET hot_standby_feedback = on; SELECT pg_reload_conf();",
+            "ALTER SYSTEM SET hot_standby_feedback = 'on'; SELECT pg_reload_conf();",
         ),
         ("interval", |f| set(f, "wal_receiver_status_interval", "0"), Advice, "never reaches", "= '10s';"),
         (
@@ -230,7 +258,7 @@ fn what_disturbs_reading_a_standby_is_named() {
             |f| set(f, "recovery_min_apply_delay", "5000"),
             Advice,
             "5000 ms late",
-            "recovery_min_apply_delay = 0;",
+            "recovery_min_apply_delay = '0';",
         ),
         ("no slot", |f| set(f, "primary_slot_name", ""), Advice, "no replication slot", "primary_slot_name = 'n2';"),
         (
@@ -268,6 +296,7 @@ fn how_a_server_is_read_follows_its_role_and_its_rights() {
         (standby(), Role::NonVoting, "paused for the moment"),
         (standby(), Role::Voting, "never paused"),
         (standby(), Role::Detached, "not read"),
+        (sound(), Role::Overtaken, "not read"),
         (weak, Role::NonVoting, "stands still"),
     ] {
         assert!(reading(&facts, &seat(role)).contains(words), "{role}: {words}");
@@ -290,7 +319,7 @@ fn a_login_that_fails_is_told_what_lets_it_in() {
         (
             "28000",
             "no pg_hba.conf entry for host \"127.0.0.1\"",
-            "host  all  \"backhaul\"  127.0.0.1/32  scram-sha-256",
+            "host  all          \"backhaul\"  127.0.0.1/32  scram-sha-256",
         ),
         ("28P01", "password authentication failed", "\\password \"backhaul\""),
         ("42501", "permission denied for database \"postgres\"", "GRANT CONNECT ON DATABASE \"postgres\""),

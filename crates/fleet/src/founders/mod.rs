@@ -4,7 +4,7 @@
 //! beside a server opens a bounded number of sessions whose snapshots are of the same point, and lends them: a worker
 //! on any node asks it for a span of a table, and gets its rows. How the point is made one is told in `open`, how a
 //! standby is kept from staying paused in `pause`, how sessions are lent in `pool`, and why a span is never read from
-//! another table than the one that was planned in `span`.
+//! another table than the one that was planned in `span`. A plan that is only shown takes a `look`, which holds nothing.
 //!
 //! All of it hangs on a *lease*. Whoever opened it renews it; when it is closed, replaced, or not renewed in time,
 //! all its sessions are closed, also those that are lent, so that a backup that was forgotten holds nothing back on

@@ -1,6 +1,8 @@
 //! `backhaul check`: a sound fleet lacks nothing; what is broken is named, and the printed statements mend it.
 
 use std::io::Write as _;
+use std::os::unix::fs::MetadataExt as _;
+use std::os::unix::process::CommandExt as _;
 use std::process::{Command, Stdio};
 
 use nix::sys::signal::{Signal, kill};
@@ -145,18 +147,88 @@ fn servers_nodes_and_roles_that_are_gone_are_named() {
     assert!(said.contains("node 3 at ") && said.contains(": does not answer\n"), "{said}");
 }
 
+/// Types what a check prints to lead the standby beside node `number` to its leaseholder, each line where it belongs.
+#[track_caller]
+fn lead(demo: &Demo, number: usize, leader: usize, said: &str) {
+    let lines = mending(said, "the standby does not follow the leaseholder");
+    let (slot, rest): (Vec<&str>, Vec<&str>) = lines.lines().partition(|line| line.contains("_replication_slot("));
+    type_into(demo.psql_direct(leader), &slot.join("\n"));
+    type_into(demo.psql_direct(number), &rest.join("\n"));
+}
+
 #[test]
-fn an_overtaken_primary_and_who_follows_it_are_named() {
-    let demo = Demo::start(&["--nodes", "3", "--servers", "3", "--voters", "1", "--no-example-database"]);
+fn an_overtaken_primary_is_made_a_standby_by_what_is_printed() {
+    let demo = Demo::start(&["--nodes", "2", "--servers", "2", "--voters", "1", "--no-example-database"]);
     demo.promote(2);
     let overtaken = "the server is a primary on timeline 1, and shard \"s1\" has reached timeline 2";
-    let said = until_said(&demo, 3, 1, overtaken);
-    let line = mending(&said, overtaken);
-    let (host, port) = demo.nodes[1].address.rsplit_once(':').unwrap();
-    let (data, source) = (demo.node_dir(1).join("pg"), format!("host={host} port={port} "));
-    assert!(line.contains(&format!("'{}'", data.display())) && line.contains(&source), "{line}");
-    let said = until_said(&demo, 1, 1, "the standby does not follow the leaseholder");
-    assert!(said.contains("the leaseholder is node 2 at "), "{said}");
+    let said = until_said(&demo, 2, 1, overtaken);
+    assert!(said.contains(": overtaken primary, ") && said.contains(", not read, because another primary"), "{said}");
+    let lines = mending(&said, overtaken);
+    kill(demo.server_pid(1), Signal::SIGINT).unwrap();
+    // What is printed for it while it runs is printed still when it has been stopped.
+    let stopped = "the server is stopped, and was a primary on timeline 1";
+    let said = until_said(&demo, 2, 1, stopped);
+    assert_eq!(mending(&said, stopped), lines);
+
+    let (home, data) = (demo.node_dir(1), demo.node_dir(1).join("pg"));
+    let owner = std::fs::metadata(&data).unwrap();
+    std::os::unix::fs::chown(&home, Some(owner.uid()), Some(owner.gid())).unwrap();
+    let mut shell = Command::new("sh");
+    shell.args(["-ec", &lines]).current_dir("/").uid(owner.uid()).gid(owner.gid()).env("HOME", &home);
+    run(&mut shell);
+    std::fs::copy(home.join("pg.old/postgresql.conf"), data.join("postgresql.conf")).unwrap();
+    demo.restart_server(1);
+    // It has come with the setting of the slot that the promoted one held when it was a standby.
+    let said = until_said(&demo, 2, 1, "slot('n2');");
+    lead(&demo, 1, 2, &said);
+    until_sound(&demo);
+}
+
+#[test]
+fn a_standby_of_a_primary_that_is_gone_is_led_to_the_next_one() {
+    let demo = Demo::start(&["--nodes", "3", "--servers", "3", "--voters", "1", "--no-example-database"]);
+    kill(demo.server_pid(1), Signal::SIGINT).unwrap();
+    until_said(&demo, 3, 1, ": server down, shard");
+    demo.promote(2);
+    let detached = ": detached standby, ";
+    until_said(&demo, 2, 1, "the leaseholder is node 2 at ");
+    // Nobody has asked for the first server before it was stopped.
+    let said = until_said(&demo, 2, 1, "what the server was is not known: if it was a primary before node 2 at ");
+    assert!(said.contains(detached) && said.contains(" port="), "{said}");
+    lead(&demo, 3, 2, &said);
+    until("the standby to follow", || match check_demo(&demo, 2) {
+        (_, said) if said.contains(": non-voting replica, ") && !said.contains(detached) => Ok(()),
+        (code, said) => Err(format!("{code}\n{said}")),
+    });
+}
+
+#[test]
+fn a_standby_past_the_fork_is_told_to_be_made_anew() {
+    let demo = Demo::start(&["--nodes", "3", "--servers", "3", "--voters", "1", "--no-example-database"]);
+    type_into(demo.psql_direct(2), "ALTER SYSTEM SET primary_conninfo = ''; SELECT pg_reload_conf();");
+    let apart = "SELECT count(*) FROM pg_stat_wal_receiver";
+    until("the second server to be cut off", || {
+        let seen = run(demo.psql_direct(2).args(["-Atc", apart]));
+        if seen.trim() == "0" { Ok(()) } else { Err(seen) }
+    });
+    type_into(demo.psql_direct(1), "CREATE TABLE only_the_third_one_has ();");
+    let there = "SELECT count(*) FROM pg_class WHERE relname = 'only_the_third_one_has'";
+    until("the third server to have it", || {
+        let seen = run(demo.psql_direct(3).args(["-Atc", there]));
+        if seen.trim() == "1" { Ok(()) } else { Err(seen) }
+    });
+    kill(demo.server_pid(1), Signal::SIGINT).unwrap();
+    demo.promote(2);
+    // The position of the new primary does not betray where it began.
+    type_into(demo.psql_direct(2), "CREATE TABLE another (); SELECT pg_switch_wal(); CREATE TABLE third ();");
+    let said = until("lines that lead the standby", || match check_demo(&demo, 2) {
+        (1, said) if said.contains("\\gexec") && !said.contains("go on from there") => Ok(said),
+        (code, said) => Err(format!("{code}\n{said}")),
+    });
+    lead(&demo, 3, 2, &said);
+    let said = until_said(&demo, 2, 1, "than the leaseholder has, and cannot go on from there");
+    let lines = mending(&said, "cannot go on from there");
+    assert!(lines.contains(&format!("--pgdata='{}'", demo.node_dir(3).join("pg").display())), "{lines}");
 }
 
 #[test]
@@ -165,7 +237,8 @@ fn one_server_can_be_looked_at_before_there_is_a_node() {
     let mut server = Server::primary(dir.path(), "server", &Vec::new());
     let conninfo = server.instance.conninfo("backhaul");
     let one = |trust: &[&str]| check(&[&["--postgres", &conninfo], trust].concat());
-    let root = || psql(&format!("{} dbname=postgres", server.instance.conninfo("root")));
+    let superuser = format!("{} dbname=postgres", server.instance.conninfo("root"));
+    let root = || psql(&superuser);
     let (code, said) = one(&["--insecure"]);
     assert_eq!(code, 1, "{said}");
     type_into(root(), &mending(&said, "role \"backhaul\" does not exist"));
@@ -173,15 +246,28 @@ fn one_server_can_be_looked_at_before_there_is_a_node() {
     assert!(code == 0 && said.contains("\n0 missing, 1 advised") && said.contains("nodes may not restore"), "{said}");
     type_into(root(), &mending(&said, "nodes may not restore"));
     let (code, said) = one(&["--insecure"]);
-    assert!(code == 0 && said.ends_with("read at an exported snapshot\n0 missing, 0 advised\n"), "{said}");
+    assert!(code == 0 && said.contains("read at an exported snapshot\n0 missing, 0 advised\n"), "{said}");
+    assert!(said.lines().last().unwrap().starts_with("one server alone was looked at: who follows whom"), "{said}");
+
+    // A statement overrides what an earlier one has set, as no line of postgresql.conf does.
+    server.ask("ALTER SYSTEM SET max_connections = 12");
+    server.stop(Signal::SIGINT);
+    server.start();
+    let (code, said) = one(&["--insecure"]);
+    assert_eq!(code, 1, "{said}");
+    type_into(root(), &mending(&said, "of max_connections = 12"));
+    server.stop(Signal::SIGINT);
+    server.start();
+    assert!(one(&["--insecure"]).1.contains("\n0 missing, 0 advised\n"));
 
     // A node with a secret must not stand before this server, which lets in everybody.
     let (code, said) = one(&["--secret-file", "/nowhere"]);
     assert!(code == 1 && said.contains("the server lets in role \"backhaul\" without a password"), "{said}");
+    let closes = mending(&said, "the server lets in role");
     type_into(root(), "ALTER ROLE backhaul PASSWORD 'of backhaul'; ALTER ROLE root PASSWORD 'of root';");
     type_into(root(), &mending(&said, "the node may not read pg_hba.conf"));
-    let guarded = "local all all scram-sha-256\nlocal replication all scram-sha-256\n";
-    server.set_hba(guarded);
+    let guarded = format!("{closes}\n");
+    server.set_hba(&guarded);
     // Not taken up: a server does not start with such a line, nor reload.
     server.instance.set_hba(&format!("{guarded}local all all nonsense\n")).unwrap();
     let known = format!("{conninfo} password='of backhaul'");

@@ -2,8 +2,8 @@
 //!
 //! A node can be asked about its own server and host, and any node about the fleet: it asks all others and puts
 //! together what they say ([`service`]). What the facts mean is decided there by pure rules ([`rules`], [`following`],
-//! [`anew`], and for one server alone `fleet::readiness`), and printed here ([`report`]). Before there is any node, one server
-//! can be looked at from its host.
+//! [`anew`], and for one server alone `fleet::readiness`), and printed here ([`report`]). Before there is any node, one
+//! server can be looked at from its host.
 
 mod anew;
 mod following;

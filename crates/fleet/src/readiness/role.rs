@@ -106,9 +106,10 @@ pub(super) fn doors(facts: &ServerFacts, seat: &Seat) -> Vec<Finding> {
     if let Some(open) = facts.open_door.as_ref().filter(|_| !seat.insecure) {
         let instead = match facts.is_local_socket {
             true => {
-                ": connect the node to 127.0.0.1, where such lines of type host ask for passwords, or close the socket"
+                ": connect it to 127.0.0.1 instead, with such lines of type host, or let these replace the lines of \
+                 type local that ask for no password"
             }
-            false => "",
+            false => ": let these replace the lines of type host that ask for no password",
         };
         let what = format!("{open}, and a node in front of it would let in everybody{instead}");
         let lines = ["all", "replication"].map(|database| guarded(facts.is_local_socket, database, "all"));

@@ -210,7 +210,7 @@ fn a_primary_without_room_is_named() {
             "a socket's door",
             |f| (f.open_door, f.is_local_socket) = (Some("the server lets in anybody".to_owned()), true),
             Missing,
-            "connect the node to 127.0.0.1",
+            "connect it to 127.0.0.1 instead",
             "[local  all          all  scram-sha-256 local  replication  all  scram-sha-256]",
         ),
         (

@@ -2,7 +2,7 @@
 //!
 //! What is wrong with the statement itself (its filter, databases, rights, URI) is its error, as it is BACKUP's. What
 //! the fleet cannot do now stands in the answer: the plan as far as it goes, then the error's text, because who has to
-//! mend the fleet wants to see both. Everything comes from the rules ([`crate::rules`], [`crate::assign`]) that the job
+//! mend the fleet wants to see both. Everything comes from the rules ([`crate::rules`], [`mod@crate::assign`]) that the job
 //! goes by. Nothing runs, no store is touched, no job is made; sizes are read in a short transaction of the server
 //! that would be read.
 

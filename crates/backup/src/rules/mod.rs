@@ -3,7 +3,7 @@
 //! [`decide`] takes what a node knows of a shard's servers and of all nodes ([`Fleet`]), and what the statement allows
 //! ([`Rules`]), and says everything at once: which server is read and which would be next, which are passed over and
 //! why, which nodes take part, and which do not and why. A job goes by it when it takes a point and when it deals out
-//! spans ([`crate::assign`]); EXPLAIN BACKUP prints it. So what is explained is what is done.
+//! spans ([`mod@crate::assign`]); EXPLAIN BACKUP prints it. So what is explained is what is done.
 //!
 //! **Which server.** One that is fit ([`Reason`] lists what is not), best first: the leaseholder if its node takes part,
 //! because then all spans are that node's; else one beside a node that takes part, then the closest to one by shared

@@ -299,6 +299,14 @@ fn a_shard_that_cannot_be_reached_is_an_error_or_left_out_by_name() {
     demo.restart_server(2);
     told(&demo, 1, &format!("EXPLAIN {}", statement(skip)), &["shard s2: leaseholder node 2"]);
     assert!(succeeded(&demo, 1, &statement(&format!("{skip}, DETACHED")))[2].ends_with(skip));
+
+    // One that is retired for good, taken out of the list as docs/backups.md says, is not asked any more.
+    kill(demo.server_pid(2), Signal::SIGKILL).unwrap();
+    told(&demo, 1, &statement("DETACHED"), &["ERROR:  08006: shard \"s2\" cannot be reached"]);
+    let retire = "DELETE FROM registry.shards WHERE name = 's2'";
+    assert!(include_str!("../../docs/backups.md").contains(retire));
+    on(&demo, 1, "backhaul", retire);
+    succeeded(&demo, 1, &statement("DETACHED"));
 }
 
 #[test]

@@ -24,6 +24,7 @@ mod export;
 mod hold;
 mod layout;
 mod manifest;
+mod pace;
 mod patience;
 mod pausepoints;
 mod plan;

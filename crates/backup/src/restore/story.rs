@@ -28,6 +28,7 @@ use super::shard_map::ShardMap;
 use super::source::Source;
 use crate::deal::{AsyncDone, Deal};
 use crate::manifest::{FileEntry, ShardPart, left_out};
+use crate::pace::Pace;
 use crate::pausepoints;
 use crate::plan::{SealSource, in_time};
 use crate::targets::remark;
@@ -49,9 +50,6 @@ const FILE_DEADLINE: Duration = Duration::from_secs(24 * 3600);
 
 /// What the target has lost is loaded again this often.
 const ROUNDS_MAX: usize = 5;
-
-/// Progress is written no more often.
-const PROGRESS_EVERY: Duration = Duration::from_secs(1);
 
 /// Files that are loaded at the same time.
 const LOADERS: usize = 6;
@@ -227,7 +225,7 @@ impl Story<'_> {
             made.push(self.create(source, part).await?);
         }
         let total: u64 = parts.iter().flat_map(Part::files).map(|file| file.bytes.max(1)).sum();
-        let mut noted = Noted { run: self.run, total, done: 0, reported: Instant::now() };
+        let mut noted = Noted { run: self.run, pace: Pace::new(total, 0, Instant::now()) };
         for (part, created) in parts.iter().zip(&mut made) {
             self.load(source, part, created, &mut noted).await?;
         }
@@ -332,9 +330,9 @@ impl Story<'_> {
         created: &mut Created,
         noted: &mut Noted<'_>,
     ) -> anyhow::Result<()> {
-        let before = noted.done;
+        let before = noted.pace.done();
         for _ in 0..ROUNDS_MAX {
-            noted.done = before;
+            noted.pace.back_to(before);
             self.load_missing(source, part, created, noted).await?;
             let request = Request::Progress { job: self.run.id.0 };
             created.progress = self.peers.call(part.node, LOADER, &request, ASK_DEADLINE).await.map_err(passing)?;
@@ -361,7 +359,7 @@ impl Story<'_> {
         let mut open = Vec::new();
         for (file, number) in part.files().zip(0..) {
             if created.progress.spans.contains(&number) {
-                noted.done += file.bytes.max(1);
+                noted.pace.found(file.bytes.max(1));
             } else {
                 open.push(((number, file.clone()), file.bytes.max(1)));
             }
@@ -487,20 +485,16 @@ fn result(source: &Source, parts: &[Part<'_>]) -> Value {
 /// How far it is.
 struct Noted<'n> {
     run: &'n Run,
-    total: u64,
-    done: u64,
-    reported: Instant,
+    pace: Pace,
 }
 
 impl AsyncDone<(u32, FileEntry), ()> for &mut Noted<'_> {
     async fn done(&mut self, _file: (u32, FileEntry), weight: u64, (): ()) -> anyhow::Result<()> {
-        self.done += weight;
         self.run.bears_fruit();
         self.run.pausepoint(pausepoints::AFTER_FIRST_FILE).await?;
-        if self.reported.elapsed() >= PROGRESS_EVERY {
-            self.reported = Instant::now();
-            let fraction = LOAD_SHARE * self.done as f64 / self.total.max(1) as f64;
-            self.run.progress(fraction, "loading rows").await?;
+        let now = Instant::now();
+        if let Some(done) = self.pace.moved(weight, now) {
+            self.run.progress(LOAD_SHARE * done, &self.pace.words("loading rows", now)).await?;
         }
         Ok(())
     }

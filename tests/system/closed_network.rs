@@ -12,7 +12,7 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::{Pid, Uid};
 
 use crate::support::demo::{Demo, assert_nothing_runs_in, command, directory};
-use crate::support::jobs::{WEST, completed, detached, relocated};
+use crate::support::jobs::{WEST, completed, detached, relocated, succeeded};
 use crate::support::{both, run, until};
 
 /// What every demo here says when this machine does not let it make a network.
@@ -165,6 +165,7 @@ fn a_backup_runs_where_the_store_can_be_reached_and_only_node_ports_are_crossed(
 
     // The same fleet once more, and what is not to be tried is.
     let demo = Demo::start_in(dir, &THREE_REGIONS);
+    asked_where_the_store_is_reached(&demo, &store(&demo));
     blocked_without_the_filter(&demo, &store(&demo));
     blocked_beside_the_ports(&demo);
     let counted = counters(&demo);
@@ -175,6 +176,17 @@ fn a_backup_runs_where_the_store_can_be_reached_and_only_node_ports_are_crossed(
     }
     assert_eq!(host(), before);
     assert_nothing_runs_in(dir.path());
+}
+
+/// A statement without a filter is answered by a node that reaches the store, whichever node is asked.
+#[track_caller]
+fn asked_where_the_store_is_reached(demo: &Demo, uri: &str) {
+    let job = detached(demo, 3, &format!("BACKUP DATABASE movr INTO '{uri}' WITH {WEST}, DETACHED"));
+    succeeded(demo, 1, &job);
+    let shown = demo.ask(1, &format!("SHOW BACKUPS IN '{uri}'"));
+    assert!(shown.starts_with("/20"), "{shown}");
+    let made = demo.ask(3, &format!("CREATE EXTERNAL CONNECTION far AS '{uri}'"));
+    assert!(made.contains("NOTICE:  00000: the store is reached by nodes 2\n"), "{made}");
 }
 
 /// Where the store cannot be reached from, the job fails, and says from where it tried.

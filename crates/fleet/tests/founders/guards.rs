@@ -74,3 +74,39 @@ async fn no_timeout_of_the_server_ends_a_founder_that_stands_idle() {
         assert_eq!(rows(&founders, lease, whole(table(&opened, "account"))).await.len(), 20000);
     }
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_server_has_no_more_sessions_than_are_announced() {
+    let fleet = Fleet::start(true, ACCOUNTS).await;
+    fleet.on_primary("CREATE DATABASE other").await;
+    fleet.caught_up().await;
+    for server in [fleet.primary(), fleet.standby()] {
+        let (counter, _connection) = server.session_in("postgres").await.unwrap();
+        let counting = tokio::spawn(async move {
+            let count = "SELECT count(*) FROM pg_stat_activity
+                         WHERE backend_type = 'client backend' AND pid <> pg_backend_pid()";
+            let mut most = 0;
+            while let Ok(row) = counter.query_one(count, &[]).await {
+                most = most.max(row.get::<_, i64>(0));
+                if row.get::<_, i64>(0) == 0 && most > 0 {
+                    break;
+                }
+            }
+            most
+        });
+        let (founders, lease) = (Founders::new(server), Uuid::new_v4());
+        let databases = vec!["shop".to_owned(), "other".to_owned()];
+        let opened = opened(&founders, Open { databases, ..open(lease, 3) }).await;
+        for _ in 0..3 {
+            assert_eq!(rows(&founders, lease, whole(table_of(&opened, "account"))).await.len(), 20000);
+        }
+        call(&founders, &Request::Close { lease }).await.unwrap();
+        let most = timeout(DEADLINE, counting).await.unwrap().unwrap();
+        assert!(most > 0 && most <= Open::connections_for(2, 3) as i64, "{most}");
+    }
+}
+
+/// A table of any database of the plan.
+fn table_of<'o>(opened: &'o Opened, name: &str) -> &'o TablePlan {
+    opened.databases.iter().flat_map(|database| &database.tables).find(|table| table.name == name).unwrap()
+}

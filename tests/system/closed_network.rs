@@ -181,7 +181,11 @@ fn a_backup_runs_where_the_store_can_be_reached_and_only_node_ports_are_crossed(
 /// A statement without a filter is answered by a node that reaches the store, whichever node is asked.
 #[track_caller]
 fn asked_where_the_store_is_reached(demo: &Demo, uri: &str) {
-    let job = detached(demo, 3, &format!("BACKUP DATABASE movr INTO '{uri}' WITH {WEST}, DETACHED"));
+    // After a second start a node may not have its session in the registry yet.
+    let job = until("a job", || {
+        let told = demo.ask(3, &format!("BACKUP DATABASE movr INTO '{uri}' WITH {WEST}, DETACHED"));
+        if told.parse::<i64>().is_ok() { Ok(told) } else { Err(told) }
+    });
     succeeded(demo, 1, &job);
     let shown = demo.ask(1, &format!("SHOW BACKUPS IN '{uri}'"));
     assert!(shown.starts_with("/20"), "{shown}");

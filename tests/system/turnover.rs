@@ -86,6 +86,13 @@ fn a_node_that_comes_is_given_spans_and_one_that_goes_is_done_without() {
 #[test]
 fn the_coordinator_holds_a_replica_and_among_equals_has_the_fewest_jobs() {
     let fleet = Fleet::start(&ONE_SHARD);
+    // Nobody dies here, and on a busy machine nobody is to be taken for dead.
+    fleet.registry("UPDATE registry.settings SET value = '30000' WHERE name = 'session_life_ms'");
+    until("every session to be long", || {
+        let long = "SELECT count(*) FROM registry.sessions WHERE expires_at > clock_timestamp() + interval '10 s'";
+        let seen = fleet.registry(long);
+        if seen == "5" { Ok(()) } else { Err(seen) }
+    });
     let mut jobs = Vec::new();
     for (filter, coordinator) in [(WEST, "3"), (WEST, "3"), (FILTER, "4"), (FILTER, "5"), (FILTER, "4")] {
         let name = jobs.len();

@@ -2,17 +2,15 @@
 //! says, and never left out in silence.
 
 use std::collections::BTreeSet;
-use std::path::PathBuf;
 use std::process::Stdio;
 
 use nix::sys::signal::{Signal, kill};
 use serde_json::Value;
 
 use crate::support::demo::{Demo, directory, psql};
+use crate::support::jobs::{WEST, extern_dirs};
 use crate::support::store::{LocalBackup, files_in};
 use crate::support::{both, postgres_program, run, until};
-
-const WEST: &str = "EXECUTION LOCALITY = 'region=us-west-1'";
 
 /// s1 is led from the east by n1 and followed from the west by n3; s2 is led from the west by n2 and followed from the
 /// east by n4.
@@ -31,10 +29,6 @@ const CROSSED: [&str; 10] = [
 
 fn start(rows: &str) -> Demo {
     Demo::start(&[&CROSSED[..], &["--rows", rows]].concat())
-}
-
-fn extern_dirs(demo: &Demo) -> Vec<PathBuf> {
-    (1..=demo.nodes.len()).map(|number| demo.node_dir(number).join("extern")).collect()
 }
 
 fn manifest(demo: &Demo, path: &str) -> Value {

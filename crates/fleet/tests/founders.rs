@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use cluster::service::{Reply, Service as _};
 use fleet::Server;
 use fleet::founders::{
-    Founders, Mode, Open, Opened, Request, SpanRequest, TablePlan, What, is_invalidated, is_point_lost,
+    Founders, Mode, Open, Opened, Request, SpanRequest, Standstill, TablePlan, What, is_invalidated, is_point_lost,
 };
 use fleet::private::{Installation, Instance, RunAs, Settings};
 use futures_util::StreamExt as _;
@@ -24,6 +24,8 @@ use uuid::Uuid;
 
 #[path = "founders/disturbed.rs"]
 mod disturbed;
+#[path = "founders/shared.rs"]
+mod shared;
 
 const DEADLINE: Duration = Duration::from_secs(30);
 

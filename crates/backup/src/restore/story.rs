@@ -25,7 +25,7 @@ use super::giving::{Giving, leader_of};
 use super::import::{IMPORT, Task};
 use super::plan::superuser_of;
 use super::source::Source;
-use crate::deal::{AsyncDone, Deal};
+use crate::deal::{AsyncDone, Deal, End};
 use crate::manifest::{FileEntry, ShardPart};
 use crate::pausepoints;
 use crate::plan::{SealSource, in_time};
@@ -342,8 +342,8 @@ impl Story<'_> {
         }
         let shard = part.part.shard.as_str();
         let rules = crate::rules::Rules::matching(&self.filter);
-        let deal = Deal { peers: self.peers, rules: &rules, shard, server: part.node, at_once: LOADERS };
-        let one = |worker: NodeId, (span, file): (u32, FileEntry)| async move {
+        let deal = Deal { peers: self.peers, rules: &rules, shard, servers: &[part.node], at_once: LOADERS };
+        let one = |worker: NodeId, _server: NodeId, (span, file): (u32, FileEntry)| async move {
             let load = self.load_of(part, created, span, &file)?;
             let task = Task {
                 uri: source.place(&file).exposed(),
@@ -356,10 +356,10 @@ impl Story<'_> {
             self.peers.call::<()>(worker, IMPORT, &task, FILE_DEADLINE).await
         };
         // Another server leads the shard: the next run goes there.
-        let ends = |said: &PgError| {
+        let ends = |said: &PgError, _server: NodeId| {
             let view = self.peers.cluster().view();
             let moved = view.leader(shard).is_some_and(|leader| leader.node_id != Some(part.node));
-            (moved && said.code == SqlState::CONNECTION_FAILURE).then(|| said.clone().into())
+            (moved && said.code == SqlState::CONNECTION_FAILURE).then(|| End::All(said.clone().into()))
         };
         deal.run(open, one, ends, noted).await.map_err(passing)
     }

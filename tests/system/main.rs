@@ -17,6 +17,7 @@ mod plan; // EXPLAIN BACKUP tells what is done; options, ranges and regions; doc
 mod restore; // everything comes back the same, once, and damage is noticed
 mod security; // passwords, TLS, open doors
 mod survival; // jobs outlive nodes that are stopped in turn, and a registry that moves
+mod transactions; // a detached backup commits with its client's transaction, and otherwise never was
 mod wire; // what SQL cannot see: frames, pipelines, transactions, cancel
 
 #[path = "../support/mod.rs"]

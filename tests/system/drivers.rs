@@ -113,6 +113,6 @@ succeeded True
 25006 a job cannot be made in a transaction on a standby
 ";
     for binding in ["python", "binary"] {
-        assert_eq!(python(binding, "transactions.py", &demo.nodes[3].url), expected, "{binding}");
+        assert_eq!(python(binding, "transactions.py", &demo.nodes[2].url), expected, "{binding}");
     }
 }

@@ -1,7 +1,7 @@
 //! Backups: from a statement to a sealed manifest, and back.
 //!
-//! Read in this order. [`plan`] judges a statement before anything exists: filter, databases, rights, URI. A job is
-//! made, and on whichever node coordinates it, [`resume`] tells the story step by step: the lock, a point for each
+//! Read in this order. [`plan`] judges a statement before anything exists: filter, databases (and the shards that hold
+//! them: [`targets`]), rights, URI. A job is made, and on whichever node coordinates it, [`resume`] tells the story step by step: the lock, a point for each
 //! shard ([`point`]) on a server that the rules choose ([`rules`]), spans cut from tables ([`spans`]) and dealt to
 //! workers ([`mod@assign`], [`deal`]), their export watched ([`drive`]), tables that keep changing held still ([`hold`]),
 //! the manifest written and sealed ([`manifest`], [`seal`]), and what is left over removed ([`revert`]). What a worker does with one span is [`export`]. The way back is
@@ -24,6 +24,7 @@ mod export;
 mod hold;
 mod layout;
 mod manifest;
+mod pace;
 mod patience;
 mod pausepoints;
 mod plan;
@@ -37,11 +38,12 @@ mod rules;
 mod seal;
 mod settings;
 mod spans;
+mod targets;
 
 pub use assign::{Anchor, Share, Worker, assign, sharers};
 pub use export::{EXPORT, Export, PROBE, Probe};
 pub use layout::COLLECTION_FILES;
-pub use manifest::{FileEntry, Manifest, ShardPart};
+pub use manifest::{FileEntry, Manifest, ShardPart, left_out};
 pub use pausepoints::PAUSEPOINTS;
 pub use plan::{Backups, Finished, OnWait, Outcome, Requester, SealSource};
 pub use point::READERS;

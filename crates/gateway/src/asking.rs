@@ -56,7 +56,7 @@ pub(crate) enum Next {
     /// To ask this.
     Ask(String),
     /// To run these, for whoever was told.
-    Start(Vec<Statement>, Option<Requester>, Birth),
+    Start(Vec<Statement>, Option<Box<Requester>>, Birth),
 }
 
 impl Asking {
@@ -123,7 +123,7 @@ impl Asking {
             Some(query) => Next::Ask(query.for_server()),
             None => {
                 let birth = self.transaction.take().map_or_else(|| birth_of(&self.statements), Birth::With);
-                Next::Start(std::mem::take(&mut self.statements), self.requester.take(), birth)
+                Next::Start(std::mem::take(&mut self.statements), self.requester.take().map(Box::new), birth)
             }
         })
     }
@@ -265,7 +265,7 @@ mod tests {
             search_path: vec!["pg_catalog".to_owned(), "ü".to_owned()],
             settings,
         };
-        assert_eq!(requester, expected);
+        assert_eq!(*requester, expected);
     }
 
     #[test]

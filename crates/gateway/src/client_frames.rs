@@ -212,7 +212,7 @@ impl Session {
         &mut self,
         statements: Vec<Statement>,
         execute: Option<Bytes>,
-        requester: Option<Requester>,
+        requester: Option<Box<Requester>>,
         birth: Birth,
     ) {
         let gateway = self.gateway.clone();
@@ -220,7 +220,7 @@ impl Session {
         let joins = matches!(birth, Birth::With(_));
         let future =
             Box::pin(
-                async move { gateway.run_all(statements, requester.as_ref(), &birth, &cancelled, &remarks).await },
+                async move { gateway.run_all(statements, requester.as_deref(), &birth, &cancelled, &remarks).await },
             );
         self.running = Some(Running { future, execute, joins });
     }

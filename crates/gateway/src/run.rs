@@ -118,7 +118,7 @@ impl Gateway {
             Statement::ShowRanges(show) => plans::ranges(self, show, requester).await,
             Statement::ShowRegions { databases } => plans::regions(self, *databases).await,
             Statement::Restore(restore) => {
-                let work = self.backups.restore(restore, requester, birth, &on_wait);
+                let work = Box::pin(self.backups.restore(restore, requester, birth, &on_wait));
                 progress::telling(&self.backups.jobs, requester, waited_for, remarks, work).await.map(outcome_answer)
             }
             Statement::ShowBackups { collection } => collections::list(self, collection, requester).await,

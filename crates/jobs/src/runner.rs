@@ -336,7 +336,7 @@ impl Jobs {
         loop {
             bell.mark_unchanged();
             if let Ok(session) = self.session() {
-                if let Err(error) = self.settle_due(&session).await {
+                if let Err(error) = Box::pin(self.settle_due(&session)).await {
                     tracing::info!("could not look for undecided jobs: {error:#}");
                 }
                 if let Err(error) = self.adopt(&session).await {

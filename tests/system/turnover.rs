@@ -165,7 +165,7 @@ fn a_job_that_no_node_matches_any_more_waits_for_one_and_then_fails_in_the_origi
 
 #[test]
 fn a_frozen_server_is_left_for_another_replica() {
-    let fleet = Fleet::start(&ONE_SHARD);
+    let fleet = with_long_sessions();
     for point in ["backup.after_points", "backup.after_first_span"] {
         let statement = format!("BACKUP DATABASE movr INTO 'nodelocal://1/{point}' WITH {WEST}, DETACHED");
         let job = fleet.held(&statement, point);

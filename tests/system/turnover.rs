@@ -32,6 +32,19 @@ fn writers_and_rides(manifest: &Value) -> (BTreeSet<u64>, u64) {
     (writers, of_rides.map(|file| file["rows"].as_u64().unwrap()).sum())
 }
 
+/// The fleet of [`ONE_SHARD`] whose nodes are not taken for dead on a busy machine: that a worker dies is known without.
+#[track_caller]
+fn with_long_sessions() -> Fleet {
+    let fleet = Fleet::start(&ONE_SHARD);
+    fleet.registry("UPDATE registry.settings SET value = '10000' WHERE name = 'session_life_ms'");
+    until("every session to be long", || {
+        let long = "SELECT count(*) FROM registry.sessions WHERE expires_at > clock_timestamp() + interval '5 s'";
+        let seen = fleet.registry(long);
+        if seen == "5" { Ok(()) } else { Err(seen) }
+    });
+    fleet
+}
+
 /// Makes a job from node 1, which does not match, and waits until it is held where it has gone; gives the job and its
 /// coordinator. Attached: the row of a DETACHED one may be seen first by any node that matches.
 #[track_caller]
@@ -48,7 +61,7 @@ fn moved_and_held(fleet: &Fleet, uri: &str, filter: &str, point: &str) -> (Strin
 
 #[test]
 fn a_node_that_comes_is_given_spans_and_one_that_goes_is_done_without() {
-    let mut fleet = Fleet::start(&ONE_SHARD);
+    let mut fleet = with_long_sessions();
     let s3 = S3::start();
     let door = s3.watched();
     let mut matching = BTreeSet::new();
@@ -85,14 +98,7 @@ fn a_node_that_comes_is_given_spans_and_one_that_goes_is_done_without() {
 
 #[test]
 fn the_coordinator_holds_a_replica_and_among_equals_has_the_fewest_jobs() {
-    let fleet = Fleet::start(&ONE_SHARD);
-    // Nobody dies here, and on a busy machine nobody is to be taken for dead.
-    fleet.registry("UPDATE registry.settings SET value = '30000' WHERE name = 'session_life_ms'");
-    until("every session to be long", || {
-        let long = "SELECT count(*) FROM registry.sessions WHERE expires_at > clock_timestamp() + interval '10 s'";
-        let seen = fleet.registry(long);
-        if seen == "5" { Ok(()) } else { Err(seen) }
-    });
+    let fleet = with_long_sessions();
     let mut jobs = Vec::new();
     for (filter, coordinator) in [(WEST, "3"), (WEST, "3"), (FILTER, "4"), (FILTER, "5"), (FILTER, "4")] {
         let name = jobs.len();
@@ -159,7 +165,7 @@ fn a_job_that_no_node_matches_any_more_waits_for_one_and_then_fails_in_the_origi
 
 #[test]
 fn a_frozen_server_is_left_for_another_replica() {
-    let fleet = Fleet::start(&ONE_SHARD);
+    let fleet = with_long_sessions();
     for point in ["backup.after_points", "backup.after_first_span"] {
         let statement = format!("BACKUP DATABASE movr INTO 'nodelocal://1/{point}' WITH {WEST}, DETACHED");
         let job = fleet.held(&statement, point);

@@ -1,26 +1,28 @@
 //! Pieces of work dealt out to nodes, finished, lost and dealt out again.
 //!
-//! Exports and imports are dealt alike: to nodes that match the filter and answer now, by [`assign`]. A node that goes
-//! is not asked again by this run, and what it had goes to the others; a piece that fails for a reason that may pass
-//! is tried again a few times; anything else ends it all. Where there are several servers to read from, each worker has
-//! its own or the closest; when one of them is lost, what its node had is dealt anew, and the others are read.
+//! Exports and imports are dealt alike: to nodes that match the filter and answer now ([`Queues`]). What a node had that
+//! goes is dealt to the others, and one that comes gets its part of what nobody has begun; a piece that fails for a
+//! reason that may pass is tried again a few times; anything else ends it all. Where there are several servers to read
+//! from, each worker has its own or the closest; when one of them is lost, what its node had is dealt anew, and the
+//! others are read.
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::BTreeMap;
 use std::time::Duration;
 
 use cluster::{NodeId, Peers, View};
 use futures_util::stream::{FuturesUnordered, StreamExt as _};
 use jobs::{LostClaim, Retryable};
 use pgerror::{PgError, SqlState};
-use tokio::time::{Instant, sleep};
+use tokio::time::{Instant, sleep, sleep_until};
 
-use crate::assign::assign;
+use crate::assign::Worker;
 use crate::patience::Patience;
 use crate::point::leaseholder;
+use crate::queues::{Piece, Queues};
 use crate::rules::{Fleet, Rules, anchor, nearest, workers};
 
-/// Pieces that one worker has at a time: while one is being compressed the other is being read.
-const PIECES_AT_ONCE: usize = 2;
+/// Who has come and who has gone is looked at no more often, however many nodes there are and pieces end.
+const LOOK_EVERY: Duration = Duration::from_millis(500);
 
 /// What may pass: a store or a lock that refuses, a conflict with recovery, a server that restarts.
 const PASSING: [SqlState; 8] = [
@@ -59,9 +61,7 @@ pub(crate) enum End {
 struct Ended<P, R> {
     worker: NodeId,
     server: NodeId,
-    piece: P,
-    weight: u64,
-    failures: Failures,
+    piece: Piece<P, Failures>,
     outcome: anyhow::Result<R>,
 }
 
@@ -72,19 +72,31 @@ struct Failures {
     rest: Duration,
 }
 
-type Open<P> = Vec<(P, u64, Failures)>;
-type Queues<P> = BTreeMap<NodeId, VecDeque<(P, u64, Failures)>>;
+/// The servers that are worked on.
+#[derive(Default)]
+struct Servers {
+    /// Those that were not given up.
+    left: Vec<NodeId>,
+    /// Which of them a worker has: its own, or the closest.
+    near: BTreeMap<NodeId, NodeId>,
+    /// How many pieces are at work on each.
+    busy: BTreeMap<NodeId, usize>,
+}
 
-/// What is not done yet, and with whom it can be.
-struct Left<P> {
-    /// Not dealt yet.
-    open: Open<P>,
-    /// Dealt, by worker.
-    queues: Queues<P>,
-    /// The servers that are still worked on.
-    servers: Vec<NodeId>,
-    /// Workers that are not asked again.
-    lost: Vec<NodeId>,
+impl Servers {
+    /// The server for one more piece at this worker, if it lends another session.
+    fn free(&self, worker: NodeId, at_once: usize) -> Option<NodeId> {
+        let server = self.near.get(&worker)?;
+        (self.busy.get(server).copied().unwrap_or_default() < at_once.max(1)).then_some(*server)
+    }
+
+    fn begin(&mut self, server: NodeId) {
+        *self.busy.entry(server).or_default() += 1;
+    }
+
+    fn ended(&mut self, server: NodeId) {
+        *self.busy.entry(server).or_default() -= 1;
+    }
 }
 
 impl Deal<'_> {
@@ -107,44 +119,36 @@ impl Deal<'_> {
         R: Send,
         F: Future<Output = anyhow::Result<R>> + Send,
     {
-        let mut at_work: BTreeMap<NodeId, usize> = BTreeMap::new();
-        let mut on_servers: BTreeMap<NodeId, usize> = BTreeMap::new();
-        let mut near = BTreeMap::new();
-        let mut left = Left {
-            open: pieces.into_iter().map(|(piece, weight)| (piece, weight, Failures::default())).collect(),
-            queues: Queues::new(),
-            servers: self.servers.to_vec(),
-            lost: Vec::new(),
-        };
+        let mut queues = Queues::of(pieces);
+        let mut servers = Servers { left: self.servers.to_vec(), ..Servers::default() };
         let mut running = FuturesUnordered::new();
+        let mut look = Instant::now();
         loop {
-            if !left.open.is_empty() {
-                self.deal(&mut left)?;
-                near = self.near(&left);
+            if queues.is_open() || look <= Instant::now() {
+                self.deal(&mut queues, &mut servers)?;
+                look = Instant::now() + LOOK_EVERY;
             }
-            for (worker, queue) in &mut left.queues {
-                let Some(server) = near.get(worker).copied() else { continue };
-                let (busy, on_server) = (at_work.entry(*worker).or_default(), on_servers.entry(server).or_default());
-                while *busy < PIECES_AT_ONCE
-                    && *on_server < self.at_once.max(1)
-                    && let Some((piece, weight, failures)) = queue.pop_front()
-                {
-                    *busy += 1;
-                    *on_server += 1;
-                    let work = one(*worker, server, piece.clone());
-                    running.push(self.watched((*worker, server), piece, weight, failures, work));
-                }
+            while let Some((worker, server, piece)) = queues.next(|worker| servers.free(worker, self.at_once)) {
+                servers.begin(server);
+                let work = one(worker, server, piece.what.clone());
+                running.push(self.watched((worker, server), piece, work));
             }
-            let Some(ended) = running.next().await else { return Ok(()) };
-            let Ended { worker, server, piece, weight, failures, outcome } = ended;
-            *at_work.entry(worker).or_default() -= 1;
-            *on_servers.entry(server).or_default() -= 1;
+            if running.is_empty() && queues.is_empty() {
+                return Ok(());
+            }
+            let ended = tokio::select! {
+                Some(ended) = running.next() => ended,
+                () = sleep_until(look) => continue,
+            };
+            let Ended { worker, server, piece, outcome } = ended;
+            queues.ended(worker, piece.weight);
+            servers.ended(server);
             match outcome {
-                Ok(result) => done.done(piece, weight, result).await?,
+                Ok(result) => done.done(piece.what, piece.weight, result).await?,
                 Err(error) => {
                     let end = PgError::of(&error).and_then(|said| ends(said, server));
-                    let piece = (piece, weight, failures);
-                    if let Some(why) = self.failed(&mut left, (worker, server), piece, (error, end))? {
+                    let lost = self.failed((&mut queues, &mut servers), (worker, server), piece, (error, end))?;
+                    if let Some(why) = lost {
                         done.lost(server, &why).await?;
                     }
                 }
@@ -155,76 +159,68 @@ impl Deal<'_> {
     /// Puts a piece that failed back to what is open. Gives the reason when its server is given up now.
     fn failed<P>(
         &self,
-        left: &mut Left<P>,
+        (queues, servers): (&mut Queues<P, Failures>, &mut Servers),
         (worker, server): (NodeId, NodeId),
-        (piece, weight, failures): (P, u64, Failures),
+        mut piece: Piece<P, Failures>,
         (error, end): (anyhow::Error, Option<End>),
     ) -> anyhow::Result<Option<anyhow::Error>> {
-        let was_there = left.servers.contains(&server);
-        let (mut failures, mut given_up) = (failures, None);
+        let was_there = servers.left.contains(&server);
+        let mut given_up = None;
         match end {
             Some(End::All(end)) => return Err(end),
             Some(End::Server(end)) => {
-                left.servers.retain(|other| *other != server);
-                if left.servers.is_empty() {
+                servers.left.retain(|other| *other != server);
+                if servers.left.is_empty() {
                     return Err(end);
                 }
                 // Its own node may still export; it reads from elsewhere now.
-                left.open.extend(left.queues.remove(&server).unwrap_or_default());
+                queues.give_back(server);
                 if !self.is_reachable(worker) {
-                    left.lost.push(worker);
+                    queues.lose(worker);
                 }
                 given_up = was_there.then_some(end);
             }
             // Begun before its server was given up: not the piece's fault.
             None if !was_there && error.downcast_ref::<LostClaim>().is_none() => {}
-            None => failures = self.judge(error, worker, failures, &mut left.lost)?,
+            None => match self.judge(error, worker, piece.failures)? {
+                Some(failures) => piece.failures = failures,
+                None => queues.lose(worker),
+            },
         }
-        left.open.push((piece, weight, failures));
-        if left.lost.contains(&worker) {
-            left.open.extend(left.queues.remove(&worker).unwrap_or_default());
-        }
+        queues.again(piece);
         Ok(given_up)
     }
 
-    /// From which server each of these workers reads.
-    fn near<P>(&self, left: &Left<P>) -> BTreeMap<NodeId, NodeId> {
-        let fleet = Fleet::of(&self.peers.cluster().view(), self.shard);
-        let workers = left.queues.keys();
-        workers.filter_map(|worker| Some((*worker, nearest(&fleet, *worker, &left.servers)?))).collect()
-    }
-
-    /// Deals pieces to the nodes that match and live now.
-    fn deal<P>(&self, left: &mut Left<P>) -> anyhow::Result<()> {
-        let Left { open, queues, servers, lost } = left;
+    /// Deals what is open, and what has to be dealt anew, to the nodes that match and live now.
+    fn deal<P>(&self, queues: &mut Queues<P, Failures>, servers: &mut Servers) -> anyhow::Result<()> {
         let view = self.peers.cluster().view();
         let fleet = Fleet::of(&view, self.shard);
-        let mut workers = workers(&fleet, self.rules, servers);
-        workers.retain(|worker| !lost.contains(&worker.id));
-        if workers.is_empty() {
+        let mut workers = workers(&fleet, self.rules, &servers.left);
+        workers.retain(|worker| !queues.is_out(worker.id));
+        if workers.is_empty() && queues.is_open() {
             let message = "no healthy sql instances available matching locality requirement";
             return Err(anyhow::Error::new(PgError::new(SqlState::UNCATEGORIZED, message)).context(Retryable));
         }
-        leaseholder(&view, self.shard)?;
-        let anchor = anchor(&fleet, self.rules, servers).unwrap_or_default();
-        let weights: Vec<u64> = open.iter().map(|(_, weight, _)| *weight).collect();
-        let assigned = assign(&weights, &anchor, &workers, self.rules.balanced);
-        for (worker, piece) in assigned.into_iter().zip(open.drain(..)) {
-            queues.entry(worker).or_default().push_back(piece);
-        }
+        match leaseholder(&view, self.shard) {
+            // Where the rule starts from is not known at the moment.
+            Err(_) if !queues.is_open() => return Ok(()),
+            found => found?,
+        };
+        let anchor = anchor(&fleet, self.rules, &servers.left).unwrap_or_default();
+        queues.deal(&workers, &anchor, self.rules.balanced);
+        let near = |worker: &Worker| Some((worker.id, nearest(&fleet, worker.id, &servers.left)?));
+        servers.near = workers.iter().filter_map(near).collect();
         Ok(())
     }
 
     async fn watched<P, R>(
         &self,
         (worker, server): (NodeId, NodeId),
-        piece: P,
-        weight: u64,
-        failures: Failures,
+        piece: Piece<P, Failures>,
         work: impl Future<Output = anyhow::Result<R>>,
     ) -> Ended<P, R> {
         let rested = async {
-            sleep(failures.rest).await;
+            sleep(piece.failures.rest).await;
             work.await
         };
         let outcome = tokio::select! {
@@ -238,7 +234,7 @@ impl Deal<'_> {
                 Err(PgError::new(SqlState::CONNECTION_FAILURE, message).into())
             }
         };
-        Ended { worker, server, piece, weight, failures, outcome }
+        Ended { worker, server, piece, outcome }
     }
 
     /// Returns when a server that is worked on does not answer the node beside it any more: it may keep its
@@ -266,14 +262,8 @@ impl Deal<'_> {
         self.peers.cluster().view().node(node).is_some_and(|known| known.reachable)
     }
 
-    /// What a failure means: for the worker, for the piece, or for everything.
-    fn judge(
-        &self,
-        error: anyhow::Error,
-        worker: NodeId,
-        mut failures: Failures,
-        lost: &mut Vec<NodeId>,
-    ) -> anyhow::Result<Failures> {
+    /// What a failure means: for everything, an error; for the worker, which is lost, none; for the piece.
+    fn judge(&self, error: anyhow::Error, worker: NodeId, mut failures: Failures) -> anyhow::Result<Option<Failures>> {
         if error.downcast_ref::<LostClaim>().is_some() {
             return Err(error);
         }
@@ -281,14 +271,13 @@ impl Deal<'_> {
         let code = PgError::of(&error).map(|said| said.code);
         let connection = code == Some(SqlState::CONNECTION_FAILURE);
         if connection && !self.is_reachable(worker) {
-            // Its death is not the piece's fault, and each node dies once.
-            lost.push(worker);
-            return Ok(failures);
+            // Its death is not the piece's fault.
+            return Ok(None);
         }
         // What a store or a lock refuses now it may grant later; across nodes only the code tells.
         let may_pass = connection || code.is_some_and(|code| PASSING.contains(&code)) || storage::is_transient(&error);
         match failures.patience.after_failure(Instant::now()).filter(|_| may_pass) {
-            Some(rest) => Ok(Failures { rest, ..failures }),
+            Some(rest) => Ok(Some(Failures { rest, ..failures })),
             None => Err(error),
         }
     }

@@ -270,9 +270,8 @@ fn when_one_of_them_is_lost_the_other_carries_on_at_the_same_point() {
         assert_eq!(balances(&backup), TOTAL, "{lost:?}");
         let noted = fleet.job(&id, "execution_errors::text");
         match lost {
-            Lost::FirstServer | Lost::OtherNode => {
-                assert!(noted != "{}" && !noted.contains("not all servers"), "{noted}")
-            }
+            // Whether anything of it failed depends on what was being read just then.
+            Lost::FirstServer | Lost::OtherNode => assert!(!noted.contains("not all servers"), "{noted}"),
             Lost::Coordinator => {}
             Lost::BothServers => assert_eq!(shard["read_from"], 1, "{noted}"),
         }

@@ -29,9 +29,10 @@ const STEP_DEADLINE: Duration = Duration::from_secs(12);
 const TAKE_DEADLINE: Duration = Duration::from_secs(60);
 
 /// Servers that do not stand at one position after so many steps, or after so long, are not read at once: users of a
-/// standby see it stand meanwhile.
-const STEPS_MAX: usize = 400;
-const STEPPING_MAX: Duration = Duration::from_secs(5);
+/// standby see it stand meanwhile. On a server with a free core a few steps are enough; where replay has to wait for its
+/// turn with everybody else, each goes some dozens of records too far.
+const STEPS_MAX: usize = 1000;
+const STEPPING_MAX: Duration = Duration::from_secs(10);
 
 /// How often it is tried again where a change of the schema is being replayed, and how long replay goes on before.
 const LOCK_TRIES: usize = 20;

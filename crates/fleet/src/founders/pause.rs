@@ -40,9 +40,10 @@ const POLL: Duration = Duration::from_millis(5);
 /// Replay that is let go on up to a position is paused again after this, wherever it is then.
 const STEP_MAX: Duration = Duration::from_millis(500);
 
-/// Up to so many bytes before that position it runs freely; from there on it is stopped every few records, because it
-/// cannot be stopped at a given one.
-const STEP_NEAR: u64 = 8192;
+/// Up to so many bytes before that position it runs freely; from there on it is stopped every few records, and behind the
+/// second mark after each, because it cannot be told where to stop.
+const STEP_NEAR: u64 = 16 * 1024;
+const STEP_CLOSE: u64 = 2 * 1024;
 
 /// Sessions on which resuming is tried; after that it is left to the switch.
 const RESUME_TRIES: usize = 3;
@@ -191,22 +192,28 @@ impl Drop for Pause {
 
 /// One statement, so that nothing but the server's own pace comes between resuming and pausing. Should it end in the
 /// middle, replay goes on.
+///
+/// Replay asks before each record whether it is to pause. Resumed and paused within one expression it goes on by a single
+/// record, if it wakes up in between at all; so the last stretch takes some hundred such pairs, and ends at the goal.
 fn step(until: Lsn) -> String {
-    let near = Lsn(until.0.saturating_sub(STEP_NEAR));
+    let before = |bytes: u64| Lsn(until.0.saturating_sub(bytes));
+    let (near, close) = (before(STEP_NEAR), before(STEP_CLOSE));
     format!(
         "DO $$ DECLARE
-            before pg_catalog.pg_lsn;
             ends CONSTANT timestamptz := pg_catalog.clock_timestamp() + interval '{} ms';
         BEGIN
-            WHILE pg_catalog.pg_last_wal_replay_lsn() < '{until}' AND pg_catalog.clock_timestamp() < ends LOOP
-                before := pg_catalog.pg_last_wal_replay_lsn();
+            IF pg_catalog.pg_last_wal_replay_lsn() < '{near}' THEN
                 PERFORM pg_catalog.pg_wal_replay_resume();
-                WHILE (pg_catalog.pg_last_wal_replay_lsn() = before OR pg_catalog.pg_last_wal_replay_lsn() < '{near}')
-                      AND pg_catalog.clock_timestamp() < ends LOOP
+                WHILE pg_catalog.pg_last_wal_replay_lsn() < '{near}' AND pg_catalog.clock_timestamp() < ends LOOP
                 END LOOP;
                 PERFORM pg_catalog.pg_wal_replay_pause();
-                WHILE pg_catalog.pg_get_wal_replay_pause_state() <> 'paused' AND pg_catalog.clock_timestamp() < ends LOOP
-                END LOOP;
+            END IF;
+            WHILE pg_catalog.pg_last_wal_replay_lsn() < '{close}' AND pg_catalog.clock_timestamp() < ends LOOP
+                PERFORM pg_catalog.pg_wal_replay_resume();
+                PERFORM pg_catalog.pg_wal_replay_pause();
+            END LOOP;
+            WHILE pg_catalog.pg_last_wal_replay_lsn() < '{until}' AND pg_catalog.clock_timestamp() < ends LOOP
+                PERFORM pg_catalog.pg_wal_replay_resume(), pg_catalog.pg_wal_replay_pause();
             END LOOP;
         END $$",
         STEP_MAX.as_millis()

@@ -2,16 +2,19 @@
 //!
 //! Who asks, and with which settings, only PostgreSQL knows; and a query that names jobs is the user's own. Both are
 //! asked in the client's session, between its own statements; the answers are swallowed ([`crate::pipeline`]) and read
-//! here.
+//! here. So is what the server knows of a prepared statement of ours: whether it still has its name, and which types the
+//! parameters of its query have.
 
 use std::time::Duration;
 
 use backup::{Requester, Settings};
 use bytes::Bytes;
 use pgerror::{PgError, SqlState};
-use sql::{IDS_MAX, Query, Statement};
+use sql::{IDS_MAX, Sourced, Statement};
+use tokio::sync::oneshot;
 
 use crate::frame::{cut_i16, cut_i32};
+use crate::requests::Arguments;
 
 /// Texts come in hexadecimal digits, because the answer is in the client's encoding.
 const WHO: &str = "
@@ -28,38 +31,110 @@ const WHO: &str = "
 /// No more of a value that is no id is told.
 const TOLD_MAX: usize = 60;
 
-/// Statements of ours that wait for the server to answer.
-pub(crate) struct Asking {
-    statements: Vec<Statement>,
-    /// The Execute message that waits for them; `None` in the simple protocol.
+/// What a frame of ours asks for.
+pub(crate) struct Order {
+    pub(crate) work: Work,
+    /// The message that waits for it, an Execute or a Bind; `None` in the simple protocol.
     pub(crate) execute: Option<Bytes>,
-    /// Who asks, once that is known.
-    requester: Option<Requester>,
-    /// The rows of the answer to the question that was asked last.
+    /// What queries in it are run with.
+    pub(crate) arguments: Arguments,
+}
+
+/// What there is to do for it.
+pub(crate) enum Work {
+    /// Statements of ours, to be run and answered.
+    Ours(Vec<Statement>),
+    /// A text of PostgreSQL's, to be sent on with rows in it.
+    Sourced(Sourced),
+}
+
+/// A query of the user's that names jobs, asked by a running statement.
+pub(crate) struct Question {
+    /// What the server is to run.
+    pub(crate) text: String,
+    pub(crate) arguments: Arguments,
+    /// Where a position in it is in the client's text.
+    pub(crate) position: Box<dyn Fn(usize) -> usize + Send>,
+    /// Takes the ids.
+    pub(crate) reply: oneshot::Sender<Result<Vec<i64>, PgError>>,
+}
+
+/// A question that waits for the server to answer.
+pub(crate) struct Asking {
+    about: About,
+    extended: bool,
+    /// The rows of the answer.
     told: Vec<Option<String>>,
     /// What is wrong with them.
     wrong: Option<PgError>,
-    /// The query that was asked last, if it was one of the user's.
-    query: Option<Query>,
+}
+
+enum About {
+    /// Who asks for this.
+    Who(Order),
+    /// Which jobs a query names.
+    Jobs(Question),
+    /// Whether the server has the name of a prepared statement, and its parameters; this message waits.
+    Name { tag: u8, body: Bytes, types: Vec<u32> },
 }
 
 /// What to do after an answer.
 pub(crate) enum Next {
-    /// To ask this.
-    Ask(String),
-    /// To run these, for whoever was told.
-    Start(Vec<Statement>, Option<Requester>),
+    /// To run this, for whoever was told.
+    Start(Order, Option<Requester>),
+    /// To let the running statement go on.
+    GoOn,
+    /// To take this message, of a prepared statement with parameters of these types.
+    Take(u8, Bytes, Vec<u32>),
 }
 
 impl Asking {
-    /// Begins with the question to ask first.
-    pub(crate) fn begin(statements: Vec<Statement>, execute: Option<Bytes>) -> (Self, String) {
-        let asking = Self { statements, execute, requester: None, told: Vec::new(), wrong: None, query: None };
-        (asking, WHO.to_owned())
+    fn new(about: About, extended: bool) -> Self {
+        Self { about, extended, told: Vec::new(), wrong: None }
     }
 
-    /// A row of an answer; it may be cut short behind its first value. Rows beyond the limit are not kept.
+    /// Begins with the question who asks for this.
+    pub(crate) fn who(order: Order) -> (Self, &'static str) {
+        let extended = order.execute.is_some();
+        (Self::new(About::Who(order), extended), WHO)
+    }
+
+    /// A query that names jobs.
+    pub(crate) fn jobs(question: Question, extended: bool) -> Self {
+        Self::new(About::Jobs(question), extended)
+    }
+
+    /// What the server knows of the prepared statement that this message names.
+    pub(crate) fn name(tag: u8, body: Bytes) -> Self {
+        Self::new(About::Name { tag, body, types: Vec::new() }, true)
+    }
+
+    /// Whether it is asked in the extended protocol.
+    pub(crate) fn is_extended(&self) -> bool {
+        self.extended
+    }
+
+    /// Whether a running statement waits for it.
+    pub(crate) fn is_of_running(&self) -> bool {
+        matches!(self.about, About::Jobs(_))
+    }
+
+    /// The message that waits to know whether its prepared statement has its name.
+    pub(crate) fn waiting(&self) -> Option<(u8, &Bytes)> {
+        match &self.about {
+            About::Name { tag, body, .. } => Some((*tag, body)),
+            About::Who(_) | About::Jobs(_) => None,
+        }
+    }
+
+    /// A row of an answer, which may be cut short behind its first value, or a whole ParameterDescription. Rows beyond
+    /// the limit are not kept.
     pub(crate) fn told(&mut self, mut row: &[u8]) {
+        if let About::Name { types, .. } = &mut self.about {
+            let count = cut_i16(&mut row).map_or(0, i16::cast_unsigned);
+            types.extend((0..count).map_while(|_| cut_i32(&mut row)).map(i32::cast_unsigned));
+            return;
+        }
         if self.told.len() > IDS_MAX {
             return;
         }
@@ -77,10 +152,12 @@ impl Asking {
         }
     }
 
-    /// The server's error about a query of the user's, as one about the statement that the query stands in.
+    /// The server's error about a query of the user's, as one about the text that the query stands in.
     pub(crate) fn of_statement(&self, error: &[u8]) -> Option<Bytes> {
-        let query = self.query.as_ref()?;
-        with_position(error, |position| query.position(position))
+        match &self.about {
+            About::Jobs(question) => with_position(error, &question.position),
+            About::Who(_) | About::Name { .. } => None,
+        }
     }
 
     /// An answer is whole.
@@ -88,29 +165,24 @@ impl Asking {
     /// # Errors
     ///
     /// What it says is not what was asked for.
-    pub(crate) fn answered(&mut self) -> Result<Next, PgError> {
-        let told = std::mem::take(&mut self.told);
-        if let Some(wrong) = self.wrong.take() {
-            return Err(wrong);
-        }
-        match self.statements.iter_mut().find(|statement| statement.query().is_some()) {
-            _ if self.requester.is_none() => {
+    pub(crate) fn answered(self) -> Result<Next, PgError> {
+        match self.about {
+            About::Who(order) => {
                 let unknown = || PgError::new(SqlState::INTERNAL_ERROR, "the server did not say who the client is");
-                self.requester = Some(requester(&told).ok_or_else(unknown)?);
+                Ok(Next::Start(order, Some(requester(&self.told).ok_or_else(unknown)?)))
             }
-            Some(statement) => statement.answer_query(ids(&told)?),
-            None => {}
+            About::Jobs(question) => {
+                // Who has been cancelled meanwhile does not hear it.
+                let _ = question.reply.send(self.wrong.map_or_else(|| ids(&self.told), Err));
+                Ok(Next::GoOn)
+            }
+            About::Name { tag, body, types } => Ok(Next::Take(tag, body, types)),
         }
-        self.query = self.statements.iter().find_map(Statement::query).cloned();
-        Ok(match &self.query {
-            Some(query) => Next::Ask(query.for_server()),
-            None => Next::Start(std::mem::take(&mut self.statements), self.requester.take()),
-        })
     }
 }
 
 /// An ErrorResponse with this done to the position in it; `None` when there is none. `body` is whole.
-fn with_position(body: &[u8], change: impl FnOnce(usize) -> usize) -> Option<Bytes> {
+pub(crate) fn with_position(body: &[u8], change: impl FnOnce(usize) -> usize) -> Option<Bytes> {
     let fields: Vec<&[u8]> = body.split(|byte| *byte == 0).take_while(|field| !field.is_empty()).collect();
     let at = fields.iter().position(|field| field.first() == Some(&b'P'))?;
     let position = std::str::from_utf8(&fields[at][1..]).ok()?.parse().ok()?;
@@ -199,39 +271,22 @@ mod tests {
         row
     }
 
-    fn told_who() -> Asking {
-        let statements = sql::parse("SHOW JOBS SELECT 1; SHOW JOBS; PAUSE JOBS TABLE x").unwrap();
-        let (mut asking, question) = Asking::begin(statements, None);
-        assert_eq!(question, WHO);
+    fn order() -> Order {
+        let statements = sql::parse("SHOW JOBS").unwrap();
+        Order { work: Work::Ours(statements), execute: None, arguments: Arguments::default() }
+    }
+
+    #[test]
+    fn who_asks_is_told_in_digits() {
+        let (mut asking, question) = Asking::who(order());
+        assert_eq!((question, asking.is_extended()), (WHO, false));
         let hex = |text: &str| text.bytes().map(|byte| format!("{byte:02x}")).collect::<String>();
         let settings = [Some("jürgen"), Some("on"), Some("50"), None, Some("wait"), Some("")];
         for value in settings.into_iter().chain([Some("off"), Some("movr"), Some(r#"["pg_catalog","ü"]"#)]) {
             let digits = value.map(hex);
             asking.told(&row(&[digits.as_deref()]));
         }
-        asking
-    }
-
-    #[test]
-    fn questions_follow_one_another() {
-        let mut asking = told_who();
-        let Ok(Next::Ask(first)) = asking.answered() else { panic!("no question") };
-        assert!(first.ends_with("(SELECT 1\n) AS named LIMIT 1001"), "{first}");
-        asking.told(&row(&[Some("7"), Some("x")]));
-        asking.told(&row(&[None]));
-        asking.told(&row(&[Some("-8")]));
-        let Ok(Next::Ask(second)) = asking.answered() else { panic!("no question") };
-        assert!(second.ends_with("(TABLE x\n) AS named LIMIT 1001"), "{second}");
-        let Ok(Next::Start(statements, Some(requester))) = asking.answered() else { panic!("no start") };
-        assert_eq!(
-            statements,
-            sql::parse("SHOW JOBS VALUES (7), (-8); SHOW JOBS")
-                .unwrap()
-                .into_iter()
-                .chain([statements[2].clone()])
-                .collect::<Vec<_>>()
-        );
-        assert!(statements[2].query().is_none());
+        let Ok(Next::Start(_, Some(requester))) = asking.answered() else { panic!("no start") };
         let settings = Settings { on_relocation: "wait".to_owned(), balanced: "off".to_owned(), ..Settings::default() };
         let expected = Requester {
             user: "jürgen".to_owned(),
@@ -242,18 +297,44 @@ mod tests {
             settings,
         };
         assert_eq!(requester, expected);
+        assert!(Asking::who(order()).0.answered().is_err());
+    }
+
+    type Reply = oneshot::Receiver<Result<Vec<i64>, PgError>>;
+
+    fn jobs() -> (Asking, Reply) {
+        let (reply, answered) = oneshot::channel();
+        let position = Box::new(|at| at + 10);
+        let question = Question { text: String::new(), arguments: Arguments::default(), position, reply };
+        (Asking::jobs(question, true), answered)
+    }
+
+    #[test]
+    fn ids_are_those_of_the_first_column() {
+        let (mut asking, mut answered) = jobs();
+        for values in [[Some("7"), Some("x")].as_slice(), &[None], &[Some("-8")]] {
+            asking.told(&row(values));
+        }
+        assert!(matches!(asking.answered(), Ok(Next::GoOn)));
+        assert_eq!(answered.try_recv().unwrap(), Ok(vec![7, -8]));
     }
 
     #[test]
     fn a_position_is_that_in_the_statement() {
-        let mut asking = told_who();
-        let error = b"SERROR\0C42703\0P22\0Fparse.c\0\0";
-        assert_eq!(asking.of_statement(error), None);
-        assert!(matches!(asking.answered(), Ok(Next::Ask(_))));
-        // `1` of `SHOW JOBS SELECT 1`, behind `SELECT * FROM (`.
-        let moved = asking.of_statement(b"SERROR\0C42703\0P23\0Fparse.c\0\0").unwrap();
+        let (asking, _answered) = jobs();
+        let moved = asking.of_statement(b"SERROR\0C42703\0P8\0Fparse.c\0\0").unwrap();
         assert_eq!(&moved[..], b"E\0\0\0\x20SERROR\0C42703\0P18\0Fparse.c\0\0");
         assert_eq!(asking.of_statement(b"SERROR\0C42703\0\0"), None);
+        assert_eq!(Asking::who(order()).0.of_statement(b"SERROR\0P8\0\0"), None);
+    }
+
+    #[test]
+    fn the_types_of_parameters_are_read() {
+        let mut asking = Asking::name(b'B', Bytes::from_static(b"x"));
+        asking.told(&[0, 2, 0, 0, 0, 20, 0, 0, 1, 0]);
+        assert_eq!(asking.waiting(), Some((b'B', &Bytes::from_static(b"x"))));
+        let Ok(Next::Take(b'B', body, types)) = asking.answered() else { panic!("no message") };
+        assert_eq!((&body[..], types), (&b"x"[..], vec![20, 256]));
     }
 
     #[test]
@@ -265,10 +346,10 @@ mod tests {
             (vec![row(&[Some("123")])[..8].to_vec()], "42804"),
             (vec![row(&[Some("1")]); IDS_MAX + 1], "53400"),
         ] {
-            let mut asking = told_who();
-            assert!(matches!(asking.answered(), Ok(Next::Ask(_))));
+            let (mut asking, mut answered) = jobs();
             rows.iter().for_each(|row| asking.told(row));
-            let Err(error) = asking.answered() else { panic!("{rows:?}") };
+            assert!(asking.answered().is_ok());
+            let Ok(Err(error)) = answered.try_recv() else { panic!("{rows:?}") };
             assert_eq!(error.code.as_str(), code);
         }
     }

@@ -326,7 +326,10 @@ mod tests {
         }
         for (text, types) in [
             ("CANCEL JOBS SELECT id FROM t WHERE x = $1", vec![None]),
-            ("PAUSE JOBS SELECT id FROM t WHERE x = $3 OR '$4' = $$ $5 $$ WITH REASON = $2", vec![None, Some(Text), None]),
+            (
+                "PAUSE JOBS SELECT id FROM t WHERE x = $3 OR '$4' = $$ $5 $$ WITH REASON = $2",
+                vec![None, Some(Text), None],
+            ),
             ("SHOW JOB (SELECT $1 FROM [SHOW JOBS SELECT $2 FROM [SHOW JOB $3]])", vec![None, None, Some(Int8)]),
         ] {
             // `$1` of the second has no place at all.
@@ -336,7 +339,8 @@ mod tests {
                 false => assert_eq!(found.expect_err(text).code, SqlState::INDETERMINATE_DATATYPE),
             }
         }
-        let sourced = Sourced::read("SELECT $2 FROM [SHOW BACKUPS IN $1], [SHOW JOB $3] WHERE job_id = $3").expect("sound");
+        let sourced =
+            Sourced::read("SELECT $2 FROM [SHOW BACKUPS IN $1], [SHOW JOB $3] WHERE job_id = $3").expect("sound");
         assert_eq!(sourced.parameters(), Ok(vec![Some(Text), None, Some(Int8)]));
     }
 

@@ -259,7 +259,8 @@ impl Sourced {
     /// The numbers of the placeholders outside its sources, whose types are the server's to find.
     pub(crate) fn placeholders(&self) -> impl Iterator<Item = usize> {
         let outside = |piece: &Piece<'_>| !self.sources.iter().any(|source| source.whole.contains(&piece.start));
-        let found = Lexer::new(self.text.as_bytes()).filter(move |piece| piece.kind == Kind::Parameter && outside(piece));
+        let found =
+            Lexer::new(self.text.as_bytes()).filter(move |piece| piece.kind == Kind::Parameter && outside(piece));
         found.filter_map(|piece| std::str::from_utf8(&piece.text[1..]).ok()?.parse().ok())
     }
 

@@ -17,7 +17,10 @@ fn a_show_where_a_table_could_stand_is_a_row_source() {
         ("DELETE FROM t USING [SHOW JOBS] j WHERE j.job_id = id", 1),
         ("WITH j AS (SHOW JOBS) SELECT * FROM j", 1),
         ("WITH j (a) AS NOT MATERIALIZED (SHOW JOB WHEN COMPLETE 1), k AS MATERIALIZED (SHOW NODES) TABLE k", 2),
-        ("INSERT INTO t SELECT path FROM [SHOW BACKUPS IN 'x'] WHERE path IN (SELECT a FROM [SHOW LOCALITY] AS l(a))", 2),
+        (
+            "INSERT INTO t SELECT path FROM [SHOW BACKUPS IN 'x'] WHERE path IN (SELECT a FROM [SHOW LOCALITY] AS l(a))",
+            2,
+        ),
         ("SELECT * FROM [SHOW JOBS SELECT job_id FROM [SHOW JOBS] WHERE a[1] = ']']", 1),
         ("SELECT 1; SELECT 2 FROM [SHOW JOBS];", 1),
         ("EXPLAIN SELECT * FROM [SHOW JOBS]", 1),

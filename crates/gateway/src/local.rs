@@ -172,6 +172,12 @@ impl Locals {
             .is_some_and(|prepared| matches!(prepared.meaning, Meaning::Ours(_)))
     }
 
+    /// Where a position in what the server has of a statement is in the client's text.
+    pub(crate) fn position(&self, tag: u8, body: &[u8], on_server: usize) -> usize {
+        let prepared = named(tag, body).and_then(|name| self.statements.get(name));
+        prepared.map_or(on_server, |prepared| (prepared.for_server(b"").position)(on_server))
+    }
+
     /// Forgets the statement that a message names, which the server does not have.
     pub(crate) fn forget_name(&mut self, tag: u8, body: &[u8]) {
         if let Some(name) = named(tag, body) {

@@ -88,7 +88,7 @@ impl Runner {
             let answer = self.run(&mut statement, before + source.before).await?;
             let rows = json(columns(&statement), &answer.rows, self.room)?;
             self.notices.extend(answer.notices);
-            self.room -= rows.len();
+            self.room = self.room.saturating_sub(rows.len());
             queries.push(query(&format!("'{}'", rows.replace('\'', "''")), columns(&statement)));
         }
         Ok(sourced.rewrite(&queries))
@@ -218,7 +218,7 @@ mod tests {
     #[test]
     fn rows_beyond_the_limit_are_refused() {
         let row = vec![Value::Text(Some("x".repeat(100)))];
-        assert!(json(&COLUMNS[..1], &vec![row.clone(); 9], 1000).is_ok_and(|document| document.len() < 1100));
+        assert!(json(&COLUMNS[..1], &vec![row.clone(); 8], 1000).is_ok_and(|document| document.len() < 1000));
         let error = json(&COLUMNS[..1], &vec![row; 10], 1000).unwrap_err();
         assert_eq!(error.code, SqlState::CONFIGURATION_LIMIT_EXCEEDED);
     }

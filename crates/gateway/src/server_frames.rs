@@ -74,7 +74,10 @@ impl Session {
     /// An error of the server's about what this gateway made of the client's text, as one about that text.
     fn led_back(&self, error: &[u8]) -> Option<Bytes> {
         match (&self.asking, &self.places) {
-            (Some(asking), _) => asking.of_statement(error),
+            (Some(asking), _) => match asking.waiting() {
+                Some((tag, body)) => with_position(error, |at| self.locals.position(tag, body, at)),
+                None => asking.of_statement(error),
+            },
             (None, Some(places)) => with_position(error, &places.position),
             (None, None) => None,
         }

@@ -3,7 +3,7 @@
 //! `SELECT status FROM [SHOW JOB 1]`, `WITH j AS (SHOW JOBS) SELECT …`. The SHOW is found here, by the server's own
 //! rules for what is code ([`crate::lexer`]), and read; somebody else runs it; and its rows, as a query that gives
 //! them, take its place in the text that goes on to PostgreSQL. Every text that has one is a syntax error to a bare
-//! server: nothing that it accepts has `SHOW` and another of our words behind `[`, nor behind `AS (`.
+//! server: nothing that it accepts has `SHOW` and another of our words behind `[`, nor at the beginning of a CTE's body.
 //!
 //! A SHOW may name its jobs by a query, which may have row sources again, no deeper than [`DEPTH_MAX`].
 
@@ -88,39 +88,84 @@ struct Finder<'t> {
     statement: usize,
     /// A function's body has begun, whose semicolons do not end the statement.
     in_body: bool,
+    /// Where in a list of CTEs the text is, for each bracket that is open.
+    ctes: Vec<Cte>,
+}
+
+/// A place in `WITH a AS (…), b (x) AS MATERIALIZED (…)`. `AS (show jobs)` stands elsewhere, too: behind a function it
+/// declares a column of the type `jobs`.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Cte {
+    Outside,
+    /// A name comes next.
+    Name,
+    /// The name has come, and its columns may have.
+    Named,
+    /// The body comes next.
+    As,
+    /// The body has come.
+    Whole,
+}
+
+impl Cte {
+    fn after(self, piece: &Piece<'_>) -> Self {
+        let is_name = matches!(piece.kind, Kind::Word | Kind::Name);
+        match self {
+            Self::Name if piece.is_word("RECURSIVE") => Self::Name,
+            Self::Name if is_name => Self::Named,
+            // Its columns.
+            Self::Named if piece.kind == Kind::Sign(b'(') => Self::Named,
+            Self::Named if piece.is_word("AS") => Self::As,
+            Self::As if piece.is_word("NOT") || piece.is_word("MATERIALIZED") => Self::As,
+            Self::As if piece.kind == Kind::Sign(b'(') => Self::Whole,
+            Self::Whole if piece.kind == Kind::Sign(b',') => Self::Name,
+            _ if piece.is_word("WITH") => Self::Name,
+            _ => Self::Outside,
+        }
+    }
 }
 
 impl<'t> Finder<'t> {
     fn new(text: &'t [u8]) -> Self {
-        Self { text, lexer: Lexer::new(text), before: None, statement: 0, in_body: false }
+        let (lexer, ctes) = (Lexer::new(text), vec![Cte::Outside]);
+        Self { text, lexer, before: None, statement: 0, in_body: false, ctes }
     }
 
     /// Whether this piece opens a row source.
     fn opens(&self, piece: &Piece<'_>) -> bool {
-        let before = |words: &[&str]| self.before.is_some_and(|before| words.iter().any(|word| before.is_word(word)));
-        let sign = |signs: &[u8]| {
-            self.before.is_some_and(|before| matches!(before.kind, Kind::Sign(sign) if signs.contains(&sign)))
-        };
-        let stands = match piece.kind {
-            Kind::Sign(b'[') => before(&BEFORE) || sign(b",("),
-            Kind::Sign(b'(') => before(&["AS", "MATERIALIZED"]),
+        let stands = match (piece.kind, self.before) {
+            (Kind::Sign(b'['), Some(before)) => {
+                matches!(before.kind, Kind::Sign(b',' | b'(')) || BEFORE.iter().any(|word| before.is_word(word))
+            }
+            (Kind::Sign(b'('), _) => self.ctes.last() == Some(&Cte::As),
             _ => false,
         };
         stands && is_show(self.lexer.clone())
     }
 
-    /// The closing bracket to the one that was just read.
+    /// Takes note of a piece.
+    fn pass(&mut self, piece: Piece<'t>) {
+        if matches!(piece.kind, Kind::Sign(b']' | b')')) && self.ctes.len() > 1 {
+            self.ctes.pop();
+        } else if let Some(cte) = self.ctes.last_mut() {
+            *cte = cte.after(&piece);
+        }
+        self.in_body |= piece.is_word("ATOMIC") && self.before.is_some_and(|before| before.is_word("BEGIN"));
+        match piece.kind {
+            Kind::Sign(b'[' | b'(') => self.ctes.push(Cte::Outside),
+            Kind::Sign(b';') if !self.in_body => self.statement = piece.end(),
+            _ => {}
+        }
+        self.before = Some(piece);
+    }
+
+    /// The closing bracket to the one that was just passed, itself passed.
     fn close(&mut self) -> Option<usize> {
-        let mut depth = 1_usize;
+        let depth = self.ctes.len();
         loop {
             let piece = self.lexer.next()?;
-            match piece.kind {
-                Kind::Sign(b'[' | b'(') => depth += 1,
-                Kind::Sign(b']' | b')') => depth -= 1,
-                _ => {}
-            }
-            if depth == 0 {
-                self.before = Some(piece);
+            self.pass(piece);
+            if self.ctes.len() < depth {
                 return Some(piece.start);
             }
         }
@@ -133,23 +178,15 @@ impl Iterator for Finder<'_> {
     fn next(&mut self) -> Option<Found> {
         loop {
             let piece = self.lexer.next()?;
-            if self.opens(&piece) {
+            let (opens, statement) = (self.opens(&piece), self.statement);
+            self.pass(piece);
+            if opens {
                 let close = self.close()?;
                 let bracketed = piece.kind == Kind::Sign(b'[');
+                let (whole, inside) = (piece.start..close + 1, piece.end()..close);
                 let matches = self.text[close] == if bracketed { b']' } else { b')' };
-                let found = Found {
-                    whole: piece.start..close + 1,
-                    inside: piece.end()..close,
-                    bracketed,
-                    statement: self.statement,
-                };
-                return matches.then_some(found);
+                return matches.then_some(Found { whole, inside, bracketed, statement });
             }
-            self.in_body |= piece.is_word("ATOMIC") && self.before.is_some_and(|before| before.is_word("BEGIN"));
-            if piece.kind == Kind::Sign(b';') && !self.in_body {
-                self.statement = piece.end();
-            }
-            self.before = Some(piece);
         }
     }
 }

@@ -2,6 +2,7 @@
 
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on panics")]
 
+mod altered; // tables that keep being altered: held on the leaseholder, or the job fails and names them
 mod backup; // what BACKUP promises: where it runs, what clients are told, what is in it
 mod backup_faults; // deaths in the middle, stores that fail, statements that cannot be
 mod check; // what `backhaul check` finds, and that its statements mend it
@@ -13,12 +14,15 @@ mod demo; // what `backhaul demo` promises: its fleet, its ends, its refusals
 mod drivers; // the same for application drivers
 mod extended; // ours in the extended protocol: what a driver may rely on, promise by promise
 mod failover; // promotion, crash and return of servers and nodes
+mod locality; // CockroachDB's cases of EXECUTION LOCALITY: nodes whose tiers cross, several shards
 mod mistakes; // wrong secrets, shards, stores and addresses
 mod plan; // EXPLAIN BACKUP tells what is done; options, ranges and regions; docs/locality.md
 mod restore; // everything comes back the same, once, and damage is noticed
 mod rows; // SHOW as a row source: prepared, in pipelines, with positions, cancelled
 mod security; // passwords, TLS, open doors
+mod shards; // several shards: each by its own rules, into others by shard_map, and left out only by name
 mod survival; // jobs outlive nodes that are stopped in turn, and a registry that moves
+mod turnover; // nodes and servers that come, go and freeze while a backup runs
 mod wire; // what SQL cannot see: frames, pipelines, transactions, cancel
 
 #[path = "../support/mod.rs"]

@@ -25,7 +25,7 @@ const NO_HISTORY: &str = "PostgreSQL keeps no history of rows.";
 const NO_BACKUP_TO: &str =
     "The `BACKUP TO` syntax is no longer supported. Please use `BACKUP INTO` to create a backup collection.";
 
-const OPTIONS: [Known; 12] = [
+const OPTIONS: [Known; 13] = [
     Known::ours("detached", Value::Switch, "detached option"),
     Known::ours("execution locality", Value::Text, "execution locality option"),
     Known::not_yet("revision_history", Value::Condition, "revision_history option").never(
@@ -39,9 +39,10 @@ const OPTIONS: [Known; 12] = [
     Known::not_yet("include_all_secondary_tenants", Value::Condition, "include_all_virtual_clusters"),
     Known::not_yet("updates_cluster_monitoring_metrics", Value::Condition, "updates_cluster_monitoring_metrics option"),
     Known::not_yet("strict storage locality", Value::Nothing, "strict storage locality option"),
-    // These two are ours alone.
+    // These are ours alone.
     Known::ours("strict execution locality", Value::Nothing, "strict execution locality option"),
     Known::ours("replica", Value::Text, "replica option"),
+    Known::ours("skip_unreachable_shards", Value::Nothing, "skip_unreachable_shards option"),
 ];
 
 pub(crate) fn backup(cursor: &mut Cursor<'_>) -> Result<Backup, PgError> {
@@ -66,6 +67,7 @@ pub(crate) fn backup(cursor: &mut Cursor<'_>) -> Result<Backup, PgError> {
             ("execution locality", Given::Text(filter)) => chosen.execution_locality = Some(filter),
             ("strict execution locality", _) => chosen.strict = true,
             ("replica", Given::Text(which)) => chosen.replica = Some(which),
+            ("skip_unreachable_shards", _) => chosen.skip_unreachable_shards = true,
             _ => {}
         }
     }
@@ -111,6 +113,7 @@ mod tests {
         let at = |place| BackupOptions { execution_locality: Some(place), ..plain.clone() };
         let both = BackupOptions { detached: true, ..at(literal("region=a")) };
         let bound = BackupOptions { detached: true, ..at(Text::Placeholder(2)) };
+        let skipping = BackupOptions { skip_unreachable_shards: true, ..detached.clone() };
         let read = |which| BackupOptions { strict: true, replica: Some(which), ..plain.clone() };
         let (strict, strict_bound) = (read(literal("standby")), read(Text::Placeholder(3)));
         for (text, databases, into, options) in [
@@ -130,6 +133,7 @@ mod tests {
                 Text::Placeholder(1),
                 &bound,
             ),
+            ("BACKUP DATABASE a INTO x WITH SKIP_UNREACHABLE_SHARDS, detached", vec!["a"], literal("x"), &skipping),
             ("BACKUP DATABASE a INTO x WITH revision_history = false, detached", vec!["a"], literal("x"), &detached),
             (
                 "BACKUP DATABASE a INTO x WITH Strict Execution Locality, REPLICA = standby",
@@ -180,6 +184,7 @@ mod tests {
             ("BACKUP DATABASE a INTO 'x' WITH strict", "EOF", 39),
             ("BACKUP DATABASE a INTO 'x' WITH strict execution locality = true", "=", 59),
             ("BACKUP DATABASE a INTO 'x' WITH replica", "EOF", 40),
+            ("BACKUP DATABASE a INTO 'x' WITH skip_unreachable_shards = true", "=", 57),
             ("EXPLAIN BACKUP DATABASE a", "EOF", 26),
             ("BACKUP DATABASE a INTO 'x' AS OF SYSTEM TIME", "EOF", 45),
             ("BACKUP DATABASE a INTO 'x' AS OF SYSTEM TIME (1", "EOF", 48),
@@ -219,6 +224,11 @@ mod tests {
                 "strict execution locality option",
             ),
             ("replica = 'any', replica = 'standby'", "standby", "replica option"),
+            (
+                "skip_unreachable_shards, detached, skip_unreachable_shards",
+                "skip_unreachable_shards",
+                "skip_unreachable_shards option",
+            ),
             ("encryption_passphrase = 'a', encryption_passphrase = 'b'", "*****", "encryption_passphrase"),
             ("kms = 'a', kms = ('b', 'c')", ")", "kms"),
             ("incremental_location = 'a', incremental_location = 'b'", "b", "incremental_location option"),

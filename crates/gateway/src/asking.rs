@@ -81,7 +81,7 @@ enum About {
 /// What to do after an answer.
 pub(crate) enum Next {
     /// To run this, for whoever was told.
-    Start(Order, Option<Requester>),
+    Start(Order, Box<Requester>),
     /// To let the running statement go on.
     GoOn,
     /// To take this message, of a prepared statement with parameters of these types.
@@ -169,7 +169,7 @@ impl Asking {
         match self.about {
             About::Who(order) => {
                 let unknown = || PgError::new(SqlState::INTERNAL_ERROR, "the server did not say who the client is");
-                Ok(Next::Start(order, Some(requester(&self.told).ok_or_else(unknown)?)))
+                Ok(Next::Start(order, Box::new(requester(&self.told).ok_or_else(unknown)?)))
             }
             About::Jobs(question) => {
                 // Who has been cancelled meanwhile does not hear it.
@@ -286,7 +286,7 @@ mod tests {
             let digits = value.map(hex);
             asking.told(&row(&[digits.as_deref()]));
         }
-        let Ok(Next::Start(_, Some(requester))) = asking.answered() else { panic!("no start") };
+        let Ok(Next::Start(_, requester)) = asking.answered() else { panic!("no start") };
         let settings = Settings { on_relocation: "wait".to_owned(), balanced: "off".to_owned(), ..Settings::default() };
         let expected = Requester {
             user: "jürgen".to_owned(),
@@ -296,7 +296,7 @@ mod tests {
             search_path: vec!["pg_catalog".to_owned(), "ü".to_owned()],
             settings,
         };
-        assert_eq!(requester, expected);
+        assert_eq!(*requester, expected);
         assert!(Asking::who(order()).0.answered().is_err());
     }
 

@@ -184,7 +184,7 @@ impl Session {
     fn execute(&mut self, body: &Bytes) -> Result<(), PgError> {
         match self.locals.begin_execute(body)? {
             Execution::Run(statement, arguments) => {
-                self.ask(Order { work: Work::Ours(vec![statement]), execute: Some(body.clone()), arguments });
+                self.ask(Order { work: Work::Ours(vec![*statement]), execute: Some(body.clone()), arguments });
                 Ok(())
             }
             Execution::Ready => self.locals.finish_execute(body, None, &mut self.to_client),
@@ -230,7 +230,7 @@ impl Session {
         let tag = if asking.is_extended() { b'E' } else { b'Q' };
         let done = match asking.answered() {
             Ok(Next::Start(order, requester)) => {
-                self.start(order, requester);
+                self.start(order, Some(*requester));
                 Ok(())
             }
             Ok(Next::GoOn) => {

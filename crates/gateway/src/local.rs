@@ -112,7 +112,7 @@ impl Portal {
 /// What an Execute needs before it can be answered.
 pub(crate) enum Execution {
     /// The statement has to be run first, with these values in its query.
-    Run(Statement, Arguments),
+    Run(Box<Statement>, Arguments),
     /// Everything is there.
     Ready,
 }
@@ -340,7 +340,9 @@ impl Locals {
         let name = cut_string(&mut body).ok_or_else(|| malformed("Execute"))?;
         let portal = self.portals.get(name).ok_or_else(|| malformed("Execute"))?;
         Ok(match portal {
-            Portal { statement, arguments, rows: None, .. } => Execution::Run(statement.clone(), arguments.clone()),
+            Portal { statement, arguments, rows: None, .. } => {
+                Execution::Run(Box::new(statement.clone()), arguments.clone())
+            }
             Portal { rows: Some(_), .. } => Execution::Ready,
         })
     }

@@ -9,12 +9,14 @@ use std::time::Duration;
 
 use backup::{Requester, Settings};
 use bytes::Bytes;
+use jobs::Birth;
 use pgerror::{PgError, SqlState};
 use sql::{IDS_MAX, Sourced, Statement};
 use tokio::sync::oneshot;
 
 use crate::frame::{cut_i16, cut_i32};
 use crate::requests::Arguments;
+use crate::transactions::{MARK, birth_of, transaction};
 
 /// Texts come in hexadecimal digits, because the answer is in the client's encoding.
 const WHO: &str = "
@@ -48,6 +50,16 @@ pub(crate) enum Work {
     Sourced(Sourced),
 }
 
+impl Work {
+    /// When jobs that it makes begin to be there, outside a transaction of PostgreSQL's.
+    pub(crate) fn birth(&self) -> Birth {
+        match self {
+            Self::Ours(statements) => birth_of(statements),
+            Self::Sourced(_) => Birth::Now,
+        }
+    }
+}
+
 /// A query of the user's that names jobs, asked by a running statement.
 pub(crate) struct Question {
     /// What the server is to run.
@@ -70,8 +82,10 @@ pub(crate) struct Asking {
 }
 
 enum About {
-    /// Who asks for this.
-    Who(Order),
+    /// Who asks for this, which is part of the transaction that is open on the shard, if one is named.
+    Who(Order, Option<String>),
+    /// Which transaction that is.
+    Mark(Order, Box<Requester>, String),
     /// Which jobs a query names.
     Jobs(Question),
     /// Whether the server has the name of a prepared statement, and its parameters; this message waits.
@@ -80,8 +94,10 @@ enum About {
 
 /// What to do after an answer.
 pub(crate) enum Next {
+    /// To ask this for the same order.
+    Ask(Asking, &'static str),
     /// To run this, for whoever was told.
-    Start(Order, Box<Requester>),
+    Start(Order, Box<Requester>, Birth),
     /// To let the running statement go on.
     GoOn,
     /// To take this message, of a prepared statement with parameters of these types.
@@ -93,10 +109,11 @@ impl Asking {
         Self { about, extended, told: Vec::new(), wrong: None }
     }
 
-    /// Begins with the question who asks for this.
-    pub(crate) fn who(order: Order) -> (Self, &'static str) {
+    /// Begins with the question who asks for this. With `joins`, the name of the session's shard, it is part of the
+    /// transaction that is open there.
+    pub(crate) fn who(order: Order, joins: Option<String>) -> (Self, &'static str) {
         let extended = order.execute.is_some();
-        (Self::new(About::Who(order), extended), WHO)
+        (Self::new(About::Who(order, joins), extended), WHO)
     }
 
     /// A query that names jobs.
@@ -123,7 +140,7 @@ impl Asking {
     pub(crate) fn waiting(&self) -> Option<(u8, &Bytes)> {
         match &self.about {
             About::Name { tag, body, .. } => Some((*tag, body)),
-            About::Who(_) | About::Jobs(_) => None,
+            About::Who(..) | About::Mark(..) | About::Jobs(_) => None,
         }
     }
 
@@ -156,7 +173,7 @@ impl Asking {
     pub(crate) fn of_statement(&self, error: &[u8]) -> Option<Bytes> {
         match &self.about {
             About::Jobs(question) => with_position(error, &question.position),
-            About::Who(_) | About::Name { .. } => None,
+            About::Who(..) | About::Mark(..) | About::Name { .. } => None,
         }
     }
 
@@ -167,9 +184,22 @@ impl Asking {
     /// What it says is not what was asked for.
     pub(crate) fn answered(self) -> Result<Next, PgError> {
         match self.about {
-            About::Who(order) => {
+            About::Who(order, joins) => {
                 let unknown = || PgError::new(SqlState::INTERNAL_ERROR, "the server did not say who the client is");
-                Ok(Next::Start(order, Box::new(requester(&self.told).ok_or_else(unknown)?)))
+                let requester = Box::new(requester(&self.told).ok_or_else(unknown)?);
+                Ok(match joins {
+                    Some(shard) => {
+                        let asking = Self::new(About::Mark(order, requester, shard), self.extended);
+                        Next::Ask(asking, MARK)
+                    }
+                    None => {
+                        let birth = order.work.birth();
+                        Next::Start(order, requester, birth)
+                    }
+                })
+            }
+            About::Mark(order, requester, shard) => {
+                Ok(Next::Start(order, requester, Birth::With(transaction(&self.told, &shard)?)))
             }
             About::Jobs(question) => {
                 // Who has been cancelled meanwhile does not hear it.
@@ -258,6 +288,8 @@ fn no_id(value: Option<&str>) -> PgError {
 
 #[cfg(test)]
 mod tests {
+    use ::jobs::Transaction;
+
     use super::*;
 
     /// A DataRow's body.
@@ -276,17 +308,21 @@ mod tests {
         Order { work: Work::Ours(statements), execute: None, arguments: Arguments::default() }
     }
 
-    #[test]
-    fn who_asks_is_told_in_digits() {
-        let (mut asking, question) = Asking::who(order());
-        assert_eq!((question, asking.is_extended()), (WHO, false));
+    fn tell_who(asking: &mut Asking) {
         let hex = |text: &str| text.bytes().map(|byte| format!("{byte:02x}")).collect::<String>();
         let settings = [Some("jürgen"), Some("on"), Some("50"), None, Some("wait"), Some("")];
         for value in settings.into_iter().chain([Some("off"), Some("movr"), Some(r#"["pg_catalog","ü"]"#)]) {
             let digits = value.map(hex);
             asking.told(&row(&[digits.as_deref()]));
         }
-        let Ok(Next::Start(_, requester)) = asking.answered() else { panic!("no start") };
+    }
+
+    #[test]
+    fn who_asks_is_told_in_digits() {
+        let (mut asking, question) = Asking::who(order(), None);
+        assert_eq!((question, asking.is_extended()), (WHO, false));
+        tell_who(&mut asking);
+        let Ok(Next::Start(_, requester, Birth::Now)) = asking.answered() else { panic!("no start") };
         let settings = Settings { on_relocation: "wait".to_owned(), balanced: "off".to_owned(), ..Settings::default() };
         let expected = Requester {
             user: "jürgen".to_owned(),
@@ -297,7 +333,7 @@ mod tests {
             settings,
         };
         assert_eq!(*requester, expected);
-        assert!(Asking::who(order()).0.answered().is_err());
+        assert!(Asking::who(order(), None).0.answered().is_err());
     }
 
     type Reply = oneshot::Receiver<Result<Vec<i64>, PgError>>;
@@ -320,12 +356,23 @@ mod tests {
     }
 
     #[test]
+    fn a_transaction_is_asked_about_before_anything_is_run() {
+        let (mut asking, _) = Asking::who(order(), Some("s1".to_owned()));
+        tell_who(&mut asking);
+        let Ok(Next::Ask(mut asking, question)) = asking.answered() else { panic!("no question") };
+        assert_eq!(question, MARK);
+        asking.told(&row(&[Some("740 2 00000001")]));
+        let transaction = Transaction { shard: "s1".to_owned(), timeline: 1, top: 740, part: 742 };
+        assert!(matches!(asking.answered(), Ok(Next::Start(_, _, Birth::With(joined))) if joined == transaction));
+    }
+
+    #[test]
     fn a_position_is_that_in_the_statement() {
         let (asking, _answered) = jobs();
         let moved = asking.of_statement(b"SERROR\0C42703\0P8\0Fparse.c\0\0").unwrap();
         assert_eq!(&moved[..], b"E\0\0\0\x20SERROR\0C42703\0P18\0Fparse.c\0\0");
         assert_eq!(asking.of_statement(b"SERROR\0C42703\0\0"), None);
-        assert_eq!(Asking::who(order()).0.of_statement(b"SERROR\0P8\0\0"), None);
+        assert_eq!(Asking::who(order(), None).0.of_statement(b"SERROR\0P8\0\0"), None);
     }
 
     #[test]

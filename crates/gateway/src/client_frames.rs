@@ -2,10 +2,11 @@
 
 use backup::Requester;
 use bytes::{Bytes, BytesMut};
+use jobs::Birth;
 use pgerror::{PgError, SqlState};
 use sql::{Sourced, Statement};
 
-use crate::answer::{Answer, Format, Writer};
+use crate::answer::{Format, Writer};
 use crate::asking::{Asking, Next, Order, Question, Work};
 use crate::bound::Bound;
 use crate::frame::{Header, cut_string, header};
@@ -14,7 +15,8 @@ use crate::pipeline::Transaction;
 use crate::requests::Arguments;
 use crate::rows::{Runner, Sent};
 use crate::run::{JOB_GOES_ON, columns};
-use crate::session::{BUFFER_MAX, Outcome, Places, Running, Session};
+use crate::session::{Answered, BUFFER_MAX, Outcome, Places, Running, Session};
+use crate::transactions::{Behind, behind, makes_job};
 
 /// No more than this much of a frame is looked at; a statement of ours that is longer is refused.
 const LOOK_MAX: usize = 64 * 1024;
@@ -53,6 +55,8 @@ impl Session {
                     self.held = true;
                     break;
                 }
+                // Not held: a client that goes away here has not asked for anything, no more than of PostgreSQL.
+                Judged::Ours if self.depends_on_what_follows(found) => break,
                 Judged::Ours => {
                     let frame = self.from_client.take(found.len, &mut self.to_server);
                     self.ours(found.tag, &frame.slice(5..));
@@ -76,6 +80,15 @@ impl Session {
             Writer(&mut self.to_server).flush();
         }
         self.pipeline.is_quiet() && self.from_server.is_between_frames() && self.to_client.len() < BUFFER_MAX
+    }
+
+    /// A job is made in a transaction unless it is all that happens before the Sync, which may still be under way.
+    fn depends_on_what_follows(&self, found: Header) -> bool {
+        let unjudged = self.from_client.unjudged();
+        found.tag == b'E'
+            && !self.pipeline.is_inside()
+            && unjudged.get(found.len..).is_some_and(|rest| behind(rest) == Behind::Unknown)
+            && unjudged.get(5..found.len).is_some_and(|body| self.locals.runs(body, makes_job))
     }
 
     fn judge(&mut self, found: Header) -> Judged {
@@ -194,18 +207,23 @@ impl Session {
     /// Finds out who the client is now, by a question to its own session, unless it asks for what everybody gets.
     fn ask(&mut self, order: Order) {
         if is_for_everybody(&order.work) {
-            return self.start(order, None);
+            return self.start(order, None, Birth::Now);
         }
-        if let Work::Ours(statements) = &order.work
-            && self.pipeline.transaction() == Transaction::Open
-            && let Some(verb) = statements.iter().find_map(waits_for_a_job)
-        {
+        let statements = match &order.work {
+            Work::Ours(statements) => statements.as_slice(),
+            Work::Sourced(_) => &[],
+        };
+        let is_inside = self.pipeline.is_inside();
+        if is_inside && let Some(verb) = statements.iter().find_map(waits_for_a_job) {
             let tag = if order.execute.is_some() { b'E' } else { b'Q' };
             return self.fail(tag, &in_transaction(verb));
         }
-        let none = Arguments::default();
-        let (asking, question) = Asking::who(order);
-        self.put_question(asking, question, &none);
+        // In the simple protocol a text is a transaction of its own.
+        let is_alone = order.execute.is_none() || behind(self.from_client.unjudged()) == Behind::Sync;
+        let joins = (is_inside || !is_alone) && statements.iter().any(makes_job);
+        let shard = joins.then(|| self.gateway.cluster.me().shard);
+        let (asking, question) = Asking::who(order, shard);
+        self.put_question(asking, question, &Arguments::default());
     }
 
     fn put_question(&mut self, asking: Asking, question: &str, arguments: &Arguments) {
@@ -229,8 +247,12 @@ impl Session {
         let Some(asking) = self.asking.take() else { return };
         let tag = if asking.is_extended() { b'E' } else { b'Q' };
         let done = match asking.answered() {
-            Ok(Next::Start(order, requester)) => {
-                self.start(order, Some(*requester));
+            Ok(Next::Ask(asking, question)) => {
+                self.put_question(asking, question, &Arguments::default());
+                Ok(())
+            }
+            Ok(Next::Start(order, requester, birth)) => {
+                self.start(order, Some(*requester), birth);
                 Ok(())
             }
             Ok(Next::GoOn) => {
@@ -247,11 +269,12 @@ impl Session {
         }
     }
 
-    fn start(&mut self, order: Order, requester: Option<Requester>) {
+    fn start(&mut self, order: Order, requester: Option<Requester>, birth: Birth) {
         let Order { work, execute, arguments } = order;
         let cancelled = self.cancelable.begin();
         let (gateway, remarks, questions) = (self.gateway.clone(), self.remarks.sender(), self.questions.clone());
-        let mut runner = Runner::new(gateway, requester, remarks, questions, arguments);
+        let mut runner = Runner::new(gateway.clone(), requester, remarks, questions, arguments);
+        let joins = matches!(birth, Birth::With(_));
         let cancel = cancelled.clone();
         let future = Box::pin(async move {
             match work {
@@ -260,23 +283,11 @@ impl Session {
                     () = cancel.cancelled() => Err(cancelled_by_user()),
                 }),
                 Work::Ours(statements) => {
-                    let mut outcome = Vec::with_capacity(statements.len());
-                    for mut statement in statements {
-                        let answer = tokio::select! {
-                            answer = runner.run(&mut statement, 0) => answer,
-                            () = cancel.cancelled() => Err(cancelled_by_user()),
-                        };
-                        let failed = answer.is_err();
-                        outcome.push((statement, answer));
-                        if failed {
-                            break;
-                        }
-                    }
-                    Outcome::Answered(outcome)
+                    Outcome::Answered(gateway.run_all(statements, &mut runner, &birth, &cancel).await)
                 }
             }
         });
-        self.running = Some(Running { future, execute, cancelled });
+        self.running = Some(Running { future, execute, joins, cancelled });
     }
 
     /// What ours does has come to its end.
@@ -284,7 +295,12 @@ impl Session {
         let Some(running) = self.end_running() else { return };
         let tag = if running.execute.is_some() { b'E' } else { b'Q' };
         let finished = match outcome {
-            Outcome::Answered(answers) => self.answer(answers, running.execute),
+            Outcome::Answered(answers) => {
+                if running.joins {
+                    self.joined.note(&answers);
+                }
+                self.answer(answers, running.execute)
+            }
             Outcome::Sent(sent) => sent.and_then(|sent| self.send_on(*sent, running.execute)),
         };
         if let Err(error) = finished {
@@ -292,11 +308,7 @@ impl Session {
         }
     }
 
-    fn answer(
-        &mut self,
-        answers: Vec<(Statement, Result<Answer, PgError>)>,
-        execute: Option<Bytes>,
-    ) -> Result<(), PgError> {
+    fn answer(&mut self, answers: Answered, execute: Option<Bytes>) -> Result<(), PgError> {
         for (statement, answer) in answers {
             let answer = answer?;
             match &execute {
@@ -394,7 +406,7 @@ fn in_failed_transaction() -> PgError {
     PgError::new(SqlState::IN_FAILED_SQL_TRANSACTION, message)
 }
 
-fn cancelled_by_user() -> PgError {
+pub(crate) fn cancelled_by_user() -> PgError {
     // PostgreSQL's own words.
     PgError::new(SqlState::QUERY_CANCELED, "canceling statement due to user request").hint(JOB_GOES_ON)
 }

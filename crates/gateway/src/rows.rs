@@ -8,6 +8,7 @@
 use std::fmt::Write as _;
 
 use backup::Requester;
+use jobs::Birth;
 use pgerror::{PgError, SqlState};
 use serde_json::json;
 use sql::{ParameterType, Query, Rewritten, Sourced, Statement};
@@ -57,13 +58,18 @@ impl Runner {
         Self { gateway, requester, remarks, questions, arguments, notices: Vec::new(), room: ROWS_MAX }
     }
 
-    /// Runs a statement; `before` are the characters before it in the client's text.
-    pub(crate) async fn run(&mut self, statement: &mut Statement, before: usize) -> Result<Answer, PgError> {
+    /// Runs a statement; `before` are the characters before it in the client's text, `birth` when a job of its is there.
+    pub(crate) async fn run(
+        &mut self,
+        statement: &mut Statement,
+        before: usize,
+        birth: &Birth,
+    ) -> Result<Answer, PgError> {
         if let Some(query) = statement.query().cloned() {
             let ids = self.named(query, before).await?;
             statement.answer_query(ids);
         }
-        let mut answer = self.gateway.run(statement, self.requester.as_ref(), &self.remarks).await?;
+        let mut answer = self.gateway.run(statement, self.requester.as_ref(), birth, &self.remarks).await?;
         let mut notices = std::mem::take(&mut self.notices);
         notices.append(&mut answer.notices);
         Ok(Answer { notices, ..answer })
@@ -85,7 +91,7 @@ impl Runner {
         let mut queries = Vec::with_capacity(sourced.sources().len());
         for source in sourced.sources() {
             let mut statement = source.statement.clone();
-            let answer = self.run(&mut statement, before + source.before).await?;
+            let answer = self.run(&mut statement, before + source.before, &Birth::Now).await?;
             let rows = json(columns(&statement), &answer.rows, self.room)?;
             self.notices.extend(answer.notices);
             self.room = self.room.saturating_sub(rows.len());

@@ -31,6 +31,7 @@ use crate::local::Locals;
 use crate::pipeline::Pipeline;
 use crate::progress::Remarks;
 use crate::rows::Sent;
+use crate::transactions::Joined;
 
 /// Reading from one side stops while this much waits to be written to the other.
 pub(crate) const BUFFER_MAX: usize = 128 * 1024;
@@ -42,10 +43,13 @@ const READ_SIZE: usize = 32 * 1024;
 /// A client that does not take its last words within this time goes without them.
 const LAST_WORDS_DEADLINE: Duration = Duration::from_secs(30);
 
+/// What came of the statements of one text: in order, up to the first that failed.
+pub(crate) type Answered = Vec<(Statement, Result<Answer, PgError>)>;
+
 /// What came of a frame of ours.
 pub(crate) enum Outcome {
-    /// What came of the statements of one text: in order, up to the first that failed.
-    Answered(Vec<(Statement, Result<Answer, PgError>)>),
+    /// Statements were run.
+    Answered(Answered),
     /// A text with rows in it, to be sent on.
     Sent(Result<Box<Sent>, PgError>),
 }
@@ -55,6 +59,8 @@ pub(crate) struct Running {
     pub(crate) future: Pin<Box<dyn Future<Output = Outcome> + Send>>,
     /// The message that waits for it, an Execute or a Bind; `None` in the simple protocol.
     pub(crate) execute: Option<Bytes>,
+    /// Whether it is part of a transaction of the client's.
+    pub(crate) joins: bool,
     /// What cancels it.
     pub(crate) cancelled: CancellationToken,
 }
@@ -83,6 +89,8 @@ pub(crate) struct Session {
     pub(crate) skipping: bool,
     pub(crate) pipeline: Pipeline,
     pub(crate) locals: Locals,
+    /// The jobs that were made in the transaction that is open.
+    pub(crate) joined: Joined,
     pub(crate) asking: Option<Asking>,
     pub(crate) running: Option<Running>,
     /// What came of the running statement, until it can be told.
@@ -126,6 +134,7 @@ impl Session {
             skipping: false,
             pipeline: Pipeline::default(),
             locals: Locals::default(),
+            joined: Joined::default(),
             asking: None,
             running: None,
             outcome: None,
@@ -211,6 +220,7 @@ impl Session {
                 }
             }
         };
+        self.joined.ready(&self.gateway.backups.jobs, true);
         if let Err(error) = end
             && self.from_server.is_between_frames()
         {

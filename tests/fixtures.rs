@@ -87,7 +87,8 @@ impl Session {
 
     /// A bare server must refuse a statement of ours, as one that it does not know.
     async fn check_is_not_theirs(&self, statement: &str) -> Result<(), Told> {
-        if !sql::is_ours(statement.as_bytes()) {
+        let text = statement.as_bytes();
+        if !sql::is_ours(text) && !sql::has_row_source(text) {
             return Ok(());
         }
         let code = match connect(&self.bare).await?.simple_query(statement).await {

@@ -68,6 +68,30 @@ impl Wire {
         self
     }
 
+    /// Parse, with types for the first parameters.
+    pub fn parse_typed(&mut self, name: &str, text: &str, types: &[u32]) -> &mut Self {
+        frontend::parse(name, text, types.iter().copied(), &mut self.out).unwrap();
+        self
+    }
+
+    /// Bind with these values, each in its format; columns in theirs.
+    pub fn bind_values(
+        &mut self,
+        portal: &str,
+        name: &str,
+        values: &[(i16, Option<&[u8]>)],
+        formats: &[i16],
+    ) -> &mut Self {
+        let given = values.iter().map(|(format, _)| *format);
+        let put = |(_, value): &(i16, Option<&[u8]>), out: &mut BytesMut| {
+            out.put_slice(value.unwrap_or_default());
+            Ok(if value.is_some() { IsNull::No } else { IsNull::Yes })
+        };
+        let bound = frontend::bind(portal, name, given, values, put, formats.iter().copied(), &mut self.out);
+        assert!(bound.is_ok());
+        self
+    }
+
     /// Bind without parameters; all columns in one format.
     pub fn bind(&mut self, portal: &str, name: &str, format: i16) -> &mut Self {
         let none: [i32; 0] = [];
@@ -185,7 +209,11 @@ fn line(tag: u8, body: &[u8]) -> Option<String> {
         }
         b'D' => format!("D {}", values(body).join("|")),
         b'T' => format!("T {}", columns(body).join("|")),
-        b't' => format!("t {}", i16::from_be_bytes([body[0], body[1]])),
+        b't' => {
+            let oids = body[2..].chunks(4).map(|oid| u32::from_be_bytes(oid.try_into().unwrap()));
+            let count = i16::from_be_bytes([body[0], body[1]]);
+            [format!("t {count}")].into_iter().chain(oids.map(|oid| format!(":{oid}"))).collect()
+        }
         _ => name.to_string(),
     })
 }

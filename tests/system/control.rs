@@ -308,7 +308,9 @@ fn controls_are_answered_in_either_protocol() {
         ] {
             assert_eq!(wire.query(text).hear(), format!("{expected}\nZ I"), "{text}");
             wire.parse("", text).bind("", "", 0).execute("", 0).bind("", "", 0).execute("", 0).sync();
-            assert_eq!(wire.hear(), format!("1\n2\n{expected}\nZ I"), "{text}");
+            // The server judges the query when it is prepared.
+            let before = if expected.contains("C42703") { "" } else { "1\n2\n" };
+            assert_eq!(wire.hear(), format!("{before}{expected}\nZ I"), "{text}");
             // Inside a transaction it fails that, too.
             assert_eq!(wire.query("BEGIN").hear(), "C BEGIN\nZ T");
             assert_eq!(wire.query(text).hear(), format!("{expected}\nZ E"), "{text}");

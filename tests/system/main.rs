@@ -12,11 +12,13 @@ mod control; // PAUSE, RESUME, CANCEL, and what a client that waits is told
 mod crash; // whatever dies, wherever a job is: it ends right, once, and leaves nothing
 mod demo; // what `backhaul demo` promises: its fleet, its ends, its refusals
 mod drivers; // the same for application drivers
+mod extended; // ours in the extended protocol: what a driver may rely on, promise by promise
 mod failover; // promotion, crash and return of servers and nodes
 mod locality; // CockroachDB's cases of EXECUTION LOCALITY: nodes whose tiers cross, several shards
 mod mistakes; // wrong secrets, shards, stores and addresses
 mod plan; // EXPLAIN BACKUP tells what is done; options, ranges and regions; docs/locality.md
 mod restore; // everything comes back the same, once, and damage is noticed
+mod rows; // SHOW as a row source: prepared, in pipelines, with positions, cancelled
 mod security; // passwords, TLS, open doors
 mod shards; // several shards: each by its own rules, into others by shard_map, and left out only by name
 mod survival; // jobs outlive nodes that are stopped in turn, and a registry that moves

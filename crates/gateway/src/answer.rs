@@ -11,9 +11,7 @@ use pgwire::error::{ErrorInfo, PgWireResult};
 use pgwire::messages::Message;
 use pgwire::messages::copy::{CopyDone, CopyInResponse, CopyOutResponse};
 use pgwire::messages::data::{FieldDescription, NoData, ParameterDescription, RowDescription};
-use pgwire::messages::extendedquery::{
-    Bind, BindComplete, Close, CloseComplete, Execute, Flush, Parse, ParseComplete, PortalSuspended,
-};
+use pgwire::messages::extendedquery::{BindComplete, CloseComplete, Flush, Parse, ParseComplete, PortalSuspended};
 use pgwire::messages::response::{CommandComplete, ErrorResponse, NoticeResponse, ReadyForQuery, TransactionStatus};
 use pgwire::messages::simplequery::Query;
 use pgwire::messages::startup::Authentication;
@@ -211,29 +209,6 @@ impl Writer<'_> {
         } else {
             self.put(&Query::new(POISON.to_owned()));
         }
-    }
-
-    /// To the server: a question of this gateway's own, answered as [`crate::pipeline`] expects it.
-    pub(crate) fn ask(&mut self, question: String, extended: bool) {
-        if !extended {
-            return self.put(&Query::new(question));
-        }
-        let name = || Some("backhaul_ask".to_owned());
-        self.put(&Parse::new(name(), question, Vec::new()));
-        self.put(&Bind::new(name(), name(), Vec::new(), Vec::new(), Vec::new()));
-        self.put(&Execute::new(name(), 0));
-        self.put(&Close::new(b'P', name()));
-        self.put(&Close::new(b'S', name()));
-        self.flush();
-    }
-
-    /// To the server: an empty statement under this name, which may be in any encoding.
-    pub(crate) fn empty_parse(&mut self, name: &[u8]) {
-        self.0.put_u8(b'P');
-        self.0.put_u32(u32::try_from(4 + name.len() + 4).expect("a name is short"));
-        self.0.put_slice(name);
-        // The end of the name, an empty text, no parameter types.
-        self.0.put_slice(&[0, 0, 0, 0]);
     }
 
     /// To the server: answer now what you have.

@@ -2,17 +2,20 @@
 //!
 //! Who asks, and with which settings, only PostgreSQL knows; and a query that names jobs is the user's own. Both are
 //! asked in the client's session, between its own statements; the answers are swallowed ([`crate::pipeline`]) and read
-//! here.
+//! here. So is what the server knows of a prepared statement of ours: whether it still has its name, and which types the
+//! parameters of its query have.
 
 use std::time::Duration;
 
 use backup::{Requester, Settings};
 use bytes::Bytes;
-use jobs::{Birth, Transaction};
+use jobs::Birth;
 use pgerror::{PgError, SqlState};
-use sql::{IDS_MAX, Query, Statement};
+use sql::{IDS_MAX, Sourced, Statement};
+use tokio::sync::oneshot;
 
 use crate::frame::{cut_i16, cut_i32};
+use crate::requests::Arguments;
 use crate::transactions::{MARK, birth_of, transaction};
 
 /// Texts come in hexadecimal digits, because the answer is in the client's encoding.
@@ -30,47 +33,125 @@ const WHO: &str = "
 /// No more of a value that is no id is told.
 const TOLD_MAX: usize = 60;
 
-/// Statements of ours that wait for the server to answer.
-pub(crate) struct Asking {
-    statements: Vec<Statement>,
-    /// The Execute message that waits for them; `None` in the simple protocol.
+/// What a frame of ours asks for.
+pub(crate) struct Order {
+    pub(crate) work: Work,
+    /// The message that waits for it, an Execute or a Bind; `None` in the simple protocol.
     pub(crate) execute: Option<Bytes>,
-    /// Who asks, once that is known.
-    requester: Option<Requester>,
-    /// The shard on which a transaction is open that has not been asked about.
-    joins: Option<String>,
-    /// The shard of the transaction that is being asked about.
-    marking: Option<String>,
-    /// The transaction that they are part of, once that is known.
-    transaction: Option<Transaction>,
-    /// The rows of the answer to the question that was asked last.
+    /// What queries in it are run with.
+    pub(crate) arguments: Arguments,
+}
+
+/// What there is to do for it.
+pub(crate) enum Work {
+    /// Statements of ours, to be run and answered.
+    Ours(Vec<Statement>),
+    /// A text of PostgreSQL's, to be sent on with rows in it.
+    Sourced(Sourced),
+}
+
+impl Work {
+    /// When jobs that it makes begin to be there, outside a transaction of PostgreSQL's.
+    pub(crate) fn birth(&self) -> Birth {
+        match self {
+            Self::Ours(statements) => birth_of(statements),
+            Self::Sourced(_) => Birth::Now,
+        }
+    }
+}
+
+/// A query of the user's that names jobs, asked by a running statement.
+pub(crate) struct Question {
+    /// What the server is to run.
+    pub(crate) text: String,
+    pub(crate) arguments: Arguments,
+    /// Where a position in it is in the client's text.
+    pub(crate) position: Box<dyn Fn(usize) -> usize + Send>,
+    /// Takes the ids.
+    pub(crate) reply: oneshot::Sender<Result<Vec<i64>, PgError>>,
+}
+
+/// A question that waits for the server to answer.
+pub(crate) struct Asking {
+    about: About,
+    extended: bool,
+    /// The rows of the answer.
     told: Vec<Option<String>>,
     /// What is wrong with them.
     wrong: Option<PgError>,
-    /// The query that was asked last, if it was one of the user's.
-    query: Option<Query>,
+}
+
+enum About {
+    /// Who asks for this, which is part of the transaction that is open on the shard, if one is named.
+    Who(Order, Option<String>),
+    /// Which transaction that is.
+    Mark(Order, Box<Requester>, String),
+    /// Which jobs a query names.
+    Jobs(Question),
+    /// Whether the server has the name of a prepared statement, and its parameters; this message waits.
+    Name { tag: u8, body: Bytes, types: Vec<u32> },
 }
 
 /// What to do after an answer.
 pub(crate) enum Next {
-    /// To ask this.
-    Ask(String),
-    /// To run these, for whoever was told.
-    Start(Vec<Statement>, Option<Box<Requester>>, Birth),
+    /// To ask this for the same order.
+    Ask(Asking, &'static str),
+    /// To run this, for whoever was told.
+    Start(Order, Box<Requester>, Birth),
+    /// To let the running statement go on.
+    GoOn,
+    /// To take this message, of a prepared statement with parameters of these types.
+    Take(u8, Bytes, Vec<u32>),
 }
 
 impl Asking {
-    /// Begins with the question to ask first. With `joins`, the name of the session's shard, the statements are part of
-    /// the transaction that is open there.
-    pub(crate) fn begin(statements: Vec<Statement>, execute: Option<Bytes>, joins: Option<String>) -> (Self, String) {
-        let (requester, marking, transaction) = (None, None, None);
-        let (told, wrong, query) = (Vec::new(), None, None);
-        let asking = Self { statements, execute, requester, joins, marking, transaction, told, wrong, query };
-        (asking, WHO.to_owned())
+    fn new(about: About, extended: bool) -> Self {
+        Self { about, extended, told: Vec::new(), wrong: None }
     }
 
-    /// A row of an answer; it may be cut short behind its first value. Rows beyond the limit are not kept.
+    /// Begins with the question who asks for this. With `joins`, the name of the session's shard, it is part of the
+    /// transaction that is open there.
+    pub(crate) fn who(order: Order, joins: Option<String>) -> (Self, &'static str) {
+        let extended = order.execute.is_some();
+        (Self::new(About::Who(order, joins), extended), WHO)
+    }
+
+    /// A query that names jobs.
+    pub(crate) fn jobs(question: Question, extended: bool) -> Self {
+        Self::new(About::Jobs(question), extended)
+    }
+
+    /// What the server knows of the prepared statement that this message names.
+    pub(crate) fn name(tag: u8, body: Bytes) -> Self {
+        Self::new(About::Name { tag, body, types: Vec::new() }, true)
+    }
+
+    /// Whether it is asked in the extended protocol.
+    pub(crate) fn is_extended(&self) -> bool {
+        self.extended
+    }
+
+    /// Whether a running statement waits for it.
+    pub(crate) fn is_of_running(&self) -> bool {
+        matches!(self.about, About::Jobs(_))
+    }
+
+    /// The message that waits to know whether its prepared statement has its name.
+    pub(crate) fn waiting(&self) -> Option<(u8, &Bytes)> {
+        match &self.about {
+            About::Name { tag, body, .. } => Some((*tag, body)),
+            About::Who(..) | About::Mark(..) | About::Jobs(_) => None,
+        }
+    }
+
+    /// A row of an answer, which may be cut short behind its first value, or a whole ParameterDescription. Rows beyond
+    /// the limit are not kept.
     pub(crate) fn told(&mut self, mut row: &[u8]) {
+        if let About::Name { types, .. } = &mut self.about {
+            let count = cut_i16(&mut row).map_or(0, i16::cast_unsigned);
+            types.extend((0..count).map_while(|_| cut_i32(&mut row)).map(i32::cast_unsigned));
+            return;
+        }
         if self.told.len() > IDS_MAX {
             return;
         }
@@ -88,10 +169,12 @@ impl Asking {
         }
     }
 
-    /// The server's error about a query of the user's, as one about the statement that the query stands in.
+    /// The server's error about a query of the user's, as one about the text that the query stands in.
     pub(crate) fn of_statement(&self, error: &[u8]) -> Option<Bytes> {
-        let query = self.query.as_ref()?;
-        with_position(error, |position| query.position(position))
+        match &self.about {
+            About::Jobs(question) => with_position(error, &question.position),
+            About::Who(..) | About::Mark(..) | About::Name { .. } => None,
+        }
     }
 
     /// An answer is whole.
@@ -99,38 +182,37 @@ impl Asking {
     /// # Errors
     ///
     /// What it says is not what was asked for.
-    pub(crate) fn answered(&mut self) -> Result<Next, PgError> {
-        let told = std::mem::take(&mut self.told);
-        if let Some(wrong) = self.wrong.take() {
-            return Err(wrong);
-        }
-        let marking = self.marking.take();
-        match self.statements.iter_mut().find(|statement| statement.query().is_some()) {
-            _ if marking.is_some() => self.transaction = marking.map(|shard| transaction(&told, &shard)).transpose()?,
-            _ if self.requester.is_none() => {
+    pub(crate) fn answered(self) -> Result<Next, PgError> {
+        match self.about {
+            About::Who(order, joins) => {
                 let unknown = || PgError::new(SqlState::INTERNAL_ERROR, "the server did not say who the client is");
-                self.requester = Some(requester(&told).ok_or_else(unknown)?);
+                let requester = Box::new(requester(&self.told).ok_or_else(unknown)?);
+                Ok(match joins {
+                    Some(shard) => {
+                        let asking = Self::new(About::Mark(order, requester, shard), self.extended);
+                        Next::Ask(asking, MARK)
+                    }
+                    None => {
+                        let birth = order.work.birth();
+                        Next::Start(order, requester, birth)
+                    }
+                })
             }
-            Some(statement) => statement.answer_query(ids(&told)?),
-            None => {}
-        }
-        if let Some(shard) = self.joins.take() {
-            self.marking = Some(shard);
-            return Ok(Next::Ask(MARK.to_owned()));
-        }
-        self.query = self.statements.iter().find_map(Statement::query).cloned();
-        Ok(match &self.query {
-            Some(query) => Next::Ask(query.for_server()),
-            None => {
-                let birth = self.transaction.take().map_or_else(|| birth_of(&self.statements), Birth::With);
-                Next::Start(std::mem::take(&mut self.statements), self.requester.take().map(Box::new), birth)
+            About::Mark(order, requester, shard) => {
+                Ok(Next::Start(order, requester, Birth::With(transaction(&self.told, &shard)?)))
             }
-        })
+            About::Jobs(question) => {
+                // Who has been cancelled meanwhile does not hear it.
+                let _ = question.reply.send(self.wrong.map_or_else(|| ids(&self.told), Err));
+                Ok(Next::GoOn)
+            }
+            About::Name { tag, body, types } => Ok(Next::Take(tag, body, types)),
+        }
     }
 }
 
 /// An ErrorResponse with this done to the position in it; `None` when there is none. `body` is whole.
-fn with_position(body: &[u8], change: impl FnOnce(usize) -> usize) -> Option<Bytes> {
+pub(crate) fn with_position(body: &[u8], change: impl FnOnce(usize) -> usize) -> Option<Bytes> {
     let fields: Vec<&[u8]> = body.split(|byte| *byte == 0).take_while(|field| !field.is_empty()).collect();
     let at = fields.iter().position(|field| field.first() == Some(&b'P'))?;
     let position = std::str::from_utf8(&fields[at][1..]).ok()?.parse().ok()?;
@@ -206,6 +288,8 @@ fn no_id(value: Option<&str>) -> PgError {
 
 #[cfg(test)]
 mod tests {
+    use ::jobs::Transaction;
+
     use super::*;
 
     /// A DataRow's body.
@@ -219,43 +303,26 @@ mod tests {
         row
     }
 
-    fn told_who() -> Asking {
-        told_who_in(None)
+    fn order() -> Order {
+        let statements = sql::parse("SHOW JOBS").unwrap();
+        Order { work: Work::Ours(statements), execute: None, arguments: Arguments::default() }
     }
 
-    fn told_who_in(joins: Option<String>) -> Asking {
-        let statements = sql::parse("SHOW JOBS SELECT 1; SHOW JOBS; PAUSE JOBS TABLE x").unwrap();
-        let (mut asking, question) = Asking::begin(statements, None, joins);
-        assert_eq!(question, WHO);
+    fn tell_who(asking: &mut Asking) {
         let hex = |text: &str| text.bytes().map(|byte| format!("{byte:02x}")).collect::<String>();
         let settings = [Some("jürgen"), Some("on"), Some("50"), None, Some("wait"), Some("")];
         for value in settings.into_iter().chain([Some("off"), Some("movr"), Some(r#"["pg_catalog","ü"]"#)]) {
             let digits = value.map(hex);
             asking.told(&row(&[digits.as_deref()]));
         }
-        asking
     }
 
     #[test]
-    fn questions_follow_one_another() {
-        let mut asking = told_who();
-        let Ok(Next::Ask(first)) = asking.answered() else { panic!("no question") };
-        assert!(first.ends_with("(SELECT 1\n) AS named LIMIT 1001"), "{first}");
-        asking.told(&row(&[Some("7"), Some("x")]));
-        asking.told(&row(&[None]));
-        asking.told(&row(&[Some("-8")]));
-        let Ok(Next::Ask(second)) = asking.answered() else { panic!("no question") };
-        assert!(second.ends_with("(TABLE x\n) AS named LIMIT 1001"), "{second}");
-        let Ok(Next::Start(statements, Some(requester), Birth::Now)) = asking.answered() else { panic!("no start") };
-        assert_eq!(
-            statements,
-            sql::parse("SHOW JOBS VALUES (7), (-8); SHOW JOBS")
-                .unwrap()
-                .into_iter()
-                .chain([statements[2].clone()])
-                .collect::<Vec<_>>()
-        );
-        assert!(statements[2].query().is_none());
+    fn who_asks_is_told_in_digits() {
+        let (mut asking, question) = Asking::who(order(), None);
+        assert_eq!((question, asking.is_extended()), (WHO, false));
+        tell_who(&mut asking);
+        let Ok(Next::Start(_, requester, Birth::Now)) = asking.answered() else { panic!("no start") };
         let settings = Settings { on_relocation: "wait".to_owned(), balanced: "off".to_owned(), ..Settings::default() };
         let expected = Requester {
             user: "jürgen".to_owned(),
@@ -266,29 +333,55 @@ mod tests {
             settings,
         };
         assert_eq!(*requester, expected);
+        assert!(Asking::who(order(), None).0.answered().is_err());
+    }
+
+    type Reply = oneshot::Receiver<Result<Vec<i64>, PgError>>;
+
+    fn jobs() -> (Asking, Reply) {
+        let (reply, answered) = oneshot::channel();
+        let position = Box::new(|at| at + 10);
+        let question = Question { text: String::new(), arguments: Arguments::default(), position, reply };
+        (Asking::jobs(question, true), answered)
     }
 
     #[test]
-    fn a_transaction_is_asked_about_before_the_user_s_queries() {
-        let mut asking = told_who_in(Some("s1".to_owned()));
-        assert!(matches!(asking.answered(), Ok(Next::Ask(question)) if question == MARK));
+    fn ids_are_those_of_the_first_column() {
+        let (mut asking, mut answered) = jobs();
+        for values in [[Some("7"), Some("x")].as_slice(), &[None], &[Some("-8")]] {
+            asking.told(&row(values));
+        }
+        assert!(matches!(asking.answered(), Ok(Next::GoOn)));
+        assert_eq!(answered.try_recv().unwrap(), Ok(vec![7, -8]));
+    }
+
+    #[test]
+    fn a_transaction_is_asked_about_before_anything_is_run() {
+        let (mut asking, _) = Asking::who(order(), Some("s1".to_owned()));
+        tell_who(&mut asking);
+        let Ok(Next::Ask(mut asking, question)) = asking.answered() else { panic!("no question") };
+        assert_eq!(question, MARK);
         asking.told(&row(&[Some("740 2 00000001")]));
-        assert!(matches!(asking.answered(), Ok(Next::Ask(question)) if question.contains("SELECT 1")));
-        assert!(matches!(asking.answered(), Ok(Next::Ask(question)) if question.contains("TABLE x")));
         let transaction = Transaction { shard: "s1".to_owned(), timeline: 1, top: 740, part: 742 };
-        assert!(matches!(asking.answered(), Ok(Next::Start(.., Birth::With(joined))) if joined == transaction));
+        assert!(matches!(asking.answered(), Ok(Next::Start(_, _, Birth::With(joined))) if joined == transaction));
     }
 
     #[test]
     fn a_position_is_that_in_the_statement() {
-        let mut asking = told_who();
-        let error = b"SERROR\0C42703\0P22\0Fparse.c\0\0";
-        assert_eq!(asking.of_statement(error), None);
-        assert!(matches!(asking.answered(), Ok(Next::Ask(_))));
-        // `1` of `SHOW JOBS SELECT 1`, behind `SELECT * FROM (`.
-        let moved = asking.of_statement(b"SERROR\0C42703\0P23\0Fparse.c\0\0").unwrap();
+        let (asking, _answered) = jobs();
+        let moved = asking.of_statement(b"SERROR\0C42703\0P8\0Fparse.c\0\0").unwrap();
         assert_eq!(&moved[..], b"E\0\0\0\x20SERROR\0C42703\0P18\0Fparse.c\0\0");
         assert_eq!(asking.of_statement(b"SERROR\0C42703\0\0"), None);
+        assert_eq!(Asking::who(order(), None).0.of_statement(b"SERROR\0P8\0\0"), None);
+    }
+
+    #[test]
+    fn the_types_of_parameters_are_read() {
+        let mut asking = Asking::name(b'B', Bytes::from_static(b"x"));
+        asking.told(&[0, 2, 0, 0, 0, 20, 0, 0, 1, 0]);
+        assert_eq!(asking.waiting(), Some((b'B', &Bytes::from_static(b"x"))));
+        let Ok(Next::Take(b'B', body, types)) = asking.answered() else { panic!("no message") };
+        assert_eq!((&body[..], types), (&b"x"[..], vec![20, 256]));
     }
 
     #[test]
@@ -300,10 +393,10 @@ mod tests {
             (vec![row(&[Some("123")])[..8].to_vec()], "42804"),
             (vec![row(&[Some("1")]); IDS_MAX + 1], "53400"),
         ] {
-            let mut asking = told_who();
-            assert!(matches!(asking.answered(), Ok(Next::Ask(_))));
+            let (mut asking, mut answered) = jobs();
             rows.iter().for_each(|row| asking.told(row));
-            let Err(error) = asking.answered() else { panic!("{rows:?}") };
+            assert!(asking.answered().is_ok());
+            let Ok(Err(error)) = answered.try_recv() else { panic!("{rows:?}") };
             assert_eq!(error.code.as_str(), code);
         }
     }

@@ -28,7 +28,12 @@ impl Cancelable {
         token
     }
 
-    /// The statement of ours has ended.
+    /// The statement of ours goes on, after a question to the server, which would have had to be cancelled there.
+    pub(crate) fn go_on(&self, token: CancellationToken) {
+        *self.waiting.lock().unwrap_or_else(PoisonError::into_inner) = Some(token);
+    }
+
+    /// The statement of ours has ended, or asks the server something.
     pub(crate) fn end(&self) {
         *self.waiting.lock().unwrap_or_else(PoisonError::into_inner) = None;
     }

@@ -4,15 +4,18 @@ use backup::Requester;
 use bytes::{Bytes, BytesMut};
 use jobs::Birth;
 use pgerror::{PgError, SqlState};
-use sql::Statement;
+use sql::{Sourced, Statement};
 
 use crate::answer::{Format, Writer};
-use crate::asking::{Asking, Next};
+use crate::asking::{Asking, Next, Order, Question, Work};
+use crate::bound::Bound;
 use crate::frame::{Header, cut_string, header};
-use crate::local::{Execution, concerns, utf8};
+use crate::local::{Binding, Execution, ForServer, concerns, named, utf8};
 use crate::pipeline::Transaction;
+use crate::requests::Arguments;
+use crate::rows::{Runner, Sent};
 use crate::run::{JOB_GOES_ON, columns};
-use crate::session::{BUFFER_MAX, Outcome, Running, Session};
+use crate::session::{Answered, BUFFER_MAX, Outcome, Places, Running, Session};
 use crate::transactions::{Behind, behind, makes_job};
 
 /// No more than this much of a frame is looked at; a statement of ours that is longer is refused.
@@ -121,8 +124,8 @@ impl Session {
 
     fn is_ours(&self, tag: u8, mut body: &[u8]) -> bool {
         match tag {
-            b'Q' => self.conforming_strings && sql::is_ours(body),
-            b'P' => self.conforming_strings && cut_string(&mut body).is_some() && sql::is_ours(body),
+            b'Q' => self.conforming_strings && has_ours(body),
+            b'P' => self.conforming_strings && cut_string(&mut body).is_some() && has_ours(body),
             _ => concerns(&self.locals, tag, body),
         }
     }
@@ -135,8 +138,11 @@ impl Session {
         let done = match tag {
             b'Q' => self.query(body),
             b'P' => self.prepare(body),
-            b'B' => self.locals.bind(body, &mut self.to_client),
-            b'D' => self.locals.describe(body, &mut self.to_client),
+            b'B' | b'D' if named(tag, body).is_some() => {
+                self.ask_for_name(tag, body);
+                Ok(())
+            }
+            b'D' => self.locals.describe(body, &[], &mut self.to_client),
             b'C' => self.locals.close(body, &mut self.to_client),
             _ => self.execute(body),
         };
@@ -148,95 +154,165 @@ impl Session {
     fn query(&mut self, body: &Bytes) -> Result<(), PgError> {
         let text = cut_string(&mut &body[..])
             .ok_or_else(|| PgError::new(SqlState::PROTOCOL_VIOLATION, "invalid Query message"))?;
-        let parsed = sql::parse(utf8(text)?)?;
-        let statements = parsed.into_iter().map(|statement| statement.bind(&[])).collect::<Result<_, _>>()?;
-        self.ask(statements, None);
+        let text = utf8(text)?;
+        let work = if sql::is_ours(text.as_bytes()) {
+            let parsed = sql::parse(text)?;
+            Work::Ours(parsed.into_iter().map(|statement| statement.bind(&[])).collect::<Result<_, _>>()?)
+        } else {
+            Work::Sourced(Sourced::read(text)?.bind(&[])?)
+        };
+        self.ask(Order { work, execute: None, arguments: Arguments::default() });
         Ok(())
     }
 
-    /// A statement of ours takes its name on the server, too, as an empty one: so the server knows the name as taken,
-    /// and as known when it is to be deallocated. Its ParseComplete is the client's.
+    /// A statement of ours takes its name on the server, too, as an empty one, or as its query: so the server knows the
+    /// name as taken, and as known when it is to be deallocated. Its ParseComplete is the client's.
     fn prepare(&mut self, body: &Bytes) -> Result<(), PgError> {
-        let name = self.locals.parse(body)?;
-        Writer(&mut self.to_server).empty_parse(name);
+        let ForServer { name, text, types, position } = self.locals.parse(body)?;
+        Writer(&mut self.to_server).parse(name, &text, &types);
         self.pipeline.forwarded(b'P');
+        self.places = Some(Places { until: b'1', position });
+        Ok(())
+    }
+
+    /// Whether a prepared statement still has its name is the server's to say: it may have been deallocated.
+    fn ask_for_name(&mut self, tag: u8, body: &Bytes) {
+        let Some(name) = named(tag, body) else { return };
+        Writer(&mut self.to_server).describe_statement(name);
+        self.pipeline.asked_for_name();
+        self.asking = Some(Asking::name(tag, body.clone()));
+    }
+
+    /// It has its name, and its parameters have these types there.
+    fn take_named(&mut self, tag: u8, body: Bytes, types: &[u32]) -> Result<(), PgError> {
+        if tag == b'D' {
+            return self.locals.describe(&body, types, &mut self.to_client);
+        }
+        if let Binding::Rows(sourced, arguments) = self.locals.bind(&body, types, &mut self.to_client)? {
+            self.ask(Order { work: Work::Sourced(sourced), execute: Some(body), arguments });
+        }
         Ok(())
     }
 
     fn execute(&mut self, body: &Bytes) -> Result<(), PgError> {
         match self.locals.begin_execute(body)? {
-            Execution::Run(statement) => {
-                self.ask(vec![statement], Some(body.clone()));
+            Execution::Run(statement, arguments) => {
+                self.ask(Order { work: Work::Ours(vec![*statement]), execute: Some(body.clone()), arguments });
                 Ok(())
             }
             Execution::Ready => self.locals.finish_execute(body, None, &mut self.to_client),
         }
     }
 
-    /// Finds out who the client is now, by a question to its own session, unless the statements are for everybody.
-    fn ask(&mut self, statements: Vec<Statement>, execute: Option<Bytes>) {
-        if statements.iter().all(is_for_everybody) {
-            return self.start(statements, execute, None, Birth::Now);
+    /// Finds out who the client is now, by a question to its own session, unless it asks for what everybody gets.
+    fn ask(&mut self, order: Order) {
+        if is_for_everybody(&order.work) {
+            return self.start(order, None, Birth::Now);
         }
+        let statements = match &order.work {
+            Work::Ours(statements) => statements.as_slice(),
+            Work::Sourced(_) => &[],
+        };
         let is_inside = self.pipeline.is_inside();
         if is_inside && let Some(verb) = statements.iter().find_map(waits_for_a_job) {
-            let tag = if execute.is_some() { b'E' } else { b'Q' };
+            let tag = if order.execute.is_some() { b'E' } else { b'Q' };
             return self.fail(tag, &in_transaction(verb));
         }
         // In the simple protocol a text is a transaction of its own.
-        let is_alone = execute.is_none() || behind(self.from_client.unjudged()) == Behind::Sync;
+        let is_alone = order.execute.is_none() || behind(self.from_client.unjudged()) == Behind::Sync;
         let joins = (is_inside || !is_alone) && statements.iter().any(makes_job);
         let shard = joins.then(|| self.gateway.cluster.me().shard);
-        let (asking, question) = Asking::begin(statements, execute, shard);
-        self.put_question(asking, question);
+        let (asking, question) = Asking::who(order, shard);
+        self.put_question(asking, question, &Arguments::default());
     }
 
-    fn put_question(&mut self, asking: Asking, question: String) {
-        let extended = asking.execute.is_some();
-        Writer(&mut self.to_server).ask(question, extended);
+    fn put_question(&mut self, asking: Asking, question: &str, arguments: &Arguments) {
+        let extended = asking.is_extended();
+        Writer(&mut self.to_server).ask(question, extended.then_some(arguments));
         self.pipeline.asked(extended);
         self.asking = Some(asking);
     }
 
+    /// A running statement asks which jobs a query names. Meanwhile it is the server's to be cancelled.
+    pub(crate) fn put(&mut self, question: Question) {
+        let Some(running) = &self.running else { return };
+        let extended = running.execute.is_some();
+        self.cancelable.end();
+        let (text, arguments) = (question.text.clone(), question.arguments.clone());
+        self.put_question(Asking::jobs(question, extended), &text, &arguments);
+    }
+
     /// The answer is whole.
     pub(crate) fn asked(&mut self) {
-        let Some(mut asking) = self.asking.take() else { return };
-        match asking.answered() {
-            Ok(Next::Ask(question)) => self.put_question(asking, question),
-            Ok(Next::Start(statements, requester, birth)) => self.start(statements, asking.execute, requester, birth),
-            Err(error) => self.fail(if asking.execute.is_some() { b'E' } else { b'Q' }, &error),
+        let Some(asking) = self.asking.take() else { return };
+        let tag = if asking.is_extended() { b'E' } else { b'Q' };
+        let done = match asking.answered() {
+            Ok(Next::Ask(asking, question)) => {
+                self.put_question(asking, question, &Arguments::default());
+                Ok(())
+            }
+            Ok(Next::Start(order, requester, birth)) => {
+                self.start(order, Some(*requester), birth);
+                Ok(())
+            }
+            Ok(Next::GoOn) => {
+                if let Some(running) = &self.running {
+                    self.cancelable.go_on(running.cancelled.clone());
+                }
+                Ok(())
+            }
+            Ok(Next::Take(tag, body, types)) => self.take_named(tag, body, &types),
+            Err(error) => Err(error),
+        };
+        if let Err(error) = done {
+            self.fail(tag, &error);
         }
     }
 
-    fn start(
-        &mut self,
-        statements: Vec<Statement>,
-        execute: Option<Bytes>,
-        requester: Option<Box<Requester>>,
-        birth: Birth,
-    ) {
-        let gateway = self.gateway.clone();
-        let (cancelled, remarks) = (self.cancelable.begin(), self.remarks.sender());
+    fn start(&mut self, order: Order, requester: Option<Requester>, birth: Birth) {
+        let Order { work, execute, arguments } = order;
+        let cancelled = self.cancelable.begin();
+        let (gateway, remarks, questions) = (self.gateway.clone(), self.remarks.sender(), self.questions.clone());
+        let mut runner = Runner::new(gateway.clone(), requester, remarks, questions, arguments);
         let joins = matches!(birth, Birth::With(_));
-        let future =
-            Box::pin(
-                async move { gateway.run_all(statements, requester.as_deref(), &birth, &cancelled, &remarks).await },
-            );
-        self.running = Some(Running { future, execute, joins });
+        let cancel = cancelled.clone();
+        let future = Box::pin(async move {
+            match work {
+                Work::Sourced(sourced) => Outcome::Sent(tokio::select! {
+                    sent = runner.send(&sourced) => sent.map(Box::new),
+                    () = cancel.cancelled() => Err(cancelled_by_user()),
+                }),
+                Work::Ours(statements) => {
+                    Outcome::Answered(gateway.run_all(statements, &mut runner, &birth, &cancel).await)
+                }
+            }
+        });
+        self.running = Some(Running { future, execute, joins, cancelled });
     }
 
-    /// A statement of ours has come to its end.
+    /// What ours does has come to its end.
     pub(crate) fn finish(&mut self, outcome: Outcome) {
-        self.cancelable.end();
-        let Some(running) = self.running.take() else { return };
-        self.remarks.clear();
+        let Some(running) = self.end_running() else { return };
         let tag = if running.execute.is_some() { b'E' } else { b'Q' };
-        if running.joins {
-            self.joined.note(&outcome);
+        let finished = match outcome {
+            Outcome::Answered(answers) => {
+                if running.joins {
+                    self.joined.note(&answers);
+                }
+                self.answer(answers, running.execute)
+            }
+            Outcome::Sent(sent) => sent.and_then(|sent| self.send_on(*sent, running.execute)),
+        };
+        if let Err(error) = finished {
+            self.fail(tag, &error);
         }
-        for (statement, answer) in outcome {
-            let written = answer.and_then(|answer| match &running.execute {
-                Some(body) => self.locals.finish_execute(body, Some(answer), &mut self.to_client),
+    }
+
+    fn answer(&mut self, answers: Answered, execute: Option<Bytes>) -> Result<(), PgError> {
+        for (statement, answer) in answers {
+            let answer = answer?;
+            match &execute {
+                Some(body) => self.locals.finish_execute(body, Some(answer), &mut self.to_client)?,
                 None => {
                     let mut out = Writer(&mut self.to_client);
                     answer.notices.iter().for_each(|notice| out.notice(notice));
@@ -245,16 +321,35 @@ impl Session {
                     }
                     answer.rows.iter().for_each(|row| out.row(row, |_| Format::Text));
                     out.command_complete(&answer.tag(&statement));
-                    Ok(())
                 }
-            });
-            if let Err(error) = written {
-                return self.fail(tag, &error);
             }
         }
-        if running.execute.is_none() {
+        if execute.is_none() {
             Writer(&mut self.to_client).ready(self.pipeline.transaction());
         }
+        Ok(())
+    }
+
+    /// Sends the client's message on with rows in its text.
+    fn send_on(&mut self, sent: Sent, bind: Option<Bytes>) -> Result<(), PgError> {
+        let Sent { rewritten, arguments, notices } = sent;
+        notices.iter().for_each(|notice| Writer(&mut self.to_client).notice(notice));
+        let until = if bind.is_some() { b'2' } else { b'Z' };
+        let mut out = Writer(&mut self.to_server);
+        match bind {
+            None => {
+                out.query(&rewritten.text);
+                self.pipeline.forwarded(b'Q');
+            }
+            Some(body) => {
+                let malformed = || PgError::new(SqlState::PROTOCOL_VIOLATION, "invalid Bind message");
+                let bound = Bound::read(&body).ok_or_else(malformed)?;
+                out.bind_text(bound.portal, &rewritten.text, &arguments.types, bound.rest);
+                self.pipeline.bound_text();
+            }
+        }
+        self.places = Some(Places { until, position: Box::new(move |at| rewritten.position(at)) });
+        Ok(())
     }
 
     /// A statement of ours fails, and with it the transaction that it stands in, as PostgreSQL does it.
@@ -274,9 +369,19 @@ impl Session {
     }
 }
 
-/// Whether a statement gives everybody the same.
-fn is_for_everybody(statement: &Statement) -> bool {
-    matches!(statement, Statement::ShowLocality | Statement::ShowNodes)
+/// Whether a text is ours, or has something of ours in it. What follows its end is no part of it.
+fn has_ours(mut text: &[u8]) -> bool {
+    let text = cut_string(&mut text).unwrap_or(text);
+    sql::is_ours(text) || sql::has_row_source(text)
+}
+
+/// Whether everybody gets the same.
+fn is_for_everybody(work: &Work) -> bool {
+    let same = |statement: &Statement| matches!(statement, Statement::ShowLocality | Statement::ShowNodes);
+    match work {
+        Work::Ours(statements) => statements.iter().all(same),
+        Work::Sourced(sourced) => sourced.sources().iter().all(|source| same(&source.statement)),
+    }
 }
 
 /// The verb of a statement that makes a job and waits for its end.

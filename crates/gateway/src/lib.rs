@@ -5,7 +5,8 @@
 //! ([`route`]) and the session relayed ([`session`]), with every frame of the client judged in [`client_frames`] and
 //! every frame of the server noted in [`server_frames`]; what is ours is done in [`run`], as part of the client's
 //! transaction where it stands in one ([`transactions`]), after the client's own session
-//! has been asked what only it knows ([`asking`]), and answered from [`local`] and [`answer`].
+//! has been asked what only it knows ([`asking`]), and answered from [`local`] and [`answer`]. A text of PostgreSQL's with
+//! a SHOW of ours as a row source goes on with rows in its place ([`rows`]).
 //!
 //! **The relay is faithful.** Frames pass byte for byte. PostgreSQL authenticates its own clients through it; no
 //! password is kept and no user list exists. A frame is looked at only where it may be ours: the text of Query and
@@ -33,7 +34,9 @@ mod peer;
 mod pipeline;
 mod plans;
 mod progress;
+mod requests;
 mod route;
+mod rows;
 mod run;
 mod server_frames;
 mod session;

@@ -2,13 +2,15 @@
 
 use std::collections::{HashMap, VecDeque};
 
-use bytes::BytesMut;
+use bytes::{Bytes, BytesMut};
 use pgerror::{PgError, SqlState};
-use sql::{ParameterType, Statement};
+use sql::{ParameterType, Rewritten, Sourced, Statement};
 
 use crate::answer::{Answer, Column, Format, Value, Writer};
 use crate::bound::Bound;
 use crate::frame::{cut_i16, cut_i32, cut_string};
+use crate::requests::Arguments;
+use crate::rows;
 use crate::run::columns;
 
 /// The types that our parameters have, by `pg_type.oid`.
@@ -24,19 +26,71 @@ pub(crate) struct Locals {
     portals: HashMap<Vec<u8>, Portal>,
 }
 
-/// A statement of ours, prepared.
+/// A text that is ours, or has something of ours in it, prepared.
 #[derive(Clone, Debug)]
 struct Prepared {
-    statement: Statement,
-    parameters: Vec<ParameterType>,
-    /// The parameters' types as the client is told: those that it named itself, else ours.
-    oids: Vec<u32>,
+    meaning: Meaning,
+    /// The types that its grammar decides.
+    known: Vec<Option<ParameterType>>,
+    /// Those that the client has named; zero for none.
+    named: Vec<u32>,
+}
+
+#[derive(Clone, Debug)]
+enum Meaning {
+    Ours(Statement),
+    Sourced(Sourced),
+}
+
+/// What the server is to parse under the name of a prepared text, so that it knows the name and what only it can know:
+/// the types of parameters in queries, and the columns of a text of its own.
+pub(crate) struct ForServer<'b> {
+    pub(crate) name: &'b [u8],
+    pub(crate) text: String,
+    pub(crate) types: Vec<u32>,
+    /// Where a position in it is in the client's text.
+    pub(crate) position: Box<dyn Fn(usize) -> usize + Send>,
+}
+
+impl Prepared {
+    /// The types of all parameters, where `of_server` are those that the server tells.
+    fn types(&self, of_server: &[u32]) -> Vec<u32> {
+        let count = self.known.len().max(self.named.len()).max(of_server.len());
+        let named = |index: usize| self.named.get(index).copied().filter(|oid| *oid != 0);
+        let known = |index: usize| match self.known.get(index).copied().flatten()? {
+            ParameterType::Text => Some(TEXT_OID),
+            ParameterType::Int8 => Some(INT8_OID),
+        };
+        let told = |index: usize| of_server.get(index).copied();
+        (0..count).map(|index| named(index).or_else(|| known(index)).or_else(|| told(index)).unwrap_or(0)).collect()
+    }
+
+    fn for_server<'b>(&self, name: &'b [u8]) -> ForServer<'b> {
+        let types = self.types(&[]);
+        let whole =
+            |rewritten: Rewritten| -> Box<dyn Fn(usize) -> usize + Send> { Box::new(move |at| rewritten.position(at)) };
+        match &self.meaning {
+            Meaning::Sourced(sourced) => {
+                let shape = rows::shape(sourced);
+                ForServer { name, text: shape.text.clone(), types, position: whole(shape) }
+            }
+            Meaning::Ours(statement) => match statement.query().cloned() {
+                Some(query) => {
+                    let shape = rows::shape(&query.sourced);
+                    let text = query.for_server(&shape);
+                    ForServer { name, text, types, position: Box::new(move |at| query.position(&shape, at)) }
+                }
+                None => ForServer { name, text: String::new(), types: Vec::new(), position: Box::new(|at| at) },
+            },
+        }
+    }
 }
 
 /// A statement of ours, bound.
 #[derive(Debug)]
 struct Portal {
     statement: Statement,
+    arguments: Arguments,
     formats: Vec<i16>,
     /// Once executed: the rows that have not been fetched.
     rows: Option<VecDeque<Vec<Value>>>,
@@ -57,25 +111,46 @@ impl Portal {
 
 /// What an Execute needs before it can be answered.
 pub(crate) enum Execution {
-    /// The statement has to be run first.
-    Run(Statement),
+    /// The statement has to be run first, with these values in its query.
+    Run(Box<Statement>, Arguments),
     /// Everything is there.
     Ready,
+}
+
+/// What came of a Bind.
+pub(crate) enum Binding {
+    /// It has been answered.
+    Done,
+    /// Rows have to be put into this text, which then is bound on the server.
+    Rows(Sourced, Arguments),
 }
 
 /// Whether a frame of the extended protocol names something of ours. `body` may be cut short behind the names.
 pub(crate) fn concerns(locals: &Locals, tag: u8, mut body: &[u8]) -> bool {
     match tag {
-        b'B' => cut_string(&mut body).and_then(|_portal| cut_string(&mut body)).is_some_and(|name| locals.holds(name)),
+        b'B' => {
+            let (portal, name) = (cut_string(&mut body), cut_string(&mut body));
+            let taken = portal.is_some_and(|portal| !portal.is_empty() && locals.portals.contains_key(portal));
+            taken || name.is_some_and(|name| locals.holds(name))
+        }
         b'D' | b'C' => match body.split_first() {
             // A statement is closed on the server, too.
             Some((b'S', _)) if tag == b'C' => false,
-            Some((b'S', mut name)) => cut_string(&mut name).is_some_and(|name| locals.holds(name)),
+            Some((b'S', mut name)) => cut_string(&mut name).is_some_and(|name| locals.answers(name)),
             Some((b'P', mut name)) => cut_string(&mut name).is_some_and(|name| locals.portals.contains_key(name)),
             _ => false,
         },
         b'E' => cut_string(&mut body).is_some_and(|name| locals.portals.contains_key(name)),
         _ => false,
+    }
+}
+
+/// The prepared statement that a Bind, or a Describe of one, names.
+pub(crate) fn named(tag: u8, mut body: &[u8]) -> Option<&[u8]> {
+    match (tag, body.split_first()?) {
+        (b'B', _) => cut_string(&mut body).and_then(|_portal| cut_string(&mut body)),
+        (b'D', (b'S', mut name)) => cut_string(&mut name),
+        _ => None,
     }
 }
 
@@ -87,6 +162,27 @@ impl Locals {
     fn holds(&self, name: &[u8]) -> bool {
         let parsed = self.parsed.as_ref().is_some_and(|(parsed, _)| parsed == name);
         parsed || self.statements.contains_key(name)
+    }
+
+    /// Whether a statement is answered here. A text with row sources is the server's to describe.
+    fn answers(&self, name: &[u8]) -> bool {
+        let parsed = self.parsed.as_ref().filter(|(parsed, _)| parsed == name).map(|(_, prepared)| prepared);
+        parsed
+            .or_else(|| self.statements.get(name))
+            .is_some_and(|prepared| matches!(prepared.meaning, Meaning::Ours(_)))
+    }
+
+    /// Where a position in what the server has of a statement is in the client's text.
+    pub(crate) fn position(&self, tag: u8, body: &[u8], on_server: usize) -> usize {
+        let prepared = named(tag, body).and_then(|name| self.statements.get(name));
+        prepared.map_or(on_server, |prepared| (prepared.for_server(b"").position)(on_server))
+    }
+
+    /// Forgets the statement that a message names, which the server does not have.
+    pub(crate) fn forget_name(&mut self, tag: u8, body: &[u8]) {
+        if let Some(name) = named(tag, body) {
+            self.forget(name);
+        }
     }
 
     /// Forgets what a frame that goes to the server replaces there.
@@ -130,66 +226,100 @@ impl Locals {
         self.portals.clear();
     }
 
-    /// Parse, of a text that is ours. Gives the name, which the server has to accept, too.
-    pub(crate) fn parse<'b>(&mut self, mut body: &'b [u8]) -> Result<&'b [u8], PgError> {
+    /// Parse, of a text that is ours or has row sources. Gives what the server has to accept, too.
+    pub(crate) fn parse<'b>(&mut self, mut body: &'b [u8]) -> Result<ForServer<'b>, PgError> {
         let (Some(name), Some(text)) = (cut_string(&mut body), cut_string(&mut body)) else {
             return Err(malformed("Parse"));
         };
-        let mut parsed = sql::parse(utf8(text)?)?;
-        let (Some(statement), true) = (parsed.pop(), parsed.is_empty()) else {
-            let message = "cannot insert multiple commands into a prepared statement";
-            return Err(PgError::new(SqlState::SYNTAX_ERROR, message));
+        let text = utf8(text)?;
+        let (meaning, known) = if sql::is_ours(text.as_bytes()) {
+            let mut parsed = sql::parse(text)?;
+            let (Some(statement), true) = (parsed.pop(), parsed.is_empty()) else {
+                let message = "cannot insert multiple commands into a prepared statement";
+                return Err(PgError::new(SqlState::SYNTAX_ERROR, message));
+            };
+            let known = statement.parameters()?;
+            (Meaning::Ours(statement), known)
+        } else {
+            let sourced = Sourced::read(text)?;
+            let known = sourced.parameters()?;
+            (Meaning::Sourced(sourced), known)
         };
-        let parameters = statement.parameters()?;
-        let named = (0..cut_i16(&mut body).unwrap_or(0)).map_while(|_| cut_i32(&mut body)).map(i32::cast_unsigned);
-        let mut named = named.map(Some);
-        let oid = |parameter: &ParameterType| match (named.next().flatten(), parameter) {
-            (Some(oid), _) if oid != 0 => oid,
-            (_, ParameterType::Text) => TEXT_OID,
-            (_, ParameterType::Int8) => INT8_OID,
-        };
-        let oids = parameters.iter().map(oid).collect();
-        self.parsed = Some((name.to_vec(), Prepared { statement, parameters, oids }));
-        Ok(name)
+        let count = cut_i16(&mut body).map_or(0, i16::cast_unsigned);
+        let named = (0..count).map_while(|_| cut_i32(&mut body)).map(i32::cast_unsigned).collect();
+        let prepared = Prepared { meaning, known, named };
+        let for_server = prepared.for_server(name);
+        self.parsed = Some((name.to_vec(), prepared));
+        Ok(for_server)
     }
 
-    /// Bind, of a statement of ours.
-    pub(crate) fn bind(&mut self, body: &[u8], out: &mut BytesMut) -> Result<(), PgError> {
-        let Bound { portal, name, values, formats } = Bound::read(body).ok_or_else(|| malformed("Bind"))?;
-        let Some(prepared) = self.statements.get(name).cloned() else { return Err(malformed("Bind")) };
-        if values.len() != prepared.parameters.len() {
-            let (name, given, wanted) = (String::from_utf8_lossy(name), values.len(), prepared.parameters.len());
+    /// Bind, of a statement whose parameters have these types on the server.
+    pub(crate) fn bind(&mut self, body: &Bytes, of_server: &[u32], out: &mut BytesMut) -> Result<Binding, PgError> {
+        let bound = Bound::read(body).ok_or_else(|| malformed("Bind"))?;
+        let Bound { portal, name, values, given, formats, .. } = bound;
+        let prepared = self.statements.get(name).cloned();
+        if !portal.is_empty() && self.portals.contains_key(portal) {
+            let message = format!("cursor \"{}\" already exists", String::from_utf8_lossy(portal));
+            return Err(PgError::new(SqlState::DUPLICATE_CURSOR, message));
+        }
+        let prepared = prepared.ok_or_else(|| malformed("Bind"))?;
+        let types = prepared.types(of_server);
+        if values.len() != types.len() {
+            let (name, given, wanted) = (String::from_utf8_lossy(name), values.len(), types.len());
             let message = format!(
                 "bind message supplies {given} parameters, but prepared statement \"{name}\" requires {wanted}"
             );
             return Err(PgError::new(SqlState::PROTOCOL_VIOLATION, message));
         }
-        let texts = values.iter().zip(&prepared.parameters).map(|(value, parameter)| value.text(*parameter));
-        let statement = prepared.statement.bind(&texts.collect::<Result<Vec<_>, _>>()?)?;
+        let is_ours = |index: usize| prepared.known.get(index).is_some_and(Option::is_some);
+        let texts = values.iter().zip(&types).enumerate().map(|(index, (value, oid))| match is_ours(index) {
+            true => value.text(*oid),
+            // In a query: the server reads it.
+            false => Ok(None),
+        });
+        let texts = texts.collect::<Result<Vec<_>, _>>()?;
+        let arguments = Arguments { types, given: body.slice_ref(given) };
+        match prepared.meaning {
+            Meaning::Sourced(sourced) => {
+                self.portals.remove(portal);
+                Ok(Binding::Rows(sourced.bind(&texts)?, arguments))
+            }
+            Meaning::Ours(statement) => {
+                self.open(portal, statement.bind(&texts)?, arguments, formats)?;
+                Writer(out).bind_complete();
+                Ok(Binding::Done)
+            }
+        }
+    }
+
+    fn open(
+        &mut self,
+        portal: &[u8],
+        statement: Statement,
+        arguments: Arguments,
+        formats: Vec<i16>,
+    ) -> Result<(), PgError> {
         let width = columns(&statement).len();
         if formats.len() > 1 && formats.len() != width {
             let message = format!("bind message has {} result formats but query has {width} columns", formats.len());
             return Err(PgError::new(SqlState::PROTOCOL_VIOLATION, message));
         }
-        if !portal.is_empty() && self.portals.contains_key(portal) {
-            let message = format!("cursor \"{}\" already exists", String::from_utf8_lossy(portal));
-            return Err(PgError::new(SqlState::DUPLICATE_CURSOR, message));
-        }
-        self.portals
-            .insert(portal.to_vec(), Portal { tag: statement.tag().to_owned(), statement, formats, rows: None });
-        Writer(out).bind_complete();
+        let tag = statement.tag().to_owned();
+        self.portals.insert(portal.to_vec(), Portal { tag, statement, arguments, formats, rows: None });
         Ok(())
     }
 
     /// Describe, of something of ours.
-    pub(crate) fn describe(&self, body: &[u8], out: &mut BytesMut) -> Result<(), PgError> {
+    /// `of_server` are the types that a statement's parameters have on the server.
+    pub(crate) fn describe(&self, body: &[u8], of_server: &[u32], out: &mut BytesMut) -> Result<(), PgError> {
         let (kind, mut rest) = body.split_first().ok_or_else(|| malformed("Describe"))?;
         let name = cut_string(&mut rest).ok_or_else(|| malformed("Describe"))?;
         let mut out = Writer(out);
         if *kind == b'S' {
             let prepared = self.statements.get(name).ok_or_else(|| malformed("Describe"))?;
-            out.parameter_description(&prepared.oids);
-            describe_rows(&mut out, columns(&prepared.statement), |_| Format::Text);
+            let Meaning::Ours(statement) = &prepared.meaning else { return Err(malformed("Describe")) };
+            out.parameter_description(&prepared.types(of_server));
+            describe_rows(&mut out, columns(statement), |_| Format::Text);
         } else {
             let portal = self.portals.get(name).ok_or_else(|| malformed("Describe"))?;
             describe_rows(&mut out, columns(&portal.statement), |column| portal.format(column));
@@ -207,7 +337,7 @@ impl Locals {
 
     /// Whether an Execute of a portal of ours runs a statement of this kind.
     pub(crate) fn runs(&self, body: &[u8], is_one: impl Fn(&Statement) -> bool) -> bool {
-        matches!(self.begin_execute(body), Ok(Execution::Run(statement)) if is_one(&statement))
+        matches!(self.begin_execute(body), Ok(Execution::Run(statement, _)) if is_one(&statement))
     }
 
     /// What an Execute of a portal of ours needs.
@@ -215,7 +345,9 @@ impl Locals {
         let name = cut_string(&mut body).ok_or_else(|| malformed("Execute"))?;
         let portal = self.portals.get(name).ok_or_else(|| malformed("Execute"))?;
         Ok(match portal {
-            Portal { statement, rows: None, .. } => Execution::Run(statement.clone()),
+            Portal { statement, arguments, rows: None, .. } => {
+                Execution::Run(Box::new(statement.clone()), arguments.clone())
+            }
             Portal { rows: Some(_), .. } => Execution::Ready,
         })
     }

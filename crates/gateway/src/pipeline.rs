@@ -28,8 +28,10 @@ enum Slot {
     PoisonParse(Bytes),
     /// A Query that is to fail; its error is replaced by these bytes.
     PoisonQuery(Bytes),
+    /// A step that the client has not asked for, and whose end it does not get.
+    Hidden(Step),
     /// A question of this gateway's own; the server's answer is not the client's. In the extended protocol it ends
-    /// with the second of two CloseCompletes.
+    /// with the last of three CloseCompletes.
     Ask(Ask),
     /// The client's end of COPY data. The server answers it only as part of the COPY.
     CopyEnd,
@@ -49,6 +51,8 @@ enum Step {
 enum Ask {
     Ready,
     Closes(u8),
+    /// The description of a statement: its parameters, and then its columns or none.
+    Columns,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -66,7 +70,7 @@ pub(crate) enum Verdict {
     Replace(Bytes),
     /// Part of the answer to a question of this gateway's own: nobody gets it.
     Swallow,
-    /// The row of that answer.
+    /// A row of that answer, or the types in it.
     Told,
     /// The last frame of that answer.
     Asked,
@@ -172,9 +176,24 @@ impl Pipeline {
 
     /// Takes note of a question of this gateway's own that is sent.
     pub(crate) fn asked(&mut self, extended: bool) {
-        self.push(Slot::Ask(if extended { Ask::Closes(2) } else { Ask::Ready }));
+        self.push(Slot::Ask(if extended { Ask::Closes(3) } else { Ask::Ready }));
         self.begun |= extended;
         self.unflushed = false;
+    }
+
+    /// Takes note of a question for the description of a statement that is sent.
+    pub(crate) fn asked_for_name(&mut self) {
+        self.push(Slot::Ask(Ask::Columns));
+        self.unflushed = false;
+    }
+
+    /// Takes note that a text was parsed and bound under a name of this gateway's own: only the BindComplete is the
+    /// client's.
+    pub(crate) fn bound_text(&mut self) {
+        let hidden = [Slot::Hidden(Step::Close), Slot::Hidden(Step::Parse)];
+        for slot in hidden.into_iter().chain([Slot::Step(Step::Bind), Slot::Hidden(Step::Close)]) {
+            self.push(slot);
+        }
     }
 
     /// Whether the answer to a question of this gateway's own comes next.
@@ -189,7 +208,7 @@ impl Pipeline {
         }
         self.server_skips = false;
         match slot {
-            Slot::Step(_) | Slot::PoisonParse(_) => self.unflushed = true,
+            Slot::Step(_) | Slot::Hidden(_) | Slot::PoisonParse(_) => self.unflushed = true,
             Slot::Cycle(_) | Slot::PoisonQuery(_) => self.unflushed = false,
             Slot::CopyEnd | Slot::Ask(_) => {}
         }
@@ -212,6 +231,10 @@ impl Pipeline {
                 self.end_cycle();
             }
             (b'E', _) => return self.failed(),
+            (b'1', Some(Slot::Hidden(Step::Parse))) | (b'3', Some(Slot::Hidden(Step::Close))) => {
+                self.slots.pop_front();
+                return Verdict::Swallow;
+            }
             (b'G', _) => self.begin_copy_in(),
             (b'1', Some(Slot::Step(Step::Parse)))
             | (b'2', Some(Slot::Step(Step::Bind)))
@@ -236,11 +259,12 @@ impl Pipeline {
                 self.slots[0] = Slot::Cycle(Cycle::Query);
                 return Some(Verdict::Pass);
             }
-            (b'E', Ask::Closes(_)) => {
+            (b'E', Ask::Closes(_) | Ask::Columns) => {
                 self.slots[0] = Slot::Step(Step::Execute);
                 return None;
             }
-            (b'D', _) => return Some(Verdict::Told),
+            (b'D', Ask::Ready | Ask::Closes(_)) | (b't', Ask::Columns) => return Some(Verdict::Told),
+            (b'T' | b'n', Ask::Columns) => true,
             (b'Z', Ask::Ready) => {
                 self.transaction = Transaction::of(status.unwrap_or(b'I'));
                 true
@@ -279,7 +303,7 @@ impl Pipeline {
             }
             Some(Slot::PoisonParse(bytes)) => Verdict::Replace(std::mem::take(bytes)),
             Some(Slot::Cycle(_)) | None => return Verdict::Pass,
-            Some(Slot::Step(_) | Slot::CopyEnd | Slot::Ask(_)) => Verdict::Pass,
+            Some(Slot::Step(_) | Slot::Hidden(_) | Slot::CopyEnd | Slot::Ask(_)) => Verdict::Pass,
         };
         // The server answers nothing more up to the next Sync, a Query in between included.
         let sync = self.slots.iter().position(|slot| *slot == Slot::Cycle(Cycle::Sync));
@@ -326,16 +350,36 @@ mod tests {
     #[test]
     fn the_answer_to_a_question_of_our_own_is_swallowed() {
         use Verdict::{Asked, Pass, Swallow, Told};
-        for (extended, script) in [
-            (false, vec![(b'T', Swallow), (b'N', Pass), (b'D', Told), (b'C', Swallow), (b'Z', Asked)]),
+        let simple = |pipeline: &mut Pipeline| pipeline.asked(false);
+        let extended = |pipeline: &mut Pipeline| pipeline.asked(true);
+        let bound = [(b'3', Swallow), (b'1', Swallow), (b'2', Pass), (b'3', Swallow)];
+        for (ask, script) in [
             (
-                true,
-                vec![(b'1', Swallow), (b'2', Swallow), (b'D', Told), (b'C', Swallow), (b'3', Swallow), (b'3', Asked)],
+                &simple as &dyn Fn(&mut Pipeline),
+                vec![(b'T', Swallow), (b'N', Pass), (b'D', Told), (b'C', Swallow), (b'Z', Asked)],
             ),
-            (false, vec![(b'E', Pass), (b'Z', Pass)]),
+            (
+                &extended,
+                vec![
+                    (b'3', Swallow),
+                    (b'1', Swallow),
+                    (b'2', Swallow),
+                    (b'D', Told),
+                    (b'C', Swallow),
+                    (b'3', Swallow),
+                    (b'3', Asked),
+                ],
+            ),
+            (&simple, vec![(b'E', Pass), (b'Z', Pass)]),
+            (&Pipeline::asked_for_name, vec![(b't', Told), (b'N', Pass), (b'n', Asked)]),
+            (&Pipeline::asked_for_name, vec![(b't', Told), (b'T', Asked)]),
+            (&Pipeline::asked_for_name, vec![(b'E', Pass)]),
+            (&Pipeline::bound_text, bound.to_vec()),
+            (&Pipeline::bound_text, [&bound[..1], &[(b'E', Pass)]].concat()),
+            (&Pipeline::bound_text, [&bound[..2], &[(b'E', Pass)]].concat()),
         ] {
             let mut pipeline = Pipeline::default();
-            pipeline.asked(extended);
+            ask(&mut pipeline);
             for (tag, verdict) in script {
                 assert!(!pipeline.is_quiet());
                 assert_eq!(pipeline.received(tag, Some(b'I')), verdict, "{}", tag.escape_ascii());

@@ -3,9 +3,13 @@
 use bytes::Bytes;
 use pgerror::PgError;
 
+use crate::asking::with_position;
 use crate::frame::{cut_string, data_run, header};
 use crate::pipeline::{Transaction, Verdict};
 use crate::session::{BUFFER_MAX, Session};
+
+/// The server's code for a prepared statement that does not exist, as a field of its error.
+const INVALID_NAME: &[u8] = b"C26000";
 
 /// No more than this much of a frame is waited for and looked at.
 const LOOK_MAX: usize = 16 * 1024;
@@ -27,14 +31,16 @@ impl Session {
             let looked_at = match found.tag {
                 b'Z' | b'E' | b'K' | b'S' | b'C' => found.len.min(LOOK_MAX),
                 b'D' if self.pipeline.is_asking() => found.len.min(LOOK_MAX),
+                // At most 65,535 types.
+                b't' if self.pipeline.is_asking() => found.len,
                 _ => 5,
             };
             let Some(body) = unjudged.get(5..looked_at) else { break };
             match self.pipeline.received(found.tag, body.first().copied()) {
                 Verdict::Pass => {
                     let body = Bytes::copy_from_slice(body);
-                    let asking = self.asking.as_ref().filter(|_| found.tag == b'E' && body.len() + 5 == found.len);
-                    if let Some(moved) = asking.and_then(|asking| asking.of_statement(&body)) {
+                    let whole_error = found.tag == b'E' && body.len() + 5 == found.len;
+                    if let Some(moved) = whole_error.then(|| self.led_back(&body)).flatten() {
                         self.from_server.pass_on(&mut self.to_client);
                         self.to_client.extend_from_slice(&moved);
                         self.from_server.discard(found.len);
@@ -65,7 +71,34 @@ impl Session {
         Ok(())
     }
 
+    /// An error of the server's about what this gateway made of the client's text, as one about that text.
+    fn led_back(&self, error: &[u8]) -> Option<Bytes> {
+        match (&self.asking, &self.places) {
+            (Some(asking), _) => match asking.waiting() {
+                Some((tag, body)) => with_position(error, |at| self.locals.position(tag, body, at)),
+                None => asking.of_statement(error),
+            },
+            (None, Some(places)) => with_position(error, &places.position),
+            (None, None) => None,
+        }
+    }
+
+    /// An error ends what this gateway has asked; the client has been told in the server's words.
+    fn end_asking(&mut self, error: &[u8]) {
+        let Some(asking) = self.asking.take() else { return };
+        self.skipping |= asking.is_extended();
+        if let Some((tag, body)) = asking.waiting()
+            && error.split(|byte| *byte == 0).any(|field| field == INVALID_NAME)
+        {
+            self.locals.forget_name(tag, body);
+        }
+        if asking.is_of_running() {
+            drop(self.end_running());
+        }
+    }
+
     fn read_along(&mut self, tag: u8, mut body: &[u8]) {
+        self.places.take_if(|places| tag == b'E' || tag == places.until);
         match tag {
             b'Z' => {
                 self.greeted = true;
@@ -92,10 +125,7 @@ impl Session {
             // The severity that is never translated comes among the first fields.
             b'E' => {
                 self.locals.reject();
-                // The client has been told in the server's words.
-                if self.asking.take().is_some_and(|asking| asking.execute.is_some()) {
-                    self.skipping = true;
-                }
+                self.end_asking(body);
                 self.server_ended |= body.windows(7).any(|field| field == b"\0VFATAL" || field == b"\0VPANIC");
             }
             _ => {}

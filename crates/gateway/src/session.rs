@@ -17,18 +17,20 @@ use cluster::socket::Socket;
 use pgerror::{PgError, SqlState};
 use sql::Statement;
 use tokio::io::{AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _};
-use tokio::sync::watch;
+use tokio::sync::{mpsc, watch};
 use tokio::time::timeout;
+use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
 use crate::Gateway;
 use crate::answer::{Answer, Writer};
-use crate::asking::Asking;
+use crate::asking::{Asking, Question};
 use crate::cancel::{Cancelable, Registered};
 use crate::inbound::Inbound;
 use crate::local::Locals;
 use crate::pipeline::Pipeline;
 use crate::progress::Remarks;
+use crate::rows::Sent;
 use crate::transactions::Joined;
 
 /// Reading from one side stops while this much waits to be written to the other.
@@ -42,15 +44,32 @@ const READ_SIZE: usize = 32 * 1024;
 const LAST_WORDS_DEADLINE: Duration = Duration::from_secs(30);
 
 /// What came of the statements of one text: in order, up to the first that failed.
-pub(crate) type Outcome = Vec<(Statement, Result<Answer, PgError>)>;
+pub(crate) type Answered = Vec<(Statement, Result<Answer, PgError>)>;
+
+/// What came of a frame of ours.
+pub(crate) enum Outcome {
+    /// Statements were run.
+    Answered(Answered),
+    /// A text with rows in it, to be sent on.
+    Sent(Result<Box<Sent>, PgError>),
+}
 
 /// A statement of ours at work.
 pub(crate) struct Running {
     pub(crate) future: Pin<Box<dyn Future<Output = Outcome> + Send>>,
-    /// The Execute message that waits for it; `None` in the simple protocol.
+    /// The message that waits for it, an Execute or a Bind; `None` in the simple protocol.
     pub(crate) execute: Option<Bytes>,
     /// Whether it is part of a transaction of the client's.
     pub(crate) joins: bool,
+    /// What cancels it.
+    pub(crate) cancelled: CancellationToken,
+}
+
+/// How positions in errors are led back to the client's own text.
+pub(crate) struct Places {
+    /// The kind of message that ends it, if no error comes before.
+    pub(crate) until: u8,
+    pub(crate) position: Box<dyn Fn(usize) -> usize + Send>,
 }
 
 /// Everything about one client but its sockets.
@@ -78,6 +97,13 @@ pub(crate) struct Session {
     pub(crate) outcome: Option<Outcome>,
     /// What the running statement has to say before its end.
     pub(crate) remarks: Remarks,
+    /// Takes the questions of running statements.
+    pub(crate) questions: mpsc::Sender<Question>,
+    questions_heard: mpsc::Receiver<Question>,
+    /// The one that was heard, until it can be put.
+    question: Option<Question>,
+    /// Set while the server answers a text that is not as the client wrote it.
+    pub(crate) places: Option<Places>,
     /// A statement of ours has come in and waits for its turn.
     pub(crate) held: bool,
     pub(crate) cancelable: Arc<Cancelable>,
@@ -96,6 +122,8 @@ pub(crate) struct Follows {
 
 impl Session {
     pub(crate) fn new(gateway: Gateway, cancelable: Arc<Cancelable>, intercepts: bool) -> Self {
+        // A statement asks one question at a time.
+        let (questions, questions_heard) = mpsc::channel(1);
         Self {
             gateway,
             intercepts,
@@ -111,6 +139,10 @@ impl Session {
             running: None,
             outcome: None,
             remarks: Remarks::default(),
+            questions,
+            questions_heard,
+            question: None,
+            places: None,
             held: false,
             cancelable,
             registered: None,
@@ -161,6 +193,7 @@ impl Session {
                 () = &mut stopped => break Err(shutting_down(self.running.is_some())),
                 () = &mut moved => break Err(leader_moved(follows.as_ref())),
                 outcome = finished(&mut self.running), if self.outcome.is_none() => self.outcome = Some(outcome),
+                Some(question) = self.questions_heard.recv(), if self.question.is_none() => self.question = Some(question),
                 () = self.remarks.heard(), if self.to_client.len() < BUFFER_MAX => {}
                 read = client_in.read_buf(&mut self.from_client.bytes), if may_read_client => {
                     client_open = matches!(read, Ok(read) if read > 0);
@@ -205,6 +238,11 @@ impl Session {
     /// Takes all that has come in as far as possible.
     fn digest(&mut self) -> Result<(), PgError> {
         self.digest_server()?;
+        if self.asking.is_none()
+            && let Some(question) = self.question.take()
+        {
+            self.put(question);
+        }
         if self.from_server.is_between_frames() {
             if let Some(remark) = self.remarks.take() {
                 Writer(&mut self.to_client).notice(&remark);
@@ -214,6 +252,15 @@ impl Session {
             }
         }
         self.digest_client()
+    }
+
+    /// Nothing runs any more.
+    pub(crate) fn end_running(&mut self) -> Option<Running> {
+        self.cancelable.end();
+        self.remarks.clear();
+        (self.outcome, self.question) = (None, None);
+        while self.questions_heard.try_recv().is_ok() {}
+        self.running.take()
     }
 
     /// Whether everything that the client has sent has gone to the server or been answered.

@@ -8,18 +8,17 @@
 //!
 //! A text of several statements of ours never reaches the server. Its jobs are there when all of it has succeeded.
 
-use backup::Requester;
 use jobs::{Birth, JobId, Jobs, Transaction};
 use pgerror::{PgError, SqlState};
 use sql::Statement;
-use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 
 use crate::Gateway;
 use crate::answer::{Answer, Value, spoken};
 use crate::client_frames::cancelled_by_user;
 use crate::frame::header;
-use crate::session::Outcome;
+use crate::rows::Runner;
+use crate::session::Answered;
 
 /// Asks a session for the numbers of its transaction, and of the innermost subtransaction as a distance from it.
 ///
@@ -76,7 +75,7 @@ pub(crate) fn birth_of(statements: &[Statement]) -> Birth {
 }
 
 /// The jobs that a text's statements have made, in order.
-fn made(outcome: &Outcome) -> Vec<JobId> {
+fn made(outcome: &Answered) -> Vec<JobId> {
     let made = outcome.iter().filter(|(statement, _)| makes_job(statement));
     made.filter_map(|(_, answer)| match answer.as_ref().ok()?.rows.first()?.first()? {
         Value::Int8(id) => id.map(JobId),
@@ -121,7 +120,7 @@ pub(crate) struct Joined {
 
 impl Joined {
     /// Statements have been run in the transaction.
-    pub(crate) fn note(&mut self, outcome: &Outcome) {
+    pub(crate) fn note(&mut self, outcome: &Answered) {
         self.jobs.extend(made(outcome));
     }
 
@@ -154,15 +153,14 @@ impl Gateway {
     pub(crate) async fn run_all(
         &self,
         statements: Vec<Statement>,
-        requester: Option<&Requester>,
+        runner: &mut Runner,
         birth: &Birth,
         cancelled: &CancellationToken,
-        remarks: &mpsc::Sender<PgError>,
-    ) -> Outcome {
+    ) -> Answered {
         let mut outcome = Vec::with_capacity(statements.len());
-        for statement in statements {
+        for mut statement in statements {
             let answer = tokio::select! {
-                answer = self.run(&statement, requester, birth, remarks) => answer,
+                answer = runner.run(&mut statement, 0, birth) => answer,
                 () = cancelled.cancelled() => Err(cancelled_by_user()),
             };
             let failed = answer.is_err();
@@ -178,7 +176,7 @@ impl Gateway {
     }
 
     /// The jobs of a text that has come to its end are there, all or none.
-    async fn conclude(&self, outcome: &mut Outcome) {
+    async fn conclude(&self, outcome: &mut Answered) {
         let (ids, jobs) = (made(outcome), &self.backups.jobs);
         let failed = outcome.last().is_some_and(|(_, answer): &(_, Result<Answer, PgError>)| answer.is_err());
         if failed {

@@ -6,14 +6,11 @@ use pgerror::{PgError, SqlState};
 use sqlparser::tokenizer::{Token, Word};
 
 use crate::names::is_reserved;
-use crate::parameters::parse_int8;
+use crate::parameters::{PARAMETERS_MAX, parse_int8};
 use crate::scan::starts_ours;
 use crate::selection::Query;
 use crate::statement::{Number, Text};
 use crate::syntax::{Mark, Source, literal};
-
-/// The highest number of a placeholder: a Bind message has no room for more values.
-const PLACEHOLDER_MAX: usize = u16::MAX as usize;
 
 /// A place in a text, with what is owed to the statement that is being read.
 pub(crate) struct Cursor<'t> {
@@ -25,11 +22,13 @@ pub(crate) struct Cursor<'t> {
     refusal: Option<PgError>,
     /// How far the text was counted for queries that were cut out of it.
     mark: Mark,
+    /// The text is a row source in so many others.
+    depth: usize,
 }
 
 impl<'t> Cursor<'t> {
-    pub(crate) fn new(source: Source<'t>) -> Self {
-        Self { source, next: 0, begun: None, refusal: None, mark: Mark::new() }
+    pub(crate) fn new(source: Source<'t>, depth: usize) -> Self {
+        Self { source, next: 0, begun: None, refusal: None, mark: Mark::new(), depth }
     }
 
     /// Notes that a statement begins here.
@@ -251,16 +250,6 @@ impl<'t> Cursor<'t> {
                 Token::Word(_) if depth == 0 && self.at_reason() => break,
                 Token::LParen => depth += 1,
                 Token::RParen => depth -= 1,
-                Token::Placeholder(_) => {
-                    let refusal = self.unsupported("parameters in a query that names jobs are not supported yet");
-                    self.refuse(refusal.hint("Give the ids themselves as parameters: VALUES ($1), ($2)."));
-                }
-                Token::LBracket if is_word(self.second(), "SHOW") => {
-                    let refusal = self.unsupported("SHOW as a row source is not supported yet");
-                    self.refuse(
-                        refusal.hint("List the ids: VALUES (id), (id); or name a kind: PAUSE ALL BACKUP JOBS."),
-                    );
-                }
                 _ => {}
             }
             self.advance();
@@ -270,7 +259,7 @@ impl<'t> Cursor<'t> {
         }
         let end = self.here();
         let (before, text) = self.source.between(&mut self.mark, begun, end);
-        Ok(Query::new(text, before, one_value))
+        Query::new(&text, before, one_value, self.depth)
     }
 
     /// Whether `WITH REASON =` comes next. `WITH reason AS` begins a query.
@@ -295,7 +284,7 @@ impl<'t> Cursor<'t> {
     fn placeholder(&mut self) -> Option<usize> {
         let Token::Placeholder(text) = self.peek() else { return None };
         let digits = text.strip_prefix('$').filter(|digits| digits.bytes().all(|b| b.is_ascii_digit()))?;
-        let n = digits.parse().ok().filter(|n| (1..=PLACEHOLDER_MAX).contains(n))?;
+        let n = digits.parse().ok().filter(|n| (1..=PARAMETERS_MAX).contains(n))?;
         self.advance();
         Some(n)
     }

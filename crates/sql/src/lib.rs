@@ -8,6 +8,9 @@
 //! We take only texts that a bare PostgreSQL rejects: `SHOW LOCALITY` is 42704 there, `BACKUP` 42601. What we do not
 //! take is never judged: a text that this crate cannot tokenize is simply not ours.
 //!
+//! A text of PostgreSQL's may have a SHOW of ours where a table could stand. [`has_row_source`] finds that out for every
+//! text, too: cheaply, because it looks for the word first. [`Sourced`] reads such a text and puts rows into it.
+//!
 //! The grammar is CockroachDB's. What it allows and we cannot do yet is read to its end and then refused by its name
 //! (0A000), so that nobody looks for a typing error in a sound statement. A statement may carry a store's keys in its
 //! URIs: they are in no `Debug` output and, in the echo of a text that does not parse, replaced by stars.
@@ -22,12 +25,14 @@ mod collection;
 mod control;
 mod cursor;
 mod external;
+mod lexer;
 mod names;
 mod options;
 mod parameters;
 mod parser;
 mod ranges;
 mod restore;
+mod rows;
 mod scan;
 mod selection;
 mod show;
@@ -40,6 +45,7 @@ mod verb;
 pub use control::{ControlJobs, ControlVerb};
 pub use parameters::ParameterType;
 pub use parser::parse;
+pub use rows::{Rewritten, RowSource, Sourced, has_row_source};
 pub use scan::is_ours;
 pub use selection::{IDS_MAX, JobKind, Query, Selection};
 pub use statement::{

@@ -1,17 +1,21 @@
 //! The placeholders of a prepared statement: their types, and their values.
 //!
 //! The grammar decides every type, so a client need not declare any: a placeholder stands where a text is expected or
-//! where a job's id is.
+//! where a job's id is. Those in a query of PostgreSQL's are the server's to decide.
 
 use std::num::IntErrorKind;
 
 use pgerror::{PgError, SqlState};
 
 use crate::control::ControlJobs;
+use crate::rows::Sourced;
 use crate::selection::{Query, Selection};
 use crate::statement::{
     Backup, BackupOptions, Number, Restore, RestoreOptions, ShowBackup, ShowJobs, Statement, Subdir, Text,
 };
+
+/// No statement has more parameters: a Bind message has no room for more values.
+pub(crate) const PARAMETERS_MAX: usize = u16::MAX as usize;
 
 /// The type of a parameter.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -32,13 +36,13 @@ impl ParameterType {
 }
 
 impl Statement {
-    /// The types of `$1`, `$2`, … in order.
+    /// The types of `$1`, `$2`, … in order; `None` for one that only a query of PostgreSQL's has.
     ///
     /// # Errors
     ///
     /// 42P18 when a number is left out, 42P08 when one parameter stands in places of different types.
-    pub fn parameters(&self) -> Result<Vec<ParameterType>, PgError> {
-        deduce(&self.uses())
+    pub fn parameters(&self) -> Result<Vec<Option<ParameterType>>, PgError> {
+        deduce(&self.uses(), &self.of_server())
     }
 
     /// The statement with `values` in the places of `$1`, `$2`, …; a value is in its type's text form, `None` is NULL.
@@ -106,6 +110,11 @@ impl Statement {
         }
     }
 
+    /// The placeholders whose types are the server's to decide.
+    fn of_server(&self) -> Vec<usize> {
+        self.query().map(|query| query.sourced.of_server()).unwrap_or_default()
+    }
+
     /// Every place of a placeholder, with its type.
     fn uses(&self) -> Vec<(usize, ParameterType)> {
         let texts: Vec<&Text> = match self {
@@ -137,7 +146,39 @@ impl Statement {
             Number::Placeholder(n) => Some((*n, ParameterType::Int8)),
             Number::Literal(_) | Number::Null => None,
         });
-        texts.chain(ids).collect()
+        let nested = self.query().map(|query| query.sourced.uses()).unwrap_or_default();
+        texts.chain(ids).chain(nested).collect()
+    }
+}
+
+impl Sourced {
+    /// The types of `$1`, `$2`, … in order; `None` for one that stands in no row source.
+    ///
+    /// # Errors
+    ///
+    /// As [`Statement::parameters`].
+    pub fn parameters(&self) -> Result<Vec<Option<ParameterType>>, PgError> {
+        deduce(&self.uses(), &self.of_server())
+    }
+
+    /// The text with `values` in its row sources.
+    ///
+    /// # Errors
+    ///
+    /// As [`Statement::bind`].
+    pub fn bind(mut self, values: &[Option<String>]) -> Result<Self, PgError> {
+        for source in self.sources_mut() {
+            source.statement = source.statement.clone().bind(values)?;
+        }
+        Ok(self)
+    }
+
+    fn uses(&self) -> Vec<(usize, ParameterType)> {
+        self.sources().iter().flat_map(|source| source.statement.uses()).collect()
+    }
+
+    fn of_server(&self) -> Vec<usize> {
+        self.placeholders().chain(self.sources().iter().flat_map(|source| source.statement.of_server())).collect()
     }
 }
 
@@ -149,9 +190,11 @@ fn named(subdir: &Subdir) -> impl Iterator<Item = &Text> {
     .into_iter()
 }
 
-fn deduce(uses: &[(usize, ParameterType)]) -> Result<Vec<ParameterType>, PgError> {
-    let count = uses.iter().map(|(n, _)| *n).max().unwrap_or_default();
-    let mut types = vec![None; count];
+/// `elsewhere` are placeholders that have a type which is not known here.
+fn deduce(uses: &[(usize, ParameterType)], elsewhere: &[usize]) -> Result<Vec<Option<ParameterType>>, PgError> {
+    let count = uses.iter().map(|(n, _)| *n).chain(elsewhere.iter().copied()).max().unwrap_or_default();
+    // The server refuses what is beyond.
+    let mut types = vec![None; count.min(PARAMETERS_MAX)];
     for &(n, found) in uses {
         let known = types[n - 1].get_or_insert(found);
         if *known != found {
@@ -160,11 +203,14 @@ fn deduce(uses: &[(usize, ParameterType)]) -> Result<Vec<ParameterType>, PgError
             return Err(PgError::new(SqlState::AMBIGUOUS_PARAMETER, text).detail(detail));
         }
     }
-    let known = |(n, found): (usize, Option<ParameterType>)| {
-        let text = || format!("could not determine data type of parameter ${}", n + 1);
-        found.ok_or_else(|| PgError::new(SqlState::INDETERMINATE_DATATYPE, text()))
-    };
-    types.into_iter().enumerate().map(known).collect()
+    let left_out = types.iter().enumerate().find(|(index, found)| found.is_none() && !elsewhere.contains(&(index + 1)));
+    match left_out {
+        None => Ok(types),
+        Some((index, _)) => {
+            let text = format!("could not determine data type of parameter ${}", index + 1);
+            Err(PgError::new(SqlState::INDETERMINATE_DATATYPE, text))
+        }
+    }
 }
 
 fn bind_text(text: Text, values: &[Option<String>]) -> Result<Text, PgError> {
@@ -209,7 +255,11 @@ fn bind_selection(jobs: Selection, values: &[Option<String>]) -> Result<Selectio
         Selection::Ids(ids) => {
             ids.into_iter().map(|id| bind_number(id, values)).collect::<Result<_, _>>().map(Selection::Ids)
         }
-        other => Ok(other),
+        Selection::Query(mut query) => {
+            query.sourced = query.sourced.bind(values)?;
+            Ok(Selection::Query(query))
+        }
+        Selection::All(kind) => Ok(Selection::All(kind)),
     }
 }
 
@@ -274,9 +324,28 @@ mod tests {
             ("PAUSE JOB $2 WITH REASON = $1", vec![Text, Int8]),
             ("CANCEL JOBS VALUES ($1), ($2)", vec![Int8, Int8]),
             ("RESUME ALL BACKUP JOBS", vec![]),
+            ("SHOW JOBS SELECT job_id FROM [SHOW JOB $1] WHERE 'x' = ''", vec![Int8]),
         ] {
-            assert_eq!(statement(text).parameters(), Ok(types), "{text}");
+            assert_eq!(statement(text).parameters(), Ok(types.into_iter().map(Some).collect()), "{text}");
         }
+        for (text, types) in [
+            ("CANCEL JOBS SELECT id FROM t WHERE x = $1", vec![None]),
+            (
+                "PAUSE JOBS SELECT id FROM t WHERE x = $3 OR '$4' = $$ $5 $$ WITH REASON = $2",
+                vec![None, Some(Text), None],
+            ),
+            ("SHOW JOB (SELECT $1 FROM [SHOW JOBS SELECT $2 FROM [SHOW JOB $3]])", vec![None, None, Some(Int8)]),
+        ] {
+            // `$1` of the second has no place at all.
+            let found = statement(text).parameters();
+            match text.contains("$1") {
+                true => assert_eq!(found, Ok(types), "{text}"),
+                false => assert_eq!(found.expect_err(text).code, SqlState::INDETERMINATE_DATATYPE),
+            }
+        }
+        let sourced =
+            Sourced::read("SELECT $2 FROM [SHOW BACKUPS IN $1], [SHOW JOB $3] WHERE job_id = $3").expect("sound");
+        assert_eq!(sourced.parameters(), Ok(vec![Some(Text), None, Some(Int8)]));
     }
 
     #[test]
@@ -284,7 +353,7 @@ mod tests {
         let error = statement("BACKUP DATABASE a INTO $2").parameters().expect_err("$1 is left out");
         assert_eq!(error.code, SqlState::INDETERMINATE_DATATYPE);
         assert_eq!(error.message, "could not determine data type of parameter $1");
-        let error = deduce(&[(1, ParameterType::Text), (1, ParameterType::Int8)]).expect_err("two types");
+        let error = deduce(&[(1, ParameterType::Text), (1, ParameterType::Int8)], &[]).expect_err("two types");
         assert_eq!(error.code, SqlState::AMBIGUOUS_PARAMETER);
         assert_eq!(error.detail.as_deref(), Some("text versus bigint."));
     }

@@ -24,10 +24,15 @@ use crate::{backup, control, external, restore, show};
 /// position; 22P02 or 22003 for a job's id that is no `bigint`; 0A000 for a mixed text and for what CockroachDB
 /// understands and we do not do.
 pub fn parse(text: &str) -> Result<Vec<Statement>, PgError> {
+    parse_nested(text, 0)
+}
+
+/// The same for a text that is a row source in so many others.
+pub(crate) fn parse_nested(text: &str, depth: usize) -> Result<Vec<Statement>, PgError> {
     let mut tokens = Vec::new();
     let tokenized = Tokenizer::new(&PostgreSqlDialect {}, text).tokenize_with_location_into_buf(&mut tokens);
     let source = Source { text, tokens: &tokens };
-    let mut cursor = Cursor::new(source);
+    let mut cursor = Cursor::new(source, depth);
     if let Err(error) = tokenized {
         let why = error.message.trim_end_matches('.').to_lowercase();
         return Err(source.error_at(error.location, "EOF", &cursor.topic(), Some(&why)));

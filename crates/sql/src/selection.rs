@@ -8,6 +8,7 @@ use pgerror::PgError;
 use sqlparser::tokenizer::Token;
 
 use crate::cursor::Cursor;
+use crate::rows::{Rewritten, Sourced, shifted};
 use crate::statement::Number;
 
 /// The words that a query begins with.
@@ -36,50 +37,43 @@ pub enum JobKind {
     Restore,
 }
 
-/// A query in a statement of ours. It may say anything, so its `Debug` hides it.
-#[derive(Clone, PartialEq, Eq)]
+/// A query in a statement of ours.
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Query {
-    text: String,
-    /// The characters before it in the statement.
-    before: usize,
+    /// What it says, which may have row sources of ours.
+    pub sourced: Sourced,
+    /// The characters before it in the statement's text.
+    pub before: usize,
     /// It stands where one value is wanted; PostgreSQL refuses it if it gives several.
     one_value: bool,
 }
 
 impl Query {
-    pub(crate) fn new(text: String, before: usize, one_value: bool) -> Self {
-        Self { text, before, one_value }
+    pub(crate) fn new(text: &str, before: usize, one_value: bool, depth: usize) -> Result<Self, PgError> {
+        let sourced = Sourced::read_at(text, depth).map_err(|error| shifted(error, before))?;
+        Ok(Self { sourced, before, one_value })
     }
 
-    pub(crate) fn text(&self) -> &str {
-        &self.text
-    }
-
-    /// What the server is to run. Its first column has the ids; of too many rows it gives one more than [`IDS_MAX`].
+    /// What the server is to run, with rows in the places of row sources. Its first column has the ids; of too many rows
+    /// it gives one more than [`IDS_MAX`].
     ///
     /// As a part of another query it has no INSERT, UPDATE, DELETE or INTO: PostgreSQL refuses them. Its last line may be a comment, which
     /// ends before ours begins.
-    pub fn for_server(&self) -> String {
-        let (head, text) = (self.head(), &self.text);
+    pub fn for_server(&self, rewritten: &Rewritten) -> String {
+        let (head, text) = (self.head(), &rewritten.text);
         match self.one_value {
             true => format!("{head}{text}"),
             false => format!("{head}{text}\n) AS named LIMIT {}", IDS_MAX + 1),
         }
     }
 
-    /// Where a position in what the server ran is in the statement.
-    pub fn position(&self, on_server: usize) -> usize {
-        (on_server + self.before).saturating_sub(self.head().len()).max(1)
+    /// Where a position in what the server ran is in the statement's text.
+    pub fn position(&self, rewritten: &Rewritten, on_server: usize) -> usize {
+        rewritten.position(on_server.saturating_sub(self.head().len()).max(1)) + self.before
     }
 
     fn head(&self) -> &'static str {
         if self.one_value { "SELECT " } else { "SELECT * FROM (" }
-    }
-}
-
-impl std::fmt::Debug for Query {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str("Query(…)")
     }
 }
 
@@ -157,9 +151,10 @@ mod tests {
                 _ => None,
             });
             let query = query.expect(text);
-            assert_eq!(query.for_server(), sent, "{text}");
-            let characters = |text: &str| text[..text.find(query.text()).expect("its text")].chars().count();
-            assert_eq!(query.position(characters(sent) + 1), characters(text) + 1, "{text}");
+            let rewritten = query.sourced.rewrite(&[]);
+            assert_eq!(query.for_server(&rewritten), sent, "{text}");
+            let characters = |text: &str| text[..text.find(query.sourced.text()).expect("its text")].chars().count();
+            assert_eq!(query.position(&rewritten, characters(sent) + 1), characters(text) + 1, "{text}");
         }
     }
 }

@@ -1,0 +1,174 @@
+//! Ours in the extended protocol: what a driver may rely on. Each test is one promise, and what keeps it elsewhere is
+//! named here.
+//!
+//! | promise | kept by |
+//! |---|---|
+//! | named and unnamed statements; Parse of the unnamed one replaces it; names are taken, closed and known on the server | `wire.rs`: names; here: deallocated |
+//! | Describe of statements and portals; types of parameters, the client's own included | here: types, queries |
+//! | results in text and binary, by column | `wire.rs`: pipelines; here: formats; every type in binary: `drivers.rs` |
+//! | row limits, PortalSuspended, the end with the transaction | `wire.rs`: names; `rows.rs` |
+//! | pipelines of ours and theirs answer in order; Flush | `wire.rs`: pipelines |
+//! | an error skips up to its Sync and fails the transaction | `wire.rs`: errors; here: queries |
+//! | DISCARD ALL, DEALLOCATE ALL, DEALLOCATE of one, Close | here: deallocated |
+//! | `statement_timeout` and cancel end a wait | here: waits; `rows.rs`; `control.rs` |
+
+use crate::support::demo::Demo;
+use crate::support::wire::Wire;
+
+fn demo() -> Demo {
+    Demo::start(&["--nodes", "2", "--servers", "1", "--no-example-database"])
+}
+
+#[test]
+fn a_parameter_has_the_type_that_the_client_gave_it_or_its_own() {
+    let demo = demo();
+    let mut wire = Wire::login(&demo.nodes[1].address, "postgres");
+    let eight = 7_i64.to_be_bytes();
+    for (types, told, format, value, end) in [
+        ([].as_slice(), "20", 0, b"7".as_slice(), "C SHOW"),
+        (&[0], "20", 1, &eight, "C SHOW"),
+        (&[23], "23", 1, &eight[4..], "C SHOW"),
+        (&[21], "21", 1, &eight[6..], "C SHOW"),
+        (&[25], "25", 0, b"7", "C SHOW"),
+        // Four letters are no number of four bytes.
+        (&[25], "25", 1, b"1234", "C SHOW"),
+        (&[25], "25", 1, b"four", "E SERROR C22P02 Minvalid input syntax for type bigint: \"four\""),
+        (&[20], "20", 1, b"123", "E SERROR C22P03 Mincorrect binary data format in bind parameter"),
+        (&[1700], "1700", 0, b"7", "C SHOW"),
+    ] {
+        wire.parse_typed("", "SHOW JOB $1", types).describe(b'S', "").flush();
+        wire.bind_values("", "", &[(format, Some(value))], &[]).execute("", 0).sync();
+        let heard = wire.hear();
+        assert!(heard.starts_with(&format!("1\nt 1:{told}\nT job_id:20:0|")), "{types:?}: {heard}");
+        assert!(heard.ends_with(&format!("\n{end}\nZ I")), "{types:?} {value:?}: {heard}");
+    }
+    wire.parse_typed("", "SHOW JOB $1", &[1700]).bind_values("", "", &[(1, Some(b"\0\0\0\0\0\0\0\0"))], &[]).sync();
+    assert!(wire.hear().contains("C0A000"));
+    wire.parse("", "SHOW JOBS VALUES ($1), ($2)")
+        .bind_values("", "", &[(0, None), (1, None)], &[])
+        .execute("", 0)
+        .sync();
+    assert_eq!(wire.hear(), "1\n2\nC SHOW\nZ I");
+    assert!(wire.parse("", "SHOW JOB $2").sync().hear().contains("C42P18"));
+    let heard = wire.parse("two", "SHOW JOBS VALUES ($1), ($2)").bind("", "two", 0).sync().hear();
+    let count = "bind message supplies 0 parameters, but prepared statement \"two\" requires 2";
+    assert_eq!(heard, format!("1\nE SERROR C08P01 M{count}\nZ I"));
+}
+
+#[test]
+fn results_have_the_formats_that_were_asked_for() {
+    let demo = demo();
+    let mut wire = Wire::login(&demo.nodes[0].address, "postgres");
+    let mut row = |formats: &[i16]| {
+        wire.parse("", "SHOW NODES").bind_values("", "", &[], formats).execute("", 1).sync();
+        wire.hear().lines().nth(2).unwrap().split('|').map(str::to_owned).collect::<Vec<_>>()
+    };
+    let text = row(&[]);
+    assert_eq!((text[0].as_str(), text[5].as_str()), ("D 1", "t"));
+    assert_eq!(row(&[0]), text);
+    let binary = row(&[1]);
+    assert_eq!((binary[0].as_str(), binary[5].as_str()), ("D \\x00\\x00\\x00\\x00\\x00\\x00\\x00\\x01", "\\x01"));
+    assert_eq!(binary[2], text[2]);
+    let mixed = row(&[1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0]);
+    assert_eq!((&mixed[0], &mixed[5]), (&binary[0], &text[5]));
+    let heard = wire.parse("", "SHOW NODES").bind_values("", "", &[], &[1, 0]).sync().hear();
+    assert_eq!(heard, "1\nE SERROR C08P01 Mbind message has 2 result formats but query has 12 columns\nZ I");
+}
+
+#[test]
+fn a_query_that_names_jobs_has_parameters_of_the_server_s_types() {
+    let demo = demo();
+    for node in &demo.nodes {
+        let mut wire = Wire::login(&node.address, "postgres");
+        let pause =
+            "PAUSE JOBS SELECT id FROM (VALUES (1, now())) AS t (id, at) WHERE id = $2 AND at > $3 WITH REASON = $1";
+        wire.parse("pause", pause).describe(b'S', "pause").sync();
+        assert_eq!(wire.hear(), "1\nt 3:25:23:1184\nn\nZ I");
+        let mut run = |id: i32| {
+            let values: [(i16, Option<&[u8]>); 3] =
+                [(0, Some(b"r")), (1, Some(&id.to_be_bytes())), (0, Some(b"epoch"))];
+            wire.bind_values("p", "pause", &values, &[]).describe(b'P', "p").execute("p", 0).close(b'P', "p").sync();
+            wire.hear()
+        };
+        assert_eq!(run(2), "2\nn\nC PAUSE JOBS 0\n3\nZ I");
+        let missing = "2\nn\nE SERROR CXXUUU Mjob with ID 1 does not exist";
+        assert!(run(1).starts_with(missing), "{}", run(1));
+        // What fails in the query is the statement's failure, and leaves nothing behind.
+        wire.parse("zero", "SHOW JOBS WHEN COMPLETE SELECT 1 / $1").describe(b'S', "zero").sync();
+        assert!(wire.hear().starts_with("1\nt 1:23\nT job_id:20:0|"));
+        for (value, end) in [(b"0", "E SERROR C22012 Mdivision by zero\nZ I"), (b"2", "C SHOW\nZ I")] {
+            for _ in 0..2 {
+                wire.bind_values("", "zero", &[(0, Some(value))], &[]).execute("", 0).sync();
+                assert_eq!(wire.hear(), format!("2\n{end}"));
+            }
+        }
+        // The types are the client's to choose here, too.
+        wire.parse_typed("", "SHOW JOBS SELECT length($1)", &[25]).describe(b'S', "").sync();
+        assert!(wire.hear().starts_with("1\nt 1:25\nT "));
+        let left = wire.query("SELECT name FROM pg_prepared_statements WHERE name LIKE 'backhaul%'").hear();
+        assert_eq!(left, "T name:25:0\nC SELECT 0\nZ I");
+    }
+}
+
+#[test]
+fn a_statement_that_was_deallocated_is_gone() {
+    let demo = demo();
+    let mut wire = Wire::login(&demo.nodes[0].address, "postgres");
+    let gone = |name: &str| format!("E SERROR C26000 Mprepared statement \"{name}\" does not exist\nZ I");
+    for how in ["DEALLOCATE one", "DEALLOCATE ALL", "DISCARD ALL", "DO $$ BEGIN EXECUTE 'DEALLOCATE one'; END $$"] {
+        wire.parse("one", "SHOW LOCALITY").parse("two", "SHOW JOBS SELECT 1").sync();
+        assert_eq!(wire.hear(), "1\n1\nZ I", "{how}");
+        let done = wire.query(how).hear();
+        assert!(done.ends_with("Z I") && !done.starts_with('E'), "{how}: {done}");
+        assert_eq!(wire.bind("", "one", 0).execute("", 0).sync().hear(), gone("one"), "{how}");
+        assert_eq!(wire.describe(b'S', "one").sync().hear(), gone("one"), "{how}");
+        let two = wire.bind("", "two", 0).execute("", 0).sync().hear();
+        assert_eq!(two == "2\nC SHOW\nZ I", how.contains("one"), "{how}: {two}");
+        assert!(wire.query("DEALLOCATE ALL").hear().ends_with("Z I"));
+    }
+    // Closed, and parsed again; a portal stays what it was.
+    wire.parse("s", "SHOW LOCALITY").bind("p", "s", 0).close(b'S', "s").parse("s", "SELECT 3 AS three");
+    wire.execute("p", 0).bind("", "s", 0).execute("", 0).close(b'P', "p").execute("p", 0).sync();
+    let heard = wire.hear();
+    let expected = "1\n2\n3\n1\nD region=us-east-1,zone=a\nC SHOW\n2\nD 3\nC SELECT 1\n3\nE SERROR C34000";
+    assert!(heard.starts_with(expected), "{heard}");
+    // A simple query drops the unnamed statement.
+    wire.parse("", "SHOW LOCALITY").sync().query("SELECT 1 AS one");
+    assert_eq!((wire.hear().as_str(), wire.hear().as_str()), ("1\nZ I", "T one:23:0\nD 1\nC SELECT 1\nZ I"));
+    assert!(wire.bind("", "", 0).sync().hear().starts_with("E SERROR C26000"));
+    // A portal's name is taken until it is closed.
+    wire.parse("", "SHOW LOCALITY").bind("p", "", 0).bind("p", "", 0).sync();
+    assert_eq!(wire.hear(), "1\n2\nE SERROR C42P03 Mcursor \"p\" already exists\nZ I");
+}
+
+#[test]
+fn a_wait_in_the_extended_protocol_can_be_cancelled_and_has_its_time() {
+    let demo = Demo::start(&["--nodes", "2", "--servers", "1"]);
+    let paused = "SET backhaul.debug_pausepoints = 'backup.after_lock'";
+    let backup = "BACKUP DATABASE movr INTO 'nodelocal://1/w' WITH DETACHED";
+    let output = demo.psql(1).args(["-qAt", "-c", paused, "-c", backup]).output().unwrap();
+    let job = String::from_utf8(output.stdout).unwrap();
+    let job = job.trim();
+    let mut wire = Wire::login(&demo.nodes[1].address, "postgres");
+    assert_eq!(wire.parse("wait", "SHOW JOB WHEN COMPLETE $1").sync().hear(), "1\nZ I");
+    let id: i64 = job.parse().unwrap();
+    let wait = |wire: &mut Wire| {
+        wire.bind_values("", "wait", &[(1, Some(&id.to_be_bytes()))], &[1]).execute("", 0);
+        wire.parse("", "SELECT 1").sync();
+    };
+    let canceller = wire.canceller();
+    wait(&mut wire);
+    let heard = wire.hear();
+    assert!(heard.ends_with("E SERROR C57014 Mcanceling statement due to user request\nZ I"), "{heard}");
+    drop(canceller);
+    let mut set = || wire.query("SET statement_timeout = '200ms'").hear();
+    assert!(set() == "C SET\nZ I" || set() == "C SET\nZ I");
+    wait(&mut wire);
+    assert_eq!(wire.hear(), "2\nE SERROR C57014 Mcanceling statement due to statement timeout\nZ I");
+    assert_eq!(wire.query("SET statement_timeout = 0").hear(), "C SET\nZ I");
+    wait(&mut wire);
+    assert_eq!(wire.hear_until(|tag| tag == b'2'), "2");
+    assert_eq!(demo.ask(1, &format!("CANCEL JOB {job}")), "CANCEL JOBS 1");
+    let heard = wire.hear();
+    assert!(heard.starts_with("D ") && heard.contains("canceled") && heard.ends_with("C SHOW\n1\nZ I"), "{heard}");
+}

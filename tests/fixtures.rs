@@ -3,7 +3,8 @@
 //! A file says in its first lines which fleet it needs (`# demo: --nodes 2`; files with the same line share one fleet),
 //! and a statement says on which node it runs with a comment of its own, `-- on n2`; without one it runs on n1. Every
 //! statement of ours is also sent to the bare server beside n1, which must refuse it: what PostgreSQL understands is
-//! never taken from it. `cargo slt nodes/` runs the files whose path has that in it.
+//! never taken from it. So is every statement of `sql-fixtures/grammar/*.txt`, whose answers `crates/sql` checks.
+//! `cargo slt nodes/` runs the files whose path has that in it.
 
 use std::collections::{BTreeMap, HashMap};
 use std::path::{Path, PathBuf};
@@ -33,7 +34,9 @@ fn main() {
         let fleet = Arc::clone(fleets.entry(header.clone()).or_default());
         Trial::test(name, move || run(&file, &header, &fleet))
     });
-    let trials = trials.collect();
+    let mut trials: Vec<Trial> = trials.collect();
+    let bare = Arc::clone(fleets.entry("--no-example-database".to_owned()).or_default());
+    trials.push(Trial::test("grammar", move || run_grammar(&root.join("grammar"), &bare)));
     let conclusion = libtest_mimic::run(&arguments, trials);
     // Ends the fleets: `exit` would not.
     drop(fleets);
@@ -50,6 +53,25 @@ fn collect(dir: &Path, files: &mut Vec<PathBuf>) {
             files.push(path);
         }
     }
+}
+
+/// Every statement of the grammar's files goes to a bare server, which must not know it.
+fn run_grammar(folder: &Path, fleet: &Fleet) -> Result<(), Failed> {
+    let demo = fleet.get_or_init(|| Demo::start(&["--no-example-database"]));
+    let session = Session::new(Vec::new(), demo.direct_url(1));
+    let checked = include_str!("../crates/sql/tests/grammar.rs");
+    let runtime = tokio::runtime::Runtime::new()?;
+    for file in std::fs::read_dir(folder)?.flatten() {
+        let name = file.file_name().to_string_lossy().into_owned();
+        assert!(checked.contains(&name), "{name} is not a file of the test of the grammar");
+        let text = std::fs::read_to_string(file.path())?;
+        for case in support::golden::cases(&text) {
+            assert!(sql::is_ours(case.statement.as_bytes()), "{name}: {}", case.statement);
+            let theirs = runtime.block_on(session.check_is_not_theirs(&case.statement));
+            theirs.map_err(|error| Failed::from(format!("{name}: {}: {error}", case.statement)))?;
+        }
+    }
+    Ok(())
 }
 
 fn run(file: &Path, header: &str, fleet: &Fleet) -> Result<(), Failed> {

@@ -106,6 +106,7 @@ impl Backups {
     /// Whatever is wrong with the statement, before a job exists; for an attached one the relocation
     /// (`execution of job … relocated to …`), or the reason for which the job failed.
     pub async fn run(&self, statement: &Backup, requester: &Requester, on_wait: OnWait<'_>) -> anyhow::Result<Outcome> {
+        self.jobs.settings().await?.check_feature("backup", "BACKUP")?;
         for _ in 0..PLANS_MAX {
             let new = in_time(self.plan(statement, requester)).await?;
             match self.start(&new, statement.options.detached, requester, on_wait).await {

@@ -36,6 +36,7 @@ mod route;
 mod run;
 mod server_frames;
 mod session;
+mod settings;
 mod show;
 mod startup;
 pub mod tls;

@@ -192,19 +192,6 @@ mod tests {
             ("PAUSE", false),
             ("CANCEL QUERY 'x'", false),
             ("EXPLAIN CANCEL JOB 1", true),
-            ("SET CLUSTER SETTING a = 1", true),
-            ("SET cluster.setting = 1", false),
-            ("SET cluster TO 1", false),
-            ("RESET cluster", false),
-            ("SHOW ALL", false),
-            ("SHOW ALL;", false),
-            ("SHOW ALL BACKHAUL SETTINGS", true),
-            ("SHOW cluster.setting", false),
-            ("SHOW CLUSTER SETTINGS", true),
-            ("SHOW schedules.x", false),
-            ("SHOW CREATE TABLE x", false),
-            ("DROP SCHEDULE 1", true),
-            ("ALTER BACKUP x", false),
             ("\"PAUSE\" JOB 1", false),
             ("SHOW nodes.x", false),
             ("SHOW nodes /* a setting */ . x", false),
@@ -218,6 +205,27 @@ mod tests {
             ("-- SHOW LOCALITY", false),
             ("", false),
             (";SHOW LOCALITY", false),
+        ] {
+            assert_eq!(is_ours(text.as_bytes()), ours, "{text}");
+        }
+    }
+
+    #[test]
+    fn settings_and_schedules_are_ours_where_postgresql_has_none() {
+        for (text, ours) in [
+            ("SET CLUSTER SETTING a = 1", true),
+            ("SET cluster.setting = 1", false),
+            ("SET cluster TO 1", false),
+            ("RESET cluster", false),
+            ("SHOW ALL", false),
+            ("SHOW ALL;", false),
+            ("SHOW ALL BACKHAUL SETTINGS", true),
+            ("SHOW cluster.setting", false),
+            ("SHOW CLUSTER SETTINGS", true),
+            ("SHOW schedules.x", false),
+            ("SHOW CREATE TABLE x", false),
+            ("DROP SCHEDULE 1", true),
+            ("ALTER BACKUP x", false),
         ] {
             assert_eq!(is_ours(text.as_bytes()), ours, "{text}");
         }

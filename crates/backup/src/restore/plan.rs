@@ -23,6 +23,7 @@ impl Backups {
         requester: &Requester,
         on_wait: OnWait<'_>,
     ) -> anyhow::Result<Outcome> {
+        self.jobs.settings().await?.check_feature("restore", "RESTORE")?;
         let new = in_time(self.plan_restore(statement, requester)).await?;
         self.start(&new, statement.options.detached, requester, on_wait).await
     }

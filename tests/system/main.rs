@@ -10,12 +10,14 @@ mod closed_network; // regions that only nodes can speak across, and a store tha
 mod control; // PAUSE, RESUME, CANCEL, and what a client that waits is told
 mod crash; // whatever dies, wherever a job is: it ends right, once, and leaves nothing
 mod demo; // what `backhaul demo` promises: its fleet, its ends, its refusals
+mod driver_steps; // one script of steps through every driver, and through psql
 mod drivers; // the same for application drivers
 mod failover; // promotion, crash and return of servers and nodes
 mod mistakes; // wrong secrets, shards, stores and addresses
 mod plan; // EXPLAIN BACKUP tells what is done; options, ranges and regions; docs/locality.md
 mod restore; // everything comes back the same, once, and damage is noticed
 mod security; // passwords, TLS, open doors
+mod settings; // what is set for the fleet holds on every node, without a restart
 mod survival; // jobs outlive nodes that are stopped in turn, and a registry that moves
 mod wire; // what SQL cannot see: frames, pipelines, transactions, cancel
 

@@ -2,6 +2,7 @@
 
 use std::io::{BufRead as _, BufReader, Read as _, Write as _};
 use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
 
 use backup::PAUSEPOINTS;
 
@@ -96,7 +97,8 @@ fn a_backup_that_is_cancelled_leaves_nothing_unless_it_is_sealed() {
         let job = fleet.held(&statement, point);
         assert_eq!(tag(&fleet.demo, 2, &format!("CANCEL JOB {job}")), "CANCEL JOBS 1");
         let (status, error) = fleet.end_of(&job);
-        let left = files_in(&fleet.demo.node_dir(1).join("extern").join(point));
+        let directory = fleet.demo.node_dir(1).join("extern").join(point);
+        let left = files_in(&directory);
         let listed = fleet.demo.ask(1, &format!("SHOW BACKUPS IN 'nodelocal://1/{point}'"));
         if ["backup.after_seal", "backup.after_latest"].contains(point) {
             assert_eq!((status.as_str(), error.as_str()), ("succeeded", ""), "{point}");
@@ -104,6 +106,7 @@ fn a_backup_that_is_cancelled_leaves_nothing_unless_it_is_sealed() {
         } else {
             assert_eq!((status.as_str(), error.as_str()), ("canceled", "job canceled by user"), "{point}");
             assert!(left.is_empty() && listed.is_empty(), "{point}: {left:?} {listed}");
+            assert!(!directory.exists(), "{point} has left empty directories");
         }
     }
 }
@@ -228,6 +231,42 @@ fn a_client_that_backs_up_is_told_how_far_it_is() {
     let mut row = String::new();
     client.0.stdout.take().unwrap().read_to_string(&mut row).unwrap();
     assert!(row.contains("|succeeded|1.0|"), "{row}{:?}", said.collect::<Vec<_>>());
+}
+
+/// A rate is told of whoever has moved bytes for a second.
+#[test]
+fn a_job_says_how_fast_it_moves_bytes() {
+    let fleet = Fleet::start(&["--rows", "500"]);
+    fleet.registry(
+        "CREATE TABLE public.said (job int8, status text);
+         CREATE FUNCTION public.hear() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN
+             INSERT INTO public.said VALUES (NEW.id, NEW.running_status); RETURN NULL; END $$;
+         CREATE TRIGGER hears AFTER UPDATE OF running_status ON registry.jobs
+             FOR EACH ROW EXECUTE FUNCTION public.hear()",
+    );
+    for (statement, point, doing) in [
+        ("BACKUP DATABASE movr INTO 'nodelocal://1/c' WITH DETACHED", "backup.after_first_span", "exporting shard s1"),
+        (
+            "RESTORE DATABASE movr FROM LATEST IN 'nodelocal://1/c' WITH new_db_name = 'again', DETACHED",
+            "restore.after_first_file",
+            "loading rows",
+        ),
+    ] {
+        let job = fleet.held(statement, point);
+        const SECOND: Duration = Duration::from_millis(1100);
+        let begun = Instant::now();
+        until("a second to pass", || if begun.elapsed() > SECOND { Ok(()) } else { Err(String::new()) });
+        fleet.let_go(&job, point);
+        assert_eq!(fleet.end_of(&job), ("succeeded".to_owned(), String::new()));
+        let rate = format!("{doing}: [0-9]+ of [0-9]+ MB, [0-9.]+ MB/s");
+        let told = format!("SELECT count(*) > 0 FROM public.said WHERE job = {job} AND status ~ '^{rate}$'");
+        assert_eq!(
+            fleet.registry(&told),
+            "t",
+            "{}",
+            fleet.registry("SELECT string_agg(status, '; ') FROM public.said")
+        );
+    }
 }
 
 #[test]

@@ -2,6 +2,7 @@
 
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on panics")]
 
+mod altered; // tables that keep being altered: held on the leaseholder, or the job fails and names them
 mod backup; // what BACKUP promises: where it runs, what clients are told, what is in it
 mod backup_faults; // deaths in the middle, stores that fail, statements that cannot be
 mod check; // what `backhaul check` finds, and that its statements mend it
@@ -18,6 +19,7 @@ mod plan; // EXPLAIN BACKUP tells what is done; options, ranges and regions; doc
 mod restore; // everything comes back the same, once, and damage is noticed
 mod security; // passwords, TLS, open doors
 mod settings; // what is set for the fleet holds on every node, without a restart
+mod shards; // several shards: each by its own rules, into others by shard_map, and left out only by name
 mod survival; // jobs outlive nodes that are stopped in turn, and a registry that moves
 mod wire; // what SQL cannot see: frames, pipelines, transactions, cancel
 

@@ -15,6 +15,7 @@ use crate::deal::{AsyncDone, Deal};
 use crate::export::{EXPORT, Request, Task};
 use crate::layout;
 use crate::manifest::FileEntry;
+use crate::pace::Pace;
 use crate::pausepoints::AFTER_FIRST_SPAN;
 use crate::point::ShardPoint;
 use crate::rules::Rules;
@@ -23,9 +24,6 @@ use crate::spans::Span;
 /// A span takes no longer. A worker has a deadline of its own for every piece of it, and one that is gone is noticed by
 /// its silence: this is only the end of all patience, for a table that cannot be cut into ranges.
 const SPAN_DEADLINE: Duration = Duration::from_secs(24 * 3600);
-
-/// Progress is written no more often.
-const PROGRESS_EVERY: Duration = Duration::from_secs(1);
 
 /// A finished span, as the next coordinator finds it.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -76,7 +74,7 @@ impl Shard<'_> {
         let open: Vec<(Span, u64)> =
             spans.iter().filter(is_open).map(|span| (span.clone(), span.weight.max(1))).collect();
         let done = total - open.iter().map(|(_, weight)| weight).sum::<u64>();
-        let mut noted = Noted { shard: self, total, done, finished, reported: Instant::now() };
+        let mut noted = Noted { shard: self, pace: Pace::new(total, done, Instant::now()), finished };
         let server = self.point.node;
         let at_once = self.point.opened.point.readers;
         let deal = Deal { peers: self.peers, rules: self.rules, shard: &self.point.shard, server, at_once };
@@ -112,10 +110,8 @@ impl Shard<'_> {
 /// What is finished, in the job's checkpoint and for the manifest.
 struct Noted<'n> {
     shard: &'n Shard<'n>,
-    total: u64,
-    done: u64,
+    pace: Pace,
     finished: Vec<Finished>,
-    reported: Instant,
 }
 
 impl AsyncDone<Span, FileEntry> for &mut Noted<'_> {
@@ -123,15 +119,14 @@ impl AsyncDone<Span, FileEntry> for &mut Noted<'_> {
         let entry = Finished { number: span.number, file };
         let key = format!("{}{:08}", key(self.shard.point), span.number);
         self.shard.run.keep(&key, &entry).await?;
-        self.done += weight;
         self.finished.push(entry);
         self.shard.run.bears_fruit();
         self.shard.run.pausepoint(AFTER_FIRST_SPAN).await?;
-        if self.reported.elapsed() >= PROGRESS_EVERY {
-            self.reported = Instant::now();
+        let now = Instant::now();
+        if let Some(done) = self.pace.moved(weight, now) {
             let (begin, share) = self.shard.progress;
-            let fraction = begin + share * self.done as f64 / self.total as f64;
-            self.shard.run.progress(fraction, &format!("exporting shard {}", self.shard.point.shard)).await?;
+            let doing = format!("exporting shard {}", self.shard.point.shard);
+            self.shard.run.progress(begin + share * done, &self.pace.words(&doing, now)).await?;
         }
         Ok(())
     }

@@ -16,6 +16,7 @@ use pgerror::PgError;
 use sql::Backup;
 
 use crate::assign::{assign, sharers};
+use crate::manifest::left_out;
 use crate::plan::{Backups, Judged, Requester, in_time};
 use crate::point::{READERS, leaseholder};
 use crate::rules::{Decision, Fleet, Replica, Rules, anchor, decide, nothing_to_read, workers};
@@ -67,8 +68,15 @@ impl Backups {
             let mut page = Page::default();
             self.coordinator(&mut page, &judged, statement.options.detached).await?;
             let mut total = Sums::default();
-            for (shard, databases) in &judged.shards {
+            for (shard, databases) in &judged.targets.shards {
                 total.add(&self.shard(&mut page, (shard, databases), &judged.rules).await?);
+            }
+            for shard in &judged.targets.without {
+                page.say(0, format!("shard {shard}: holds none of the databases"));
+            }
+            match judged.targets.failure().filter(|_| !statement.options.skip_unreachable_shards) {
+                Some(failure) => page.fails(0, &failure),
+                None => judged.targets.skipped().iter().for_each(|it| page.say(0, left_out(it))),
             }
             page.say(0, format!("total: {total}"));
             Ok(page.0)
@@ -81,7 +89,7 @@ impl Backups {
         let view = self.peers.cluster().view();
         let me = self.peers.cluster().me();
         let filter = &judged.rules.filter;
-        let prefers: Vec<String> = judged.shards.keys().cloned().collect();
+        let prefers: Vec<String> = judged.targets.shards.keys().cloned().collect();
         let candidates = self.jobs.coordinators(filter, &prefers).await?;
         let here = me.node_id.filter(|id| candidates.contains(id));
         match (here, candidates.first()) {

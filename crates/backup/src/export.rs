@@ -22,8 +22,8 @@ use storage::{Stores, Uri};
 use tokio::sync::watch;
 use tokio::time::timeout;
 
+use crate::limit::Limit;
 use crate::manifest::FileEntry;
-use crate::pace::Pace;
 
 /// The name under which a node offers to export spans.
 pub const EXPORT: &str = "export";
@@ -114,7 +114,7 @@ pub struct Export {
     /// How many spans are exported here, by job.
     at_work: watch::Sender<BTreeMap<i64, usize>>,
     /// Shared by all of them.
-    pace: Pace,
+    limit: Limit,
 }
 
 /// A span that is being exported; dropping it says that it is not any more.
@@ -137,7 +137,7 @@ impl Drop for AtWork<'_> {
 impl Export {
     /// A service to be offered as [`EXPORT`].
     pub fn new(peers: Peers, stores: Stores, jobs: Jobs) -> Arc<Self> {
-        Arc::new(Self { peers, stores, jobs, at_work: watch::Sender::default(), pace: Pace::default() })
+        Arc::new(Self { peers, stores, jobs, at_work: watch::Sender::default(), limit: Limit::default() })
     }
 
     fn begin(&self, job: i64) -> AtWork<'_> {
@@ -178,7 +178,7 @@ impl Export {
             let last = next.is_none();
             if let Some(piece) = next.transpose()? {
                 let rate = settings.borrow().backup_rate();
-                self.pace.wait(piece.len(), rate).await;
+                self.limit.wait(piece.len(), rate).await;
                 // In COPY's text format a line break is the end of a row and nothing else.
                 count += piece.iter().filter(|byte| **byte == b'\n').count() as u64;
                 bytes += piece.len() as u64;

@@ -3,7 +3,8 @@
 //! A standby cannot keep its primary from altering a table. After two points were spoilt, ACCESS SHARE is held there
 //! on the tables in question: users read and write on, and what would spoil the third point waits. The standby is read
 //! once it has replayed everything up to the lock. If the leaseholder's node does not match the job's filter, this is
-//! all that happens there: no row is read, and no store is touched.
+//! all that happens there: no row is read, and no store is touched. Where the statement forbids the leaseholder's own
+//! rows (`replica`, or a strict execution locality), it forbids this, too: then the job fails, and names the tables.
 
 use std::time::Duration;
 
@@ -61,6 +62,17 @@ pub(crate) async fn hold(peers: &Peers, shard: &str, tables: &[(String, TablePla
     }
     until_replayed(peers, shard, reached).await;
     Ok(Held { _sessions: sessions })
+}
+
+/// That these tables keep changing, and the statement keeps them from being held; `last` is what spoilt the last point.
+pub(crate) fn forbidden(shard: &str, tables: &[(String, TablePlan)], last: &PgError) -> PgError {
+    let names: Vec<String> =
+        tables.iter().map(|(name, table)| format!("{name}.{}.{}", table.schema, table.name)).collect();
+    let message = format!("tables of shard \"{shard}\" keep changing while they are read: {}", names.join(", "));
+    let last = last.detail.as_deref().unwrap_or(&last.message);
+    PgError::new(SqlState::OBJECT_NOT_IN_PREREQUISITE_STATE, message)
+        .detail(format!("The statement forbids to hold them on the leaseholder. At last: {last}"))
+        .hint("Alter no tables while they are read, or leave out STRICT EXECUTION LOCALITY or replica.")
 }
 
 /// Waits until every server of the shard that answers has replayed up to `position`.

@@ -1,10 +1,10 @@
 //! Backups: from a statement to a sealed manifest, and back.
 //!
-//! Read in this order. [`plan`] judges a statement before anything exists: filter, databases, rights, URI. A job is
-//! made, and on whichever node coordinates it, [`resume`] tells the story step by step: the lock, a point for each
+//! Read in this order. [`plan`] judges a statement before anything exists: filter, databases (and the shards that hold
+//! them: [`targets`]), rights, URI. A job is made, and on whichever node coordinates it, [`resume`] tells the story step by step: the lock, a point for each
 //! shard ([`point`]) on a server that the rules choose ([`rules`]), spans cut from tables ([`spans`]) and dealt to
 //! workers ([`mod@assign`], [`deal`]), their export watched ([`drive`]), tables that keep changing held still ([`hold`]),
-//! the manifest written and sealed ([`manifest`], [`seal`]), and what is left over removed ([`revert`]). What a worker does with one span is [`export`], and how fast [`pace`]. The way back is
+//! the manifest written and sealed ([`manifest`], [`seal`]), and what is left over removed ([`revert`]). What a worker does with one span is [`export`], and how fast [`limit`]; how far a job is [`pace`] says. The way back is
 //! [`restore`]. What is in a backup, and under which names, is [`layout`]; how it opens without us is [`restore_text`];
 //! what a plan looks like before it is carried out is [`explain`], and the spans by themselves are [`ranges`];
 //! what a session sets is [`settings`], where a job can be made to stop [`pausepoints`].
@@ -23,6 +23,7 @@ mod explain;
 mod export;
 mod hold;
 mod layout;
+mod limit;
 mod manifest;
 mod pace;
 mod patience;
@@ -38,11 +39,12 @@ mod rules;
 mod seal;
 mod settings;
 mod spans;
+mod targets;
 
 pub use assign::{Anchor, Share, Worker, assign, sharers};
 pub use export::{EXPORT, Export, PROBE, Probe};
 pub use layout::COLLECTION_FILES;
-pub use manifest::{FileEntry, Manifest, ShardPart};
+pub use manifest::{FileEntry, Manifest, ShardPart, left_out};
 pub use pausepoints::PAUSEPOINTS;
 pub use plan::{Backups, Finished, OnWait, Outcome, Requester, SealSource};
 pub use point::READERS;

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use chrono::{DateTime, Utc};
 use cluster::NodeId;
-use fleet::founders::{DatabasePlan, Point, What};
+use fleet::founders::{DatabasePlan, Point, Skipped, What};
 use serde::{Deserialize, Serialize};
 
 /// The version of this format; a reader refuses what it does not know.
@@ -32,6 +32,9 @@ pub struct Manifest {
     pub skew_ms: i64,
     /// Each shard that holds one of the databases.
     pub shards: Vec<ShardPart>,
+    /// Shards of the fleet that may hold one of the databases, too, and are left out because the statement said so.
+    #[serde(default)]
+    pub skipped_shards: Vec<Skipped>,
     /// What each node did.
     pub nodes: BTreeMap<NodeId, NodeWork>,
 }
@@ -91,6 +94,11 @@ pub struct NodeWork {
     pub bytes_read_across_localities: u64,
     /// Bytes that it wrote to the store.
     pub bytes_written: u64,
+}
+
+/// That something is not in a backup, for its reader.
+pub fn left_out(skipped: &Skipped) -> String {
+    format!("{} {} is left out: {}", skipped.kind, skipped.object, skipped.reason)
 }
 
 impl FileEntry {

@@ -4,7 +4,6 @@
 //! live node matches; the job's row comes last. No store is touched while planning, because the gateway may be a node
 //! that must not.
 
-use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -23,6 +22,7 @@ use crate::point::{leaseholder, readable};
 use crate::resume::{JOB_TYPE, Payload};
 use crate::rules::{Replicas, Rules};
 use crate::settings::{OnRelocation, Settings};
+use crate::targets::{Targets, remark};
 
 /// Gives the fleet's seal. Asked for at each use, because the cluster secret may come, or be replaced, at any time.
 pub type SealSource = Arc<dyn Fn() -> anyhow::Result<Seal> + Send + Sync>;
@@ -51,7 +51,12 @@ pub type OnWait<'w> = &'w (dyn Fn(JobId) + Send + Sync);
 #[derive(Clone, Debug)]
 pub enum Outcome {
     /// DETACHED: the job has been made.
-    Detached(JobId),
+    Detached {
+        /// The job.
+        id: JobId,
+        /// What the client should know beside: shards that are not in the backup.
+        notices: Vec<String>,
+    },
     /// The job has come to its end here.
     Finished(Finished),
 }
@@ -71,7 +76,7 @@ pub struct Finished {
     pub index_entries: i64,
     /// Bytes of the rows, before compression.
     pub bytes: i64,
-    /// What the client should know beside: objects that are not in the backup.
+    /// What the client should know beside: shards and objects that are not in the backup.
     pub notices: Vec<String>,
 }
 
@@ -81,8 +86,8 @@ pub(crate) struct Judged {
     pausepoints: Vec<String>,
     id: JobId,
     created: DateTime<Utc>,
-    /// The shards that hold any of the databases, and which of them.
-    pub(crate) shards: BTreeMap<String, Vec<String>>,
+    /// The shards that hold any of the databases, and those that do not, or cannot be reached.
+    pub(crate) targets: Targets,
     shown: String,
     resolved: Uri,
 }
@@ -108,11 +113,13 @@ impl Backups {
     pub async fn run(&self, statement: &Backup, requester: &Requester, on_wait: OnWait<'_>) -> anyhow::Result<Outcome> {
         self.jobs.settings().await?.check_feature("backup", "BACKUP")?;
         for _ in 0..PLANS_MAX {
-            let new = in_time(self.plan(statement, requester)).await?;
+            let (new, notices) = in_time(Box::pin(self.plan(statement, requester))).await?;
             match self.start(&new, statement.options.detached, requester, on_wait).await {
                 // Planned again it has a later moment, and another directory.
                 Err(error) if error.downcast_ref::<Taken>().is_some() => {}
-                started => return started,
+                Ok(Outcome::Detached { id, .. }) => return Ok(Outcome::Detached { id, notices }),
+                Err(error) => return Err(noticed(error, &notices)),
+                finished => return finished,
             }
         }
         let message = "too many backups are begun at the same moment";
@@ -130,7 +137,7 @@ impl Backups {
         let on_relocation = requester.settings.on_relocation()?;
         if detached {
             self.jobs.create(new).await?;
-            return Ok(Outcome::Detached(new.id));
+            return Ok(Outcome::Detached { id: new.id, notices: Vec::new() });
         }
         on_wait(new.id);
         let job = match on_relocation {
@@ -156,22 +163,28 @@ impl Backups {
         // Whoever cannot make a job need not plan one.
         let id = JobId::new(self.jobs.node_id()?);
         let created = Utc::now();
-        let shards = self.targets(&statement.databases, requester).await?;
+        let targets = self.targets(&statement.databases, requester).await?;
         let uri = Uri::parse(literal(&statement.into)?)?;
         let resolved = self.resolve(&uri, requester).await?;
-        Ok(Judged { rules, pausepoints, id, created, shards, shown: uri.redacted(), resolved })
+        Ok(Judged { rules, pausepoints, id, created, targets, shown: uri.redacted(), resolved })
     }
 
-    async fn plan(&self, statement: &Backup, requester: &Requester) -> anyhow::Result<NewJob> {
-        let Judged { rules, pausepoints, id, created, shards, shown, resolved } =
+    /// The job, and what its client should know.
+    async fn plan(&self, statement: &Backup, requester: &Requester) -> anyhow::Result<(NewJob, Vec<String>)> {
+        let Judged { rules, pausepoints, id, created, targets, shown, resolved } =
             self.judge(statement, requester).await?;
+        if let Some(failure) = targets.failure().filter(|_| !statement.options.skip_unreachable_shards) {
+            return Err(failure.into());
+        }
+        let (skipped_shards, shards) = (targets.skipped(), targets.shards);
         self.jobs.check_filter(&rules.filter).await?;
         let view = self.peers.cluster().view();
         for shard in shards.keys() {
             readable(&view, shard, &rules)?;
         }
         let subdir = layout::subdir(created);
-        let description = statement.description(&subdir, &shown);
+        let description = format!("{}{}", statement.description(&subdir, &shown), remark(&skipped_shards));
+        let notices = skipped_shards.iter().map(crate::manifest::left_out).collect();
         let payload = Payload {
             databases: statement.databases.clone(),
             filter: rules.filter.to_string(),
@@ -182,8 +195,9 @@ impl Backups {
             created,
             description: description.clone(),
             shards: shards.clone(),
+            skipped_shards,
         };
-        Ok(NewJob {
+        let new = NewJob {
             id,
             job_type: JOB_TYPE.to_owned(),
             description,
@@ -195,43 +209,8 @@ impl Backups {
             sealed: Some((self.seal)()?.seal(&resolved.exposed())?),
             exclusive: Some(payload.subdir),
             pausepoints,
-        })
-    }
-
-    /// Which shards hold which of the databases; the requester may read all of them.
-    async fn targets(
-        &self,
-        databases: &[String],
-        requester: &Requester,
-    ) -> anyhow::Result<BTreeMap<String, Vec<String>>> {
-        for (index, name) in databases.iter().enumerate() {
-            if databases[..index].contains(name) {
-                let message = format!("database \"{name}\" is named more than once");
-                return Err(PgError::new(SqlState::DUPLICATE_ALIAS, message).into());
-            }
-        }
-        let mut shards: BTreeMap<String, Vec<String>> = BTreeMap::new();
-        for shard in self.shards().await? {
-            let session = leaseholder_session(&self.peers, &shard, "postgres").await?;
-            let query = "SELECT datname FROM pg_catalog.pg_database WHERE datname = ANY($1) AND datallowconn";
-            let found = session.query(query, &[&databases]).await.map_err(spoken).context("look for the databases")?;
-            let found: Vec<String> = found.iter().map(|row| row.get(0)).collect();
-            for database in &found {
-                self.check_rights(&shard, database, requester).await?;
-            }
-            if !found.is_empty() {
-                shards.insert(shard, found);
-            }
-        }
-        match databases.iter().find(|name| !shards.values().flatten().any(|found| found == *name)) {
-            None => Ok(shards),
-            Some(missing) => {
-                let message = format!(
-                    "failed to resolve targets specified in the BACKUP stmt: database \"{missing}\" does not exist"
-                );
-                Err(PgError::new(SqlState::UNDEFINED_DATABASE, message).into())
-            }
-        }
+        };
+        Ok((new, notices))
     }
 
     /// Every shard that ever joined.
@@ -242,7 +221,7 @@ impl Backups {
     }
 
     /// A user may back up what they may read: CockroachDB's rules of before the BACKUP privilege.
-    async fn check_rights(&self, shard: &str, database: &str, requester: &Requester) -> anyhow::Result<()> {
+    pub(crate) async fn check_rights(&self, shard: &str, database: &str, requester: &Requester) -> anyhow::Result<()> {
         let session = leaseholder_session(&self.peers, shard, database).await?;
         let user = requester.user.as_str();
         // A superuser of the gateway's shard need not be one of another.
@@ -403,6 +382,15 @@ fn rules_of(statement: &Backup, requester: &Requester) -> anyhow::Result<Rules> 
         },
         balanced: requester.settings.balanced()?,
     })
+}
+
+/// An error that ends a statement whose job is there, with what the job's client should know.
+fn noticed(mut error: anyhow::Error, notices: &[String]) -> anyhow::Error {
+    if let Some(said) = error.downcast_mut::<PgError>().filter(|_| !notices.is_empty()) {
+        let before = said.detail.take().map(|detail| format!("{detail} ")).unwrap_or_default();
+        said.detail = Some(format!("{before}Note: {}.", notices.join("; ")));
+    }
+    error
 }
 
 fn finished(job: Job) -> anyhow::Result<Finished> {

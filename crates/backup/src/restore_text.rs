@@ -21,18 +21,44 @@ rows() { zstd -dc -- \"$1\" | run -c \"$2\"; }
 /// The text for a backup in `subdir`.
 pub(crate) fn text(manifest: &Manifest, subdir: &str) -> String {
     let mut out = format!("# Backup {subdir}, made by job {}.\n{HEADER}", manifest.job);
-    let files = manifest.shards.iter().flat_map(|shard| shard.files.iter().chain(&shard.schemas));
-    for file in files {
-        // Before anything is made.
-        out.push_str(&format!("test -f {}\n", shell(&file.path)));
+    for skipped in &manifest.skipped_shards {
+        out.push_str(&format!(
+            "{}\n",
+            comment(&format!("Left out: {} {}: {}.", skipped.kind, skipped.object, skipped.reason))
+        ));
     }
-    let count: usize = manifest.shards.iter().map(|shard| shard.databases.len()).sum();
+    let several = manifest.shards.len() > 1;
+    if several {
+        out.push_str(&choice(manifest.shards.iter().map(|shard| shard.shard.as_str())));
+    }
     for shard in &manifest.shards {
+        if several {
+            out.push_str(&format!("\nif test \"$SHARD\" = {}; then\n", shell(&shard.shard)));
+        }
+        for file in shard.files.iter().chain(&shard.schemas) {
+            // Before anything is made.
+            out.push_str(&format!("test -f {}\n", shell(&file.path)));
+        }
         for database in &shard.databases {
-            one(&mut out, shard, database, count == 1);
+            one(&mut out, shard, database, shard.databases.len() == 1);
+        }
+        if several {
+            out.push_str("fi\n");
         }
     }
     out
+}
+
+/// Has the reader say which shard's part is meant: the same database may be in several, and they do not go into one.
+fn choice<'s>(shards: impl Iterator<Item = &'s str>) -> String {
+    let words: Vec<String> = shards.map(shell).collect();
+    let usage = format!("Say whose part is to be restored: SHARD={}", words.join(" or SHARD="));
+    format!(
+        "# It holds the parts of several shards, each for a server of its own. SHARD=name sh RESTORE.txt restores one.\n\
+         case \"${{SHARD:-}}\" in\n{}) ;;\n*) printf '%s\\n' {} >&2; exit 1 ;;\nesac\n",
+        words.join("|"),
+        shell(&usage)
+    )
 }
 
 fn one(out: &mut String, shard: &ShardPart, database: &DatabasePlan, alone: bool) {
@@ -207,6 +233,17 @@ fn literal(text: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_shard_has_to_be_chosen_by_its_name() {
+        let script = format!("{}echo \"$SHARD\"", choice(["s1", "it's; exit 0"].into_iter()));
+        for (shard, said) in [("s1", "s1\n"), ("it's; exit 0", "it's; exit 0\n"), ("s2", ""), ("", "")] {
+            let sh = std::process::Command::new("sh").args(["-uec", &script]).env("SHARD", shard).output().unwrap();
+            assert_eq!((String::from_utf8_lossy(&sh.stdout), sh.status.success()), (said.into(), !said.is_empty()));
+            let told = String::from_utf8_lossy(&sh.stderr).contains("SHARD='s1' or SHARD='it'\\''s; exit 0'");
+            assert_eq!(told, said.is_empty(), "{shard}");
+        }
+    }
 
     #[test]
     fn names_stay_words_and_comments() {

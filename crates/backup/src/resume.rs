@@ -9,8 +9,11 @@ use bytes::{Bytes, BytesMut};
 use chrono::{DateTime, Utc};
 use cluster::service::Boxed;
 use cluster::{NodeId, Peers};
-use fleet::founders::{DatabasePlan, FOUNDERS, Request, SequencePlan, TablePlan, is_invalidated, is_point_lost};
+use fleet::founders::{
+    DatabasePlan, FOUNDERS, Request, SequencePlan, Skipped, TablePlan, is_invalidated, is_point_lost,
+};
 use futures_util::StreamExt as _;
+use futures_util::future::join_all;
 use jobs::{Resumer, Run};
 use pgerror::{PgError, SqlState};
 use serde::{Deserialize, Serialize};
@@ -60,6 +63,9 @@ pub(crate) struct Payload {
     pub(crate) description: String,
     /// The shards that hold any of the databases, and which of them.
     pub(crate) shards: BTreeMap<String, Vec<String>>,
+    /// The shards that are left out, and why.
+    #[serde(default)]
+    pub(crate) skipped_shards: Vec<Skipped>,
     /// Whether a server outside the filter may not even be read.
     #[serde(default)]
     pub(crate) strict: bool,
@@ -268,12 +274,13 @@ impl Story<'_> {
     async fn export(&self) -> anyhow::Result<Manifest> {
         let mut shards = Vec::new();
         let share = 1.0 / self.payload.shards.len().max(1) as f64;
-        // All points first, as close to each other in time as can be, and held until their turn comes.
-        let mut points = Vec::new();
-        for (shard, databases) in &self.payload.shards {
+        // All points first, side by side, so that they are as close to each other in time as can be; each is held until its
+        // turn comes. Where one cannot be taken, the others are kept for the next run.
+        let taken = self.payload.shards.iter().map(|(shard, databases)| async move {
             let point = self.point(shard, databases).await?;
-            points.push((point::keep_alive(self.peers, &point), point));
-        }
+            anyhow::Ok((point::keep_alive(self.peers, &point), point))
+        });
+        let points = join_all(taken).await.into_iter().collect::<anyhow::Result<Vec<_>>>()?;
         self.run.pausepoint(AFTER_POINTS).await?;
         for (index, (_alive, point)) in points.into_iter().enumerate() {
             shards.push(self.shard(point, (share * index as f64, share)).await?);
@@ -291,6 +298,7 @@ impl Story<'_> {
             skew_ms: skew,
             nodes: self.work(&shards),
             shards,
+            skipped_shards: self.payload.skipped_shards.clone(),
         })
     }
 
@@ -353,10 +361,10 @@ impl Story<'_> {
             let tables = hold::table_of(&reason, &point.opened.databases);
             spoilt.extend(tables.map(|(database, table)| ((database, table.oid), table)));
             if tries.spoilt >= hold::SPOILT_MAX && !spoilt.is_empty() {
-                if self.forbids_leaseholder(&point.shard) {
-                    return Err(reason.into());
-                }
                 let tables: Vec<_> = spoilt.iter().map(|((name, _), table)| (name.clone(), table.clone())).collect();
+                if self.forbids_leaseholder(&point.shard) {
+                    return Err(hold::forbidden(&point.shard, &tables, &reason).into());
+                }
                 // What was held before goes when the new locks are there.
                 match hold::hold(self.peers, &point.shard, &tables).await {
                     Ok(locks) => _held = Some(locks),
@@ -513,9 +521,8 @@ fn lost(error: anyhow::Error) -> anyhow::Error {
 
 fn result(manifest: &Manifest) -> Value {
     let databases = manifest.shards.iter().flat_map(|shard| &shard.databases);
-    let left_out = databases.flat_map(|database| &database.skipped);
-    let left_out: Vec<String> =
-        left_out.map(|it| format!("{} {} is left out: {}", it.kind, it.object, it.reason)).collect();
+    let left_out = manifest.skipped_shards.iter().chain(databases.flat_map(|database| &database.skipped));
+    let left_out: Vec<String> = left_out.map(crate::manifest::left_out).collect();
     json!({
         "rows": manifest.rows(), "index_entries": 0, "bytes": manifest.bytes(), "nodes": manifest.nodes,
         "left_out": left_out,

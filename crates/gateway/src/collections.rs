@@ -103,7 +103,9 @@ pub(crate) async fn show(gateway: &Gateway, statement: &ShowBackup, requester: &
         let message = format!("{} {} of database {} is left out: {}", it.kind, it.object, database.name, it.reason);
         PgError::new(SqlState::SUCCESSFUL_COMPLETION, message)
     };
-    Ok(Answer { notices: left_out.map(notice).collect(), ..Answer::of(rows) })
+    let shard = |it| PgError::new(SqlState::SUCCESSFUL_COMPLETION, backup::left_out(it));
+    let notices = manifest.skipped_shards.iter().map(shard).chain(left_out.map(notice)).collect();
+    Ok(Answer { notices, ..Answer::of(rows) })
 }
 
 fn number(value: u64) -> Value {

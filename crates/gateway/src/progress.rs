@@ -1,8 +1,8 @@
 //! What a statement that waits has to say before its end: how far its job is.
 //!
 //! A client asks for it with `SET backhaul.progress = on`. What is told is what the job's row says; how long it may
-//! still take is reckoned from what happened while this statement waited, by this node's own clock. Rows of jobs do not
-//! say how many bytes have been moved, so no rate is told.
+//! still take is reckoned from what happened while this statement waited, by this node's own clock. How many bytes have
+//! been moved, and how fast, is in what the job says that it does.
 
 use std::collections::BTreeMap;
 use std::convert::Infallible;

@@ -169,18 +169,17 @@ fn one_text(text: String) -> Answer {
 
 fn outcome_answer(outcome: Outcome) -> Answer {
     let notices = match &outcome {
-        Outcome::Detached(_) => Vec::new(),
-        Outcome::Finished(done) => {
-            let notice = |text: &String| PgError::new(SqlState::SUCCESSFUL_COMPLETION, text.clone());
-            done.notices.iter().map(notice).collect()
-        }
+        Outcome::Detached { notices, .. } => notices,
+        Outcome::Finished(done) => &done.notices,
     };
+    let notice = |text: &String| PgError::new(SqlState::SUCCESSFUL_COMPLETION, text.clone());
+    let notices = notices.iter().map(notice).collect();
     Answer { notices, ..Answer::of(vec![outcome_row(outcome)]) }
 }
 
 fn outcome_row(outcome: Outcome) -> Vec<Value> {
     match outcome {
-        Outcome::Detached(id) => vec![Value::Int8(Some(id.0))],
+        Outcome::Detached { id, .. } => vec![Value::Int8(Some(id.0))],
         Outcome::Finished(done) => vec![
             Value::Int8(Some(done.id.0)),
             Value::Text(Some(done.status)),

@@ -39,7 +39,7 @@ const NO_KMS: &str = "There is no key management service that Backhaul could ask
 /// What to do without encryption of our own.
 const LET_THE_STORE: &str = "Let the store encrypt: leave the option out, and give the bucket server-side encryption.";
 
-pub(crate) const OPTIONS: [Known; 12] = [
+pub(crate) const OPTIONS: [Known; 13] = [
     Known::ours("detached", Value::Switch, "detached option"),
     Known::ours("execution locality", Value::Text, "execution locality option"),
     Known::not_yet("revision_history", Value::Condition, "revision_history option").never(
@@ -58,9 +58,10 @@ pub(crate) const OPTIONS: [Known; 12] = [
         "A backup has one store, so nothing of it can be written to another one.",
         "Leave the option out, and name a store of the right region.",
     ),
-    // These two are ours alone.
+    // These are ours alone.
     Known::ours("strict execution locality", Value::Nothing, "strict execution locality option"),
     Known::ours("replica", Value::Text, "replica option"),
+    Known::ours("skip_unreachable_shards", Value::Nothing, "skip_unreachable_shards option"),
 ];
 
 pub(crate) fn backup(cursor: &mut Cursor<'_>) -> Result<Backup, PgError> {
@@ -90,6 +91,7 @@ pub(crate) fn backup(cursor: &mut Cursor<'_>) -> Result<Backup, PgError> {
             ("execution locality", Given::Text(filter)) => chosen.execution_locality = Some(filter),
             ("strict execution locality", _) => chosen.strict = true,
             ("replica", Given::Text(which)) => chosen.replica = Some(which),
+            ("skip_unreachable_shards", _) => chosen.skip_unreachable_shards = true,
             _ => {}
         }
     }
@@ -146,6 +148,7 @@ mod tests {
         let at = |place| BackupOptions { execution_locality: Some(place), ..plain.clone() };
         let both = BackupOptions { detached: true, ..at(literal("region=a")) };
         let bound = BackupOptions { detached: true, ..at(Text::Placeholder(2)) };
+        let skipping = BackupOptions { skip_unreachable_shards: true, ..detached.clone() };
         let read = |which| BackupOptions { strict: true, replica: Some(which), ..plain.clone() };
         let (strict, strict_bound) = (read(literal("standby")), read(Text::Placeholder(3)));
         for (text, databases, into, options) in [
@@ -165,6 +168,7 @@ mod tests {
                 Text::Placeholder(1),
                 &bound,
             ),
+            ("BACKUP DATABASE a INTO x WITH SKIP_UNREACHABLE_SHARDS, detached", vec!["a"], literal("x"), &skipping),
             ("BACKUP DATABASE a INTO x WITH revision_history = false, detached", vec!["a"], literal("x"), &detached),
             (
                 "BACKUP DATABASE a INTO x WITH Strict Execution Locality, REPLICA = standby",
@@ -215,6 +219,7 @@ mod tests {
             ("BACKUP DATABASE a INTO 'x' WITH strict", "EOF", 39),
             ("BACKUP DATABASE a INTO 'x' WITH strict execution locality = true", "=", 59),
             ("BACKUP DATABASE a INTO 'x' WITH replica", "EOF", 40),
+            ("BACKUP DATABASE a INTO 'x' WITH skip_unreachable_shards = true", "=", 57),
             ("EXPLAIN BACKUP DATABASE a", "EOF", 26),
             ("BACKUP DATABASE a INTO 'x' AS OF SYSTEM TIME", "EOF", 45),
             ("BACKUP DATABASE a INTO 'x' AS OF SYSTEM TIME (1", "EOF", 48),
@@ -254,6 +259,11 @@ mod tests {
                 "strict execution locality option",
             ),
             ("replica = 'any', replica = 'standby'", "standby", "replica option"),
+            (
+                "skip_unreachable_shards, detached, skip_unreachable_shards",
+                "skip_unreachable_shards",
+                "skip_unreachable_shards option",
+            ),
             ("encryption_passphrase = 'a', encryption_passphrase = 'b'", "*****", "encryption_passphrase"),
             ("kms = 'a', kms = ('b', 'c')", ")", "kms"),
             ("incremental_location = 'a', incremental_location = 'b'", "b", "incremental_location option"),

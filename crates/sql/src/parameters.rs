@@ -120,7 +120,7 @@ impl Statement {
                 [into].into_iter().chain(&options.execution_locality).chain(&options.replica).collect()
             }
             Self::Restore(Restore { from, collection, options, .. }) => {
-                let options = options.new_db_name.iter().chain(&options.execution_locality);
+                let options = options.new_db_name.iter().chain(&options.execution_locality).chain(&options.shard_map);
                 named(from).chain([collection]).chain(options).collect()
             }
             Self::ControlJobs(control) => control.reason.iter().collect(),
@@ -205,6 +205,7 @@ fn bind_restore(restore: Restore, values: &[Option<String>]) -> Result<Restore, 
     let options = RestoreOptions {
         new_db_name: options.new_db_name.map(text).transpose()?,
         execution_locality: options.execution_locality.map(text).transpose()?,
+        shard_map: options.shard_map.map(text).transpose()?,
         ..options
     };
     Ok(Restore { database, from: bind_subdir(from, values)?, collection: text(collection)?, options })
@@ -268,7 +269,10 @@ mod tests {
             ("BACKUP DATABASE a INTO ($2) WITH EXECUTION LOCALITY = $1", vec![Text, Text]),
             ("EXPLAIN BACKUP DATABASE a INTO $1 WITH replica = $3, EXECUTION LOCALITY = $2", vec![Text; 3]),
             ("SHOW RANGES FROM TABLE a", vec![]),
-            ("RESTORE DATABASE a FROM $2 IN $1 WITH new_db_name=$3, execution locality=$4", vec![Text; 4]),
+            (
+                "RESTORE DATABASE a FROM $2 IN $1 WITH new_db_name=$3, execution locality=$4, shard_map=$5",
+                vec![Text; 5],
+            ),
             ("RESTORE DATABASE a FROM LATEST IN ($1)", vec![Text]),
             ("SHOW BACKUPS IN $1", vec![Text]),
             ("SHOW BACKUP FILES FROM $1 IN $2 WITH check_files", vec![Text; 2]),
@@ -313,6 +317,11 @@ mod tests {
                 "RESTORE DATABASE a FROM 'x=y' IN 'B' WITH new_db_name = 'B', execution locality = 'x=y', detached",
             ),
             ("RESTORE DATABASE a FROM $1 IN $2", [Some("Latest"), Some("u")], "RESTORE DATABASE a FROM LATEST IN 'u'"),
+            (
+                "RESTORE DATABASE a FROM LATEST IN $1 WITH shard_map = $2",
+                [Some("u"), Some("s2=s1")],
+                "RESTORE DATABASE a FROM LATEST IN 'u' WITH shard_map = 's2=s1'",
+            ),
             ("SHOW BACKUPS IN $1", [Some("x"), None], "SHOW BACKUPS IN 'x'"),
             ("PAUSE JOB $2 WITH REASON = $1", [Some("It"), Some("5")], "PAUSE JOB 5 WITH REASON = 'It'"),
             ("RESUME JOBS VALUES ($2), ($1)", [None, Some("5")], "RESUME JOBS VALUES (5), (NULL)"),

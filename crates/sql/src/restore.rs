@@ -31,7 +31,7 @@ const NO_REGIONS: &str = "A database of PostgreSQL has no regions.";
 
 const NOT_ENCRYPTED: &str = "Backhaul does not encrypt what it writes, so there is nothing to open.";
 
-const OPTIONS: [Known; 24] = [
+const OPTIONS: [Known; 25] = [
     Known::ours("detached", Value::Nothing, "detached option"),
     Known::ours("new_db_name", Value::Text, "new_db_name"),
     Known::ours("execution locality", Value::Text, "execution locality option"),
@@ -59,6 +59,8 @@ const OPTIONS: [Known; 24] = [
     Known::not_yet("experimental deferred copy", Value::Nothing, "experimental deferred copy"),
     Known::not_yet("experimental copy", Value::Nothing, "experimental copy"),
     Known::not_yet("remove_regions", Value::Nothing, "remove_regions").never(NO_REGIONS, LEAVE_OUT),
+    // Ours alone.
+    Known::ours("shard_map", Value::Text, "shard_map option"),
 ];
 
 pub(crate) fn restore(cursor: &mut Cursor<'_>) -> Result<Restore, PgError> {
@@ -79,6 +81,7 @@ pub(crate) fn restore(cursor: &mut Cursor<'_>) -> Result<Restore, PgError> {
             ("detached", _) => chosen.detached = true,
             ("new_db_name", Given::Text(name)) => chosen.new_db_name = Some(name),
             ("execution locality", Given::Text(filter)) => chosen.execution_locality = Some(filter),
+            ("shard_map", Given::Text(pairs)) => chosen.shard_map = Some(pairs),
             _ => {}
         }
     }
@@ -120,12 +123,15 @@ mod tests {
             new_db_name: Some(literal("b")),
             execution_locality: Some(literal("region=a")),
             detached: true,
+            shard_map: None,
         };
         let bound = RestoreOptions {
             new_db_name: Some(Text::Placeholder(4)),
             execution_locality: Some(Text::Placeholder(3)),
             detached: false,
+            shard_map: Some(Text::Placeholder(5)),
         };
+        let mapped = RestoreOptions { shard_map: Some(literal("s2=s1,S3=s1")), ..plain.clone() };
         for (text, database, from, collection, options) in [
             ("RESTORE DATABASE foo FROM LATEST IN 'Bar'", "foo", Latest, literal("Bar"), &plain),
             ("restore database FOO from latest in BAR;", "foo", Latest, literal("bar"), &plain),
@@ -135,6 +141,7 @@ mod tests {
             ("RESTORE DATABASE database FROM $$a$$ IN x", "database", Named(literal("a")), literal("x"), &plain),
             ("RESTORE DATABASE a FROM LATEST IN x WITH Detached", "a", Latest, literal("x"), &detached),
             ("RESTORE DATABASE a FROM LATEST IN x WITH new_db_name = 'New'", "a", Latest, literal("x"), &renamed),
+            ("RESTORE DATABASE a FROM LATEST IN x WITH Shard_Map = 's2=s1,S3=s1'", "a", Latest, literal("x"), &mapped),
             (
                 "RESTORE DATABASE a FROM LATEST IN x WITH OPTIONS (NEW_DB_NAME = B, \
                  EXECUTION /* ! */ LOCALITY = 'region=a', DETACHED)",
@@ -144,7 +151,7 @@ mod tests {
                 &all,
             ),
             (
-                "RESTORE DATABASE a FROM $1 IN $2 WITH execution locality = $3, new_db_name = $4",
+                "RESTORE DATABASE a FROM $1 IN $2 WITH execution locality = $3, new_db_name = $4, shard_map = $5",
                 "a",
                 Named(Text::Placeholder(1)),
                 Text::Placeholder(2),
@@ -176,6 +183,7 @@ mod tests {
             ("RESTORE DATABASE a FROM LATEST IN 'x' WITH new_db_name", "EOF", 55),
             ("RESTORE DATABASE a FROM LATEST IN 'x' WITH new_db_name = ('b')", "(", 58),
             ("RESTORE DATABASE a FROM LATEST IN 'x' WITH revision_history", "revision_history", 44),
+            ("RESTORE DATABASE a FROM LATEST IN 'x' WITH shard_map", "EOF", 53),
             ("RESTORE DATABASE a FROM LATEST IN 'x' WITH experimental detached", "detached", 57),
             ("RESTORE foo FROM 'bar' IN 'baz' WITH key1, key2 = 'value'", "key1", 38),
             ("RESTORE ROLE foo, bar FROM 'baz' IN 'qux'", "foo", 14),
@@ -195,6 +203,7 @@ mod tests {
             ("skip_missing_foreign_keys, skip_missing_foreign_keys", "skip_missing_foreign_keys", ""),
             ("OPTIONS (skip_missing_udfs, schema_only, skip_missing_udfs)", "skip_missing_udfs", ""),
             ("new_db_name = 'a', new_db_name = 'b', detached", "b", "new_db_name"),
+            ("shard_map = 'a=b', shard_map = 'c=d'", "c=d", "shard_map option"),
             ("execution locality = 'a=b', execution locality = 'c=d'", "c=d", "execution locality option"),
             ("virtual_cluster = 'a', tenant = 'b'", "b", "virtual_cluster option"),
             ("tenant_name = 'a', virtual_cluster_name = 'b'", "b", "tenant_name option"),

@@ -111,12 +111,13 @@ impl Backup {
 
     pub(crate) fn print(&self, destination: &str) -> String {
         let names: Vec<_> = self.databases.iter().map(|name| quoted_name(name)).collect();
-        let BackupOptions { detached, execution_locality, strict, replica } = &self.options;
+        let BackupOptions { detached, execution_locality, strict, replica, skip_unreachable_shards } = &self.options;
         let options = [
             detached.then(|| "detached".to_owned()),
             print_option("execution locality", execution_locality.as_ref()),
             strict.then(|| "strict execution locality".to_owned()),
             print_option("replica", replica.as_ref()),
+            skip_unreachable_shards.then(|| "skip_unreachable_shards".to_owned()),
         ];
         format!("BACKUP DATABASE {} INTO {destination}{}", names.join(", "), print_options(options))
     }
@@ -133,6 +134,8 @@ pub struct BackupOptions {
     pub strict: bool,
     /// `replica`: which servers may be read, not yet looked into.
     pub replica: Option<Text>,
+    /// `skip_unreachable_shards`: a shard that cannot be reached is left out, and no error.
+    pub skip_unreachable_shards: bool,
 }
 
 /// `SHOW RANGES FROM …`.
@@ -191,11 +194,12 @@ impl Restore {
     }
 
     pub(crate) fn print(&self, from: &str, uri: &str) -> String {
-        let RestoreOptions { new_db_name, execution_locality, detached } = &self.options;
+        let RestoreOptions { new_db_name, execution_locality, detached, shard_map } = &self.options;
         let options = [
             detached.then(|| "detached".to_owned()),
             print_option("new_db_name", new_db_name.as_ref()),
             print_option("execution locality", execution_locality.as_ref()),
+            print_option("shard_map", shard_map.as_ref()),
         ];
         format!("RESTORE DATABASE {} FROM {from} IN {uri}{}", quoted_name(&self.database), print_options(options))
     }
@@ -210,6 +214,8 @@ pub struct RestoreOptions {
     pub execution_locality: Option<Text>,
     /// `DETACHED`: answer with the job's id at once.
     pub detached: bool,
+    /// `shard_map`: which shard's part goes to which other shard, not yet looked into.
+    pub shard_map: Option<Text>,
 }
 
 /// One backup of a collection.
@@ -372,11 +378,13 @@ mod tests {
             detached: true,
             strict: true,
             replica: Some(literal("standby")),
+            skip_unreachable_shards: true,
         };
         assert_eq!(
             backup.description("/2026/11/22-105816.12", "nodelocal://1/x"),
             "BACKUP DATABASE a, \"B b\" INTO '/2026/11/22-105816.12' IN 'nodelocal://1/x' \
-             WITH detached, execution locality = 'region=a', strict execution locality, replica = 'standby'"
+             WITH detached, execution locality = 'region=a', strict execution locality, replica = 'standby', \
+             skip_unreachable_shards"
         );
         backup.options = BackupOptions { execution_locality: Some(Text::Placeholder(2)), ..BackupOptions::default() };
         assert_eq!(backup.redacted("u"), "BACKUP DATABASE a, \"B b\" INTO 'u' WITH execution locality = $2");
@@ -395,11 +403,12 @@ mod tests {
             execution_locality: Some(literal("region=a")),
             new_db_name: Some(literal("it's")),
             detached: true,
+            shard_map: Some(literal("s2=s1")),
         };
         assert_eq!(
             restore.description("/2026/11/22-105816.12", "nodelocal://1/x"),
             "RESTORE DATABASE \"B b\" FROM '/2026/11/22-105816.12' IN 'nodelocal://1/x' \
-             WITH detached, new_db_name = 'it''s', execution locality = 'region=a'"
+             WITH detached, new_db_name = 'it''s', execution locality = 'region=a', shard_map = 's2=s1'"
         );
         restore.from = Subdir::Named(Text::Placeholder(1));
         restore.options = RestoreOptions { new_db_name: Some(Text::Placeholder(2)), ..RestoreOptions::default() };

@@ -12,7 +12,7 @@
 
 use std::fs::{self, DirBuilder, File, OpenOptions};
 use std::io::{self, Write as _};
-use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _};
+use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _, PermissionsExt as _};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
 
@@ -39,6 +39,9 @@ const PART_AGE_MAX: Duration = Duration::from_secs(24 * 60 * 60);
 /// An empty file that has its name for so long, on a file system without hard links, is of a writer that died between
 /// taking the name and giving it to its file; the next one may have it.
 const TAKEN_AGE_MAX: Duration = Duration::from_secs(300);
+
+/// So often a file is given its name while its directory is being removed, again and again, by others.
+const NAME_TRIES: u32 = 10;
 
 /// The node's user, and nobody else.
 const FILE_MODE: u32 = 0o600;
@@ -108,9 +111,10 @@ impl Medium for Directory {
     fn delete(&self, path: String) -> Boxed<'_, ()> {
         Box::pin(async move {
             let path = self.resolve(&path)?;
-            let removed = self.blocking(move || match fs::remove_file(path) {
+            let external = self.external.clone();
+            let removed = self.blocking(move || match fs::remove_file(&path) {
                 Err(error) if is_absent(&error) => Ok(()),
-                removed => removed,
+                removed => removed.map(|()| remove_empty(&path, &external)),
             });
             removed.await
         })
@@ -120,6 +124,18 @@ impl Medium for Directory {
 /// Also when what should be a directory above is a file.
 fn is_absent(error: &io::Error) -> bool {
     matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory)
+}
+
+/// Removes the directories above a file that is gone, as far as they are empty and look like ours. One that cannot be
+/// removed does no harm.
+fn remove_empty(path: &Path, external: &Path) {
+    for directory in path.ancestors().skip(1).take_while(|above| above.starts_with(external) && *above != external) {
+        let is_ours = fs::symlink_metadata(directory)
+            .is_ok_and(|metadata| metadata.is_dir() && metadata.permissions().mode() & 0o777 == DIRECTORY_MODE);
+        if !is_ours || fs::remove_dir(directory).is_err() {
+            return;
+        }
+    }
 }
 
 fn pieces(file: File, place: Place) -> ByteStream {
@@ -186,9 +202,7 @@ impl Part {
     fn land(self, target: &Path, external: &Path, once: bool) -> io::Result<bool> {
         self.file.sync_all()?;
         let above = target.parent().unwrap_or(external);
-        make(above)?;
-        let named = if once { self.link(target) } else { fs::rename(&self.path, target) };
-        let is_new = match named {
+        let is_new = match self.name(above, target, once) {
             Err(error) if once && error.kind() == io::ErrorKind::AlreadyExists => {
                 // Whoever hears of the other file may count on it, so it must not be taken back either.
                 match File::open(target) {
@@ -203,6 +217,21 @@ impl Part {
             File::open(directory)?.sync_all()?;
         }
         Ok(is_new)
+    }
+
+    /// The directory may go between its making and its first file: somebody has removed the last one of others.
+    fn name(&self, above: &Path, target: &Path, once: bool) -> io::Result<()> {
+        let mut tries = 1;
+        loop {
+            let named = make(above).and_then(|()| match once {
+                true => self.link(target),
+                false => fs::rename(&self.path, target),
+            });
+            match named {
+                Err(error) if error.kind() == io::ErrorKind::NotFound && tries < NAME_TRIES => tries += 1,
+                named => return named,
+            }
+        }
     }
 
     fn link(&self, target: &Path) -> io::Result<()> {
@@ -253,7 +282,8 @@ fn make(directory: &Path) -> io::Result<()> {
         make(above)?;
     }
     match DirBuilder::new().mode(DIRECTORY_MODE).create(directory) {
-        Err(error) if error.kind() == io::ErrorKind::AlreadyExists && directory.is_dir() => Ok(()),
+        // A file there, or a directory that has been removed since; in no way a name that another writer has won.
+        Err(error) if error.kind() == io::ErrorKind::AlreadyExists => fs::read_dir(directory).map(drop),
         made => made.and_then(|()| File::open(above)?.sync_all()),
     }
 }
@@ -310,7 +340,7 @@ pub(crate) fn sweep(external: &Path) {
 
 #[cfg(test)]
 mod tests {
-    use std::os::unix::fs::PermissionsExt as _;
+    use std::thread;
 
     use super::*;
 
@@ -358,5 +388,41 @@ mod tests {
         let gone = part(dir.path(), "fifth");
         fs::remove_file(&gone.path).unwrap();
         assert!(gone.take(&target).is_err() && !target.exists());
+    }
+
+    #[test]
+    fn directories_go_with_their_last_file_but_the_operator_s_stay() {
+        let dir = tempfile::tempdir().unwrap();
+        let theirs = dir.path().join("theirs");
+        fs::create_dir(&theirs).unwrap();
+        fs::set_permissions(&theirs, fs::Permissions::from_mode(0o755)).unwrap();
+        let [first, second] = ["a/b/data/1", "a/b/2"].map(|path| theirs.join(path));
+        for file in [&first, &second] {
+            part(dir.path(), "rows").land(file, dir.path(), true).unwrap();
+        }
+        for (file, gone, there) in [(&first, "a/b/data", "a/b"), (&second, "a", "")] {
+            fs::remove_file(file).unwrap();
+            remove_empty(file, dir.path());
+            assert!(!theirs.join(gone).exists() && theirs.join(there).exists(), "{gone}");
+        }
+    }
+
+    #[test]
+    fn a_file_lands_while_its_directory_is_being_removed() {
+        let dir = tempfile::tempdir().unwrap();
+        let external = dir.path();
+        thread::scope(|scope| {
+            for writer in 0..2 {
+                scope.spawn(move || {
+                    for number in 0..200 {
+                        let target = external.join(format!("a/b/{writer}-{number}"));
+                        assert!(part(external, "rows").land(&target, external, true).unwrap());
+                        fs::remove_file(&target).unwrap();
+                        remove_empty(&target, external);
+                    }
+                });
+            }
+        });
+        assert!(!external.join("a").exists());
     }
 }

@@ -1,6 +1,7 @@
 //! Restores: from a statement to a database under its own name.
 //!
-//! [`plan`] judges the statement, and touches no store, because the gateway may be a node that must not. On the
+//! [`plan`] judges the statement, and touches no store, because the gateway may be a node that must not. Which shard's
+//! part goes where is [`shard_map`]'s. On the
 //! coordinator, [`story`] finds the backup and verifies its index ([`source`]), has a database made beside each
 //! shard's leaseholder under a temporary name, deals its files to workers ([`import`]), and has the rest built and the
 //! databases named and given to their user when every table has its rows ([`giving`]). What happens in the database itself is [`fleet::loader`]'s.
@@ -12,6 +13,7 @@ mod created;
 mod giving;
 mod import;
 mod plan;
+mod shard_map;
 mod show;
 mod source;
 mod story;

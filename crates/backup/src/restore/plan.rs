@@ -7,6 +7,7 @@ use pgerror::{PgError, SqlState};
 use sql::{Restore, Subdir};
 use storage::Uri;
 
+use super::shard_map::ShardMap;
 use super::story::{Payload, RESTORE_TYPE};
 use crate::plan::{Backups, OnWait, Outcome, Requester, filter_of, in_time, leaseholder_session, literal};
 
@@ -30,9 +31,16 @@ impl Backups {
 
     async fn plan_restore(&self, statement: &Restore, requester: &Requester) -> anyhow::Result<NewJob> {
         let filter = filter_of(statement.options.execution_locality.as_ref())?;
+        let shard_map = match &statement.options.shard_map {
+            Some(pairs) => ShardMap::parse(literal(pairs)?)?,
+            None => ShardMap::default(),
+        };
         let pausepoints = requester.pausepoints()?;
         let id = JobId::new(self.jobs.node_id()?);
-        superuser_of(&self.peers, self.shards().await?.iter().map(String::as_str), &requester.user).await?;
+        let fleet = self.shards().await?;
+        shard_map.check_targets(&fleet)?;
+        let shards = shard_map.possible_targets(&fleet);
+        superuser_of(&self.peers, shards.iter().copied(), &requester.user).await?;
         let target = match &statement.options.new_db_name {
             Some(name) => literal(name)?.to_owned(),
             None => statement.database.clone(),
@@ -40,13 +48,12 @@ impl Backups {
         let uri = Uri::parse(literal(&statement.collection)?)?;
         let shown = uri.redacted();
         let resolved = self.resolve(&uri, requester).await?;
-        self.check_target(&target).await?;
+        self.check_target(&target, &shards).await?;
         self.jobs.check_filter(&filter).await?;
         let subdir = match &statement.from {
             Subdir::Latest => None,
             Subdir::Named(text) => Some(literal(text)?.to_owned()),
         };
-        let subdir_is_open = subdir.is_none();
         let description = statement.description(subdir.as_deref().unwrap_or("latest"), &shown);
         // A character that no name begins or ends with, and that is printed as it is.
         let around = statement.description("\u{1}", &shown);
@@ -57,7 +64,9 @@ impl Backups {
             subdir,
             filter: filter.to_string(),
             user: requester.user.clone(),
-            description: around.filter(|_| subdir_is_open),
+            description: around,
+            shard_map,
+            fleet,
         };
         Ok(NewJob {
             id,
@@ -74,14 +83,15 @@ impl Backups {
         })
     }
 
-    /// The name must be free in every shard: which of them the backup has rows of is not known before it is read.
-    async fn check_target(&self, target: &str) -> anyhow::Result<()> {
+    /// The name must be free in every one of these shards: into which of them the backup has rows to bring is not known
+    /// before it is read.
+    async fn check_target(&self, target: &str, shards: &[&str]) -> anyhow::Result<()> {
         let view = self.peers.cluster().view();
-        for shard in self.shards().await? {
-            if view.leader(&shard).is_none() {
+        for shard in shards {
+            if view.leader(shard).is_none() {
                 continue;
             }
-            let session = leaseholder_session(&self.peers, &shard, "postgres").await?;
+            let session = leaseholder_session(&self.peers, shard, "postgres").await?;
             let query = "SELECT 1 FROM pg_catalog.pg_database WHERE datname = $1";
             if session.query_opt(query, &[&target]).await.map_err(spoken).context("look for the target")?.is_some() {
                 let message = format!("database \"{target}\" already exists");

@@ -24,11 +24,14 @@ use tokio::time::Instant;
 use super::giving::{Giving, leader_of};
 use super::import::{IMPORT, Task};
 use super::plan::superuser_of;
+use super::shard_map::ShardMap;
 use super::source::Source;
 use crate::deal::{AsyncDone, Deal};
-use crate::manifest::{FileEntry, ShardPart};
+use crate::manifest::{FileEntry, ShardPart, left_out};
+use crate::pace::Pace;
 use crate::pausepoints;
 use crate::plan::{SealSource, in_time};
+use crate::targets::remark;
 
 /// The type of these jobs.
 pub const RESTORE_TYPE: &str = "RESTORE";
@@ -47,9 +50,6 @@ const FILE_DEADLINE: Duration = Duration::from_secs(24 * 3600);
 
 /// What the target has lost is loaded again this often.
 const ROUNDS_MAX: usize = 5;
-
-/// Progress is written no more often.
-const PROGRESS_EVERY: Duration = Duration::from_secs(1);
 
 /// Files that are loaded at the same time.
 const LOADERS: usize = 6;
@@ -72,9 +72,15 @@ pub(crate) struct Payload {
     pub(crate) subdir: Option<String>,
     pub(crate) filter: String,
     pub(crate) user: String,
-    /// The job's description before and behind the directory, if that was not named.
+    /// The job's description before and behind the directory.
     #[serde(default)]
     pub(crate) description: Option<(String, String)>,
+    /// Which shard's part goes into which other shard.
+    #[serde(default)]
+    pub(crate) shard_map: ShardMap,
+    /// The fleet's shards when the job was made.
+    #[serde(default)]
+    pub(crate) fleet: Vec<String>,
 }
 
 /// Runs restore jobs.
@@ -96,10 +102,13 @@ struct Story<'s> {
     number: i64,
 }
 
-/// A shard's part, and the node beside the server that it goes to.
+/// A shard's part, and where it goes.
 struct Part<'p> {
     part: &'p ShardPart,
     database: &'p DatabasePlan,
+    /// The shard that it goes into.
+    shard: String,
+    /// The node beside that shard's primary.
     node: NodeId,
 }
 
@@ -177,8 +186,11 @@ impl Story<'_> {
         };
         let source = Source::find(self.stores, self.peers, &self.collection, chosen.as_deref(), &self.filter).await?;
         self.run.keep("subdir", &source.subdir).await?;
-        if let Some((before, behind)) = &self.payload.description {
-            self.run.describe(&format!("{before}{}{behind}", source.subdir)).await?;
+        let skipped = &source.manifest.skipped_shards;
+        if let Some((before, behind)) = &self.payload.description
+            && (self.payload.subdir.is_none() || !skipped.is_empty())
+        {
+            self.run.describe(&format!("{before}{}{behind}{}", source.subdir, remark(skipped))).await?;
         }
         let parts = self.parts(&source)?;
         self.check_rights(&parts).await?;
@@ -189,7 +201,7 @@ impl Story<'_> {
     /// What is in a backup runs as SQL with all rights, so its user has to have them where it runs, and to have them
     /// still.
     async fn check_rights(&self, parts: &[Part<'_>]) -> anyhow::Result<()> {
-        let shards = parts.iter().map(|part| part.part.shard.as_str());
+        let shards = parts.iter().map(|part| part.shard.as_str());
         in_time(superuser_of(self.peers, shards, &self.payload.user)).await
     }
 
@@ -203,7 +215,7 @@ impl Story<'_> {
             None => self.fill(source, parts).await?,
         };
         self.complete(source, parts, &oids).await?;
-        Ok(result(parts))
+        Ok(result(source, parts))
     }
 
     /// Makes the databases and loads all rows; gives their OIDs by shard.
@@ -213,11 +225,11 @@ impl Story<'_> {
             made.push(self.create(source, part).await?);
         }
         let total: u64 = parts.iter().flat_map(Part::files).map(|file| file.bytes.max(1)).sum();
-        let mut noted = Noted { run: self.run, total, done: 0, reported: Instant::now() };
+        let mut noted = Noted { run: self.run, pace: Pace::new(total, 0, Instant::now()) };
         for (part, created) in parts.iter().zip(&mut made) {
             self.load(source, part, created, &mut noted).await?;
         }
-        let oids = parts.iter().zip(&made).map(|(part, created)| (part.part.shard.clone(), created.oid)).collect();
+        let oids = parts.iter().zip(&made).map(|(part, created)| (part.shard.clone(), created.oid)).collect();
         self.run.keep(FINISHING, &oids).await?;
         self.run.pausepoint(pausepoints::AFTER_LOAD).await?;
         Ok(oids)
@@ -227,7 +239,7 @@ impl Story<'_> {
     /// between, either none is anybody's, or what is left takes a moment and is repeated.
     async fn complete(&self, source: &Source, parts: &[Part<'_>], oids: &BTreeMap<String, u32>) -> anyhow::Result<()> {
         self.run.progress(LOAD_SHARE, "building indexes, constraints and views").await?;
-        let oid = |part: &Part<'_>| oids.get(&part.part.shard).copied().context("find the database of a shard");
+        let oid = |part: &Part<'_>| oids.get(&part.shard).copied().context("find the database of a shard");
         try_join_all(parts.iter().map(|part| async move { self.finish(source, part, oid(part)?).await })).await?;
         self.run.bears_fruit();
         self.run.pausepoint(pausepoints::AFTER_FINISH).await?;
@@ -241,38 +253,50 @@ impl Story<'_> {
                 target: self.payload.target.clone(),
                 plan: part.database.clone(),
             };
-            databases.insert(part.part.shard.clone(), database);
+            databases.insert(part.shard.clone(), database);
         }
-        let giving = Giving { databases, result: result(parts) };
+        let giving = Giving { databases, result: result(source, parts) };
         giving.name(self.run, self.peers, self.number).await?;
         self.run.pausepoint(pausepoints::AFTER_PUBLISH).await?;
         giving.give(self.run, self.peers, self.number).await?;
         self.run.pausepoint(pausepoints::AFTER_RELEASE).await
     }
 
-    /// The shards' parts that hold the database, each with the node beside the shard's primary now.
+    /// The shards' parts that hold the database, each with the shard that it goes into and the node beside the primary
+    /// of that now.
     fn parts<'p>(&self, source: &'p Source) -> anyhow::Result<Vec<Part<'p>>> {
-        let view = self.peers.cluster().view();
-        let name = &self.payload.database;
-        let mut parts = Vec::new();
-        for part in &source.manifest.shards {
-            let Some(database) = part.databases.iter().find(|database| database.name == *name) else { continue };
-            let node = leader_of(&view, &part.shard, "The backup has rows of it.")?;
-            parts.push(Part { part, database, node });
-        }
-        if parts.is_empty() {
+        let (view, manifest) = (self.peers.cluster().view(), &source.manifest);
+        let Payload { database: name, shard_map, fleet, .. } = &self.payload;
+        let skipped = manifest.skipped_shards.iter().map(|it| it.object.as_str());
+        let sources: Vec<&str> = manifest.shards.iter().map(|part| part.shard.as_str()).chain(skipped).collect();
+        shard_map.check_sources(&sources)?;
+        let holding =
+            |part: &'p ShardPart| Some((part, part.databases.iter().find(|database| database.name == *name)?));
+        let holding: Vec<_> = manifest.shards.iter().filter_map(holding).collect();
+        if holding.is_empty() {
             let message = format!("database \"{name}\" is not in the backup {}", source.subdir);
+            let left_out: Vec<String> = manifest.skipped_shards.iter().map(left_out).collect();
+            let left_out = if left_out.is_empty() { String::new() } else { format!(" Note: {}.", left_out.join("; ")) };
             return Err(PgError::new(SqlState::UNDEFINED_DATABASE, message)
-                .detail(format!("It holds: {}.", source.manifest.databases.join(", ")))
+                .detail(format!("It holds: {}.{left_out}", manifest.databases.join(", ")))
                 .into());
         }
-        Ok(parts)
+        if !fleet.is_empty() {
+            let sources: Vec<&str> = holding.iter().map(|(part, _)| part.shard.as_str()).collect();
+            shard_map.check_parts(name, &sources, fleet)?;
+        }
+        let placed = holding.into_iter().map(|(part, database)| {
+            let shard = shard_map.target(&part.shard).to_owned();
+            let node = leader_of(&view, &shard, "The backup has rows for it.")?;
+            Ok(Part { part, database, shard, node })
+        });
+        placed.collect()
     }
 
     async fn create(&self, source: &Source, part: &Part<'_>) -> anyhow::Result<Created> {
-        self.run.progress(0.0, &format!("making the database in shard {}", part.part.shard)).await?;
+        self.run.progress(0.0, &format!("making the database in shard {}", part.shard)).await?;
         // Where there may be something to remove, should the job fail.
-        self.run.keep(&format!("made/{}", part.part.shard), &part.part.shard).await?;
+        self.run.keep(&format!("made/{}", part.shard), &part.shard).await?;
         let target = self.payload.target.clone();
         let (job, run, plan) = (self.run.id.0, self.number, part.database.clone());
         let request = Request::Create(Box::new(Create { job, run, target, plan }));
@@ -306,9 +330,9 @@ impl Story<'_> {
         created: &mut Created,
         noted: &mut Noted<'_>,
     ) -> anyhow::Result<()> {
-        let before = noted.done;
+        let before = noted.pace.done();
         for _ in 0..ROUNDS_MAX {
-            noted.done = before;
+            noted.pace.back_to(before);
             self.load_missing(source, part, created, noted).await?;
             let request = Request::Progress { job: self.run.id.0 };
             created.progress = self.peers.call(part.node, LOADER, &request, ASK_DEADLINE).await.map_err(passing)?;
@@ -335,12 +359,12 @@ impl Story<'_> {
         let mut open = Vec::new();
         for (file, number) in part.files().zip(0..) {
             if created.progress.spans.contains(&number) {
-                noted.done += file.bytes.max(1);
+                noted.pace.found(file.bytes.max(1));
             } else {
                 open.push(((number, file.clone()), file.bytes.max(1)));
             }
         }
-        let shard = part.part.shard.as_str();
+        let shard = part.shard.as_str();
         let rules = crate::rules::Rules::matching(&self.filter);
         let deal = Deal { peers: self.peers, rules: &rules, shard, server: part.node, at_once: LOADERS };
         let one = |worker: NodeId, (span, file): (u32, FileEntry)| async move {
@@ -448,10 +472,11 @@ async fn next_number(run: &Run) -> anyhow::Result<i64> {
     Ok(number)
 }
 
-fn result(parts: &[Part<'_>]) -> Value {
+fn result(source: &Source, parts: &[Part<'_>]) -> Value {
     let rows: u64 = parts.iter().flat_map(Part::files).map(|file| file.rows).sum();
     let bytes: u64 = parts.iter().flat_map(Part::files).map(|file| file.bytes).sum();
-    let left_out = parts.iter().flat_map(|part| &part.database.skipped);
+    let shards = source.manifest.skipped_shards.iter();
+    let left_out = shards.chain(parts.iter().flat_map(|part| &part.database.skipped));
     let left_out: Vec<String> =
         left_out.map(|it| format!("{} {} was left out of the backup: {}", it.kind, it.object, it.reason)).collect();
     json!({ "rows": rows, "index_entries": 0, "bytes": bytes, "left_out": left_out })
@@ -460,20 +485,16 @@ fn result(parts: &[Part<'_>]) -> Value {
 /// How far it is.
 struct Noted<'n> {
     run: &'n Run,
-    total: u64,
-    done: u64,
-    reported: Instant,
+    pace: Pace,
 }
 
 impl AsyncDone<(u32, FileEntry), ()> for &mut Noted<'_> {
     async fn done(&mut self, _file: (u32, FileEntry), weight: u64, (): ()) -> anyhow::Result<()> {
-        self.done += weight;
         self.run.bears_fruit();
         self.run.pausepoint(pausepoints::AFTER_FIRST_FILE).await?;
-        if self.reported.elapsed() >= PROGRESS_EVERY {
-            self.reported = Instant::now();
-            let fraction = LOAD_SHARE * self.done as f64 / self.total.max(1) as f64;
-            self.run.progress(fraction, "loading rows").await?;
+        let now = Instant::now();
+        if let Some(done) = self.pace.moved(weight, now) {
+            self.run.progress(LOAD_SHARE * done, &self.pace.words("loading rows", now)).await?;
         }
         Ok(())
     }

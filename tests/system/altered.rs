@@ -1,0 +1,115 @@
+//! Tables that are altered while a standby is read: after the second spoilt point they are held on the leaseholder, unless
+//! the statement keeps away from it; then the job fails and names them.
+
+use crate::support::demo::psql;
+use crate::support::faults::Fleet;
+use crate::support::store::files_in;
+use crate::support::{both, until};
+
+const WEST: &str = "EXECUTION LOCALITY = 'region=us-west-1'";
+
+/// Between a point and the first row that is read at it.
+const POINT: &str = "backup.after_schemas";
+
+/// The table in question is locked by a session of the node's, which reads nothing here.
+const HELD: &str = "SELECT count(*) FROM pg_locks JOIN pg_stat_activity USING (pid)
+    WHERE relation = 'users'::regclass AND mode = 'AccessShareLock' AND granted AND usename = 'backhaul'";
+
+/// A fleet whose backups are held at each point that they take: the mark that a place was passed goes with the old point.
+fn start() -> Fleet {
+    let fleet = Fleet::start(&["--rows", "500"]);
+    fleet.registry(&format!(
+        "CREATE FUNCTION registry.again() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN
+             DELETE FROM registry.job_info WHERE job_id = NEW.job_id AND key = 'pausepoint/{POINT}';
+             UPDATE registry.jobs SET pausepoints = '{{{POINT}:hold}}' WHERE id = NEW.job_id;
+             RETURN NEW;
+         END $$;
+         CREATE TRIGGER again AFTER INSERT OR UPDATE ON registry.job_info FOR EACH ROW WHEN (NEW.key = 'point/s1')
+         EXECUTE FUNCTION registry.again()"
+    ));
+    fleet
+}
+
+/// Waits until the job is held at the point that it has taken after so many were spoilt.
+#[track_caller]
+fn until_at(fleet: &Fleet, job: &str, spoilt: usize) {
+    until("the next point", || {
+        let key = format!(
+            "SELECT value #>> '{{tries,spoilt}}' FROM registry.job_info WHERE job_id = {job} AND key = 'point/s1'"
+        );
+        let seen = fleet.registry(&key);
+        if seen == spoilt.to_string() {
+            Ok(())
+        } else {
+            Err(format!("{seen} {}", fleet.job(job, "execution_errors::text")))
+        }
+    });
+    fleet.until_held(job, POINT);
+}
+
+/// Alters a table on the primary, and waits until the standby that is read has done the same.
+#[track_caller]
+fn alter(fleet: &Fleet, table: &str, column: usize) {
+    fleet.on(1, "movr", &format!("ALTER TABLE {table} ADD COLUMN added_{column} int"));
+    until("the standby to have the column", || {
+        let query = format!(
+            "SELECT count(*) FROM pg_attribute WHERE attrelid = '{table}'::regclass AND attname = 'added_{column}'"
+        );
+        let seen = both(&fleet.demo.psql_direct(3).args(["-Atc", &query]).output().unwrap());
+        if seen.trim() == "1" { Ok(()) } else { Err(seen) }
+    });
+}
+
+#[test]
+fn twice_spoilt_tables_are_held_on_the_leaseholder() {
+    let fleet = start();
+    let job = fleet.held(&format!("BACKUP DATABASE movr INTO 'nodelocal://1/b' WITH {WEST}, DETACHED"), POINT);
+    for spoilt in 0..2 {
+        until_at(&fleet, &job, spoilt);
+        assert_eq!(fleet.on(1, "movr", HELD).trim(), "0", "after {spoilt} spoilt points");
+        alter(&fleet, "users", spoilt);
+        fleet.let_go(&job, POINT);
+    }
+    until_at(&fleet, &job, 2);
+    assert_eq!(fleet.on(1, "movr", HELD).trim(), "1");
+    // Users read and write on; what would spoil the point waits.
+    fleet.on(1, "movr", "UPDATE users SET city = city; SELECT count(*) FROM users");
+    let url = &fleet.demo.nodes[0].url;
+    let alter = "SET lock_timeout = '200ms'; ALTER TABLE users ADD COLUMN never int";
+    let refused = both(&psql(url).args(["-v", "VERBOSITY=verbose", "-c", alter]).output().unwrap());
+    assert!(refused.contains("ERROR:  55P03"), "{refused}");
+    fleet.let_go(&job, POINT);
+    assert_eq!(fleet.end_of(&job), ("succeeded".to_owned(), String::new()));
+    until("the lock to be gone", || {
+        let seen = fleet.on(1, "movr", HELD);
+        if seen.trim() == "0" { Ok(()) } else { Err(seen) }
+    });
+    // The whole backup is of the third point.
+    let shown = fleet.demo.ask(1, "SHOW BACKUP SCHEMAS FROM LATEST IN 'nodelocal://1/b'");
+    assert!(shown.contains("added_0") && shown.contains("added_1") && !shown.contains("never"), "{shown}");
+}
+
+#[test]
+fn where_the_leaseholder_is_forbidden_the_job_fails_and_names_the_tables() {
+    let fleet = start();
+    for (number, options) in
+        ["replica = 'nonvoting'", "replica = 'standby'", "STRICT EXECUTION LOCALITY"].iter().enumerate()
+    {
+        let statement = format!("BACKUP DATABASE movr INTO 'nodelocal://1/b' WITH {WEST}, {options}, DETACHED");
+        let job = fleet.held(&statement, POINT);
+        for (spoilt, table) in ["users", "vehicles"].into_iter().enumerate() {
+            until_at(&fleet, &job, spoilt);
+            assert_eq!(fleet.on(1, "movr", HELD).trim(), "0", "{options}");
+            alter(&fleet, table, 10 * number + spoilt);
+            fleet.let_go(&job, POINT);
+        }
+        let (status, error) = fleet.end_of(&job);
+        assert_eq!(status, "failed", "{options}");
+        let named = "tables of shard \"s1\" keep changing while they are read: movr.public.users, movr.public.vehicles; \
+                     The statement forbids to hold them on the leaseholder.";
+        assert!(error.starts_with(named), "{options}: {error}");
+        assert_eq!(fleet.on(1, "movr", HELD).trim(), "0", "{options}");
+    }
+    let left = files_in(&fleet.demo.node_dir(1).join("extern"));
+    assert!(left.is_empty(), "{left:?}");
+}

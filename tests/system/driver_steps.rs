@@ -28,6 +28,9 @@ usable
 
 const BACKUP: &str = "BACKUP DATABASE movr INTO $1 WITH EXECUTION LOCALITY = $2";
 
+/// What takes the steps through one driver, given a collection, and gives what was printed.
+type Steps<'s> = dyn Fn(&str) -> String + Sync + 's;
+
 /// Python and JavaScript write truth in their own ways; which of two nodes a job goes to is the fleet's to choose.
 fn same_for_all(printed: &str) -> String {
     let nodes = printed.replace("relocated to 3", "relocated to NODE").replace("relocated to 4", "relocated to NODE");
@@ -53,7 +56,7 @@ fn every_driver_takes_the_same_steps() {
         let mut command = Command::new("node");
         run(command.env("NODE_PATH", drivers().join("node_modules")).arg(script("steps.js")).args([url.as_str(), into]))
     };
-    let steps: [(&str, &(dyn Fn(&str) -> String + Sync)); 6] = [
+    let steps: [(&str, &Steps<'_>); 6] = [
         ("psycopg, in C", &|into| python("steps_psycopg.py", "binary", &url, into)),
         ("psycopg, in Python", &|into| python("steps_psycopg.py", "python", &url, into)),
         ("asyncpg", &|into| python("steps_asyncpg.py", "", &url, into)),

@@ -237,6 +237,8 @@ impl Registry {
             report_offset(renewed.registry_time - Utc::now(), &mut reported);
             cluster.learn(renewed.addresses);
             cluster.confirm_shards(&renewed.shards);
+            // The session was renewed for the life of before: one that is longer from now on is not lived yet.
+            let lived = life.min(renewed.life);
             life = renewed.life;
             self.0.settings.send_if_modified(|settings| {
                 let news = *settings != renewed.settings;
@@ -244,7 +246,7 @@ impl Registry {
                 news
             });
             let elsewhere = views.wait_for(|view| view.registry().is_some_and(|(node, _)| node.instance != beside));
-            if timeout(life / 4, elsewhere).await.is_ok() {
+            if timeout(lived / 4, elsewhere).await.is_ok() {
                 bail!("the registry has moved to another server");
             }
         }

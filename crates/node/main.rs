@@ -55,6 +55,12 @@ fn failed(error: &anyhow::Error) -> ExitCode {
     ExitCode::FAILURE
 }
 
+/// Prints a line for the user beside results that somebody may read from standard output.
+fn print_beside(line: &str) {
+    use std::io::Write as _;
+    let _ = writeln!(std::io::stderr(), "{line}");
+}
+
 /// Prints a line for the user; a reader who has left (`| head`) is no error.
 fn print_line(line: &str) {
     use std::io::Write as _;

@@ -111,6 +111,18 @@ impl Demo {
         Pid::from_raw(text.lines().next().unwrap().trim().parse().unwrap())
     }
 
+    /// Sends a signal to every process of the server beside node `number`.
+    pub fn signal_server(&self, number: usize, signal: Signal) {
+        let first = self.server_pid(number);
+        // Before its children, so that it starts no more of them.
+        kill(first, signal).unwrap();
+        let children = std::fs::read_to_string(format!("/proc/{first}/task/{first}/children")).unwrap();
+        for child in children.split_ascii_whitespace() {
+            // One may have ended meanwhile.
+            let _ = kill(Pid::from_raw(child.parse().unwrap()), signal);
+        }
+    }
+
     /// Starts the server beside node `number` again, after it was killed.
     #[track_caller]
     pub fn restart_server(&self, number: usize) {

@@ -1,50 +1,13 @@
 //! What BACKUP promises: where it runs, what clients are told, and what is in it.
 
-use std::path::PathBuf;
 use std::process::{Child, Stdio};
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use crate::support::demo::{Demo, directory, psql};
 use crate::support::fleet::Server;
+use crate::support::jobs::{WEST, completed, data_files, detached, extern_dirs, relocated, succeeded};
 use crate::support::store::{LocalBackup, S3, files_in};
 use crate::support::{both, postgres_program, run, until};
-
-const WEST: &str = "EXECUTION LOCALITY = 'region=us-west-1'";
-
-/// Every node's external I/O directory.
-fn extern_dirs(demo: &Demo) -> Vec<PathBuf> {
-    (1..=demo.nodes.len()).map(|number| demo.node_dir(number).join("extern")).collect()
-}
-
-/// The data files in a node's external I/O directory.
-fn data_files(demo: &Demo, number: usize) -> usize {
-    let files = files_in(&demo.node_dir(number).join("extern"));
-    files.iter().filter(|file| file.to_string_lossy().ends_with(".copy.zst")).count()
-}
-
-/// A DETACHED backup from node `number`; gives the job's id.
-#[track_caller]
-fn detached(demo: &Demo, number: usize, statement: &str) -> String {
-    let id = demo.ask(number, statement);
-    assert!(id.parse::<i64>().is_ok(), "{id}");
-    id
-}
-
-/// Waits for a job, and gives its columns.
-#[track_caller]
-fn completed(demo: &Demo, number: usize, job: &str) -> Vec<String> {
-    let row = demo.ask(number, &format!("SHOW JOB WHEN COMPLETE {job}"));
-    let columns: Vec<String> = row.split('|').map(str::to_owned).collect();
-    assert_eq!(columns.len(), 19, "{row}");
-    columns
-}
-
-#[track_caller]
-fn succeeded(demo: &Demo, number: usize, job: &str) -> Vec<String> {
-    let columns = completed(demo, number, job);
-    assert_eq!((columns[5].as_str(), columns[12].as_str()), ("succeeded", ""), "{columns:?}");
-    columns
-}
 
 #[test]
 fn a_detached_backup_runs_in_the_chosen_region_only() {
@@ -89,10 +52,8 @@ fn an_attached_client_is_told_of_the_relocation() {
     let demo = Demo::start(&[]);
     let statement = format!("BACKUP DATABASE movr INTO 'nodelocal://self/b' WITH {WEST}");
     let told = demo.ask(1, &statement);
-    let job = told.split("execution of job ").nth(1).and_then(|rest| rest.split(' ').next()).unwrap_or_default();
-    let to = told.split("relocated to ").nth(1).and_then(|rest| rest.chars().next());
-    assert!(told.starts_with(&format!("ERROR:  XXUUU: execution of job {job} relocated to ")), "{told}");
-    assert!(matches!(to, Some('3' | '4')), "{told}");
+    let (job, to) = relocated(&told);
+    assert!(matches!(to, "3" | "4"), "{told}");
     assert!(told.contains("DETAIL:  The job goes on there"), "{told}");
     assert!(told.contains(&format!("HINT:  Use SHOW JOB WHEN COMPLETE {job}")) && told.contains("DETACHED"), "{told}");
     succeeded(&demo, 1, job);

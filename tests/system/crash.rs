@@ -35,7 +35,7 @@ enum Fault {
 
 /// n1 leads s1, which holds the registry; n4 and n5 have no servers. Jobs run on n4 and n5 and read from n3; files are in
 /// n1's directory, or in an S3 store.
-const ONE_SHARD: [&str; 8] = [
+pub(crate) const ONE_SHARD: [&str; 8] = [
     "--nodes",
     "5",
     "--servers",
@@ -60,7 +60,7 @@ const TWO_SHARDS: [&str; 10] = [
     "30000",
 ];
 
-const FILTER: &str = "EXECUTION LOCALITY = 'region=us-west-1,zone=b'";
+pub(crate) const FILTER: &str = "EXECUTION LOCALITY = 'region=us-west-1,zone=b'";
 
 struct Case {
     fleet: Fleet,

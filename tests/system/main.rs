@@ -14,6 +14,7 @@ mod demo; // what `backhaul demo` promises: its fleet, its ends, its refusals
 mod driver_steps; // one script of steps through every driver, and through psql
 mod drivers; // the same for application drivers
 mod failover; // promotion, crash and return of servers and nodes
+mod locality; // CockroachDB's cases of EXECUTION LOCALITY: nodes whose tiers cross, several shards
 mod mistakes; // wrong secrets, shards, stores and addresses
 mod plan; // EXPLAIN BACKUP tells what is done; options, ranges and regions; docs/locality.md
 mod restore; // everything comes back the same, once, and damage is noticed
@@ -21,6 +22,7 @@ mod security; // passwords, TLS, open doors
 mod settings; // what is set for the fleet holds on every node, without a restart
 mod shards; // several shards: each by its own rules, into others by shard_map, and left out only by name
 mod survival; // jobs outlive nodes that are stopped in turn, and a registry that moves
+mod turnover; // nodes and servers that come, go and freeze while a backup runs
 mod wire; // what SQL cannot see: frames, pipelines, transactions, cancel
 
 #[path = "../support/mod.rs"]

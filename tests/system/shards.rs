@@ -2,17 +2,15 @@
 //! says, and never left out in silence.
 
 use std::collections::BTreeSet;
-use std::path::PathBuf;
 use std::process::Stdio;
 
 use nix::sys::signal::{Signal, kill};
 use serde_json::Value;
 
 use crate::support::demo::{Demo, directory, psql};
+use crate::support::jobs::{WEST, extern_dirs};
 use crate::support::store::{LocalBackup, files_in};
 use crate::support::{both, postgres_program, run, until};
-
-const WEST: &str = "EXECUTION LOCALITY = 'region=us-west-1'";
 
 /// s1 is led from the east by n1 and followed from the west by n3; s2 is led from the west by n2 and followed from the
 /// east by n4.
@@ -31,10 +29,6 @@ const CROSSED: [&str; 10] = [
 
 fn start(rows: &str) -> Demo {
     Demo::start(&[&CROSSED[..], &["--rows", rows]].concat())
-}
-
-fn extern_dirs(demo: &Demo) -> Vec<PathBuf> {
-    (1..=demo.nodes.len()).map(|number| demo.node_dir(number).join("extern")).collect()
 }
 
 fn manifest(demo: &Demo, path: &str) -> Value {
@@ -228,17 +222,7 @@ fn a_shard_that_cannot_be_reached_is_an_error_or_left_out_by_name() {
     on(&demo, 2, "movr", "CREATE DATABASE elsewhere");
     let statement = |options: &str| format!("BACKUP DATABASE movr INTO 'nodelocal://self/b' WITH {options}");
     let skip = "skip_unreachable_shards";
-    // A server that lets nobody in any more, then one that is gone. What asks it has a deadline.
-    let server = demo.server_pid(2);
-    kill(server, Signal::SIGSTOP).unwrap();
-    let refused = demo.ask(1, &statement("DETACHED"));
-    assert!(
-        refused.starts_with("ERROR:  08006: shard \"s2\" cannot be reached\nDETAIL:  Its leaseholder"),
-        "{refused}"
-    );
-    kill(server, Signal::SIGCONT).unwrap();
-    kill(server, Signal::SIGKILL).unwrap();
-
+    kill(demo.server_pid(2), Signal::SIGKILL).unwrap();
     let why = "no node that answers stands beside a primary of it";
     let out = format!("shard s2 is left out: it could not be reached ({why})");
     told(
@@ -299,14 +283,33 @@ fn a_shard_that_cannot_be_reached_is_an_error_or_left_out_by_name() {
     demo.restart_server(2);
     told(&demo, 1, &format!("EXPLAIN {}", statement(skip)), &["shard s2: leaseholder node 2"]);
     assert!(succeeded(&demo, 1, &statement(&format!("{skip}, DETACHED")))[2].ends_with(skip));
+}
 
-    // One that is retired for good, taken out of the list as docs/backups.md says, is not asked any more.
-    kill(demo.server_pid(2), Signal::SIGKILL).unwrap();
-    told(&demo, 1, &statement("DETACHED"), &["ERROR:  08006: shard \"s2\" cannot be reached"]);
+#[test]
+fn a_server_that_lets_nobody_in_is_unreachable_and_a_retired_shard_is_not_asked() {
+    let demo = start("100");
+    let statement = |options: &str| format!("BACKUP DATABASE movr INTO 'nodelocal://1/b' WITH DETACHED{options}");
+    let server = demo.server_pid(2);
+    // What is connected stays so, and answers; whoever comes new waits, and nobody waits for ever.
+    kill(server, Signal::SIGSTOP).unwrap();
+    let refused = demo.ask(1, &statement(""));
+    assert!(
+        refused.starts_with("ERROR:  08006: shard \"s2\" cannot be reached\nDETAIL:  Its leaseholder"),
+        "{refused}"
+    );
+    let left_out = demo.ask(1, &statement(", skip_unreachable_shards"));
+    assert!(
+        left_out.contains("NOTICE:  00000: shard s2 is left out: it could not be reached (its leaseholder"),
+        "{left_out}"
+    );
+    kill(server, Signal::SIGCONT).unwrap();
+
+    kill(server, Signal::SIGKILL).unwrap();
+    told(&demo, 1, &statement(""), &["ERROR:  08006: shard \"s2\" cannot be reached\nDETAIL:  No node that answers"]);
     let retire = "DELETE FROM registry.shards WHERE name = 's2'";
     assert!(include_str!("../../docs/backups.md").contains(retire));
     on(&demo, 1, "backhaul", retire);
-    succeeded(&demo, 1, &statement("DETACHED"));
+    succeeded(&demo, 1, &statement(""));
 }
 
 #[test]

@@ -82,19 +82,36 @@ pub fn sharers<'w>(anchor: &Anchor, workers: &'w [Worker], balanced: bool) -> (S
 
 /// Gives each span, by its weight in bytes, to a worker; in the order of the spans. Empty when there are no workers.
 pub fn assign(weights: &[u64], anchor: &Anchor, workers: &[Worker], balanced: bool) -> Vec<NodeId> {
+    assign_beside(|_| 0, weights, anchor, workers, balanced)
+}
+
+/// The same for spans that come to others: a worker has so many bytes to export `already`.
+pub(crate) fn assign_beside(
+    already: impl Fn(NodeId) -> u64,
+    weights: &[u64],
+    anchor: &Anchor,
+    workers: &[Worker],
+    balanced: bool,
+) -> Vec<NodeId> {
     let (_, sharers) = sharers(anchor, workers, balanced);
+    let load = |worker: &Worker| weighed(already(worker.id), worker.reads_own_server);
     let mut heap: BinaryHeap<Reverse<(u64, NodeId, bool)>> =
-        sharers.into_iter().map(|worker| Reverse((0, worker.id, worker.reads_own_server))).collect();
+        sharers.into_iter().map(|worker| Reverse((load(worker), worker.id, worker.reads_own_server))).collect();
     let mut assigned = Vec::with_capacity(weights.len());
     for weight in weights {
         let Some(mut least) = heap.peek_mut() else { return Vec::new() };
         // An empty span is work, too.
         let weight = (*weight).max(1);
         let Reverse((load, id, own)) = &mut *least;
-        *load = load.saturating_add(weight.saturating_mul(if *own { 2 } else { 3 }));
+        *load = load.saturating_add(weighed(weight, *own));
         assigned.push(*id);
     }
     assigned
+}
+
+/// Bytes from another node's server are half as many again.
+fn weighed(bytes: u64, own: bool) -> u64 {
+    bytes.saturating_mul(if own { 2 } else { 3 })
 }
 
 #[cfg(test)]
@@ -166,6 +183,16 @@ mod tests {
             let found: Vec<i32> = found.iter().map(|worker| worker.id.0).collect();
             let expected = if shared == 0 { Share::All } else { Share::Similar(shared) };
             assert_eq!((found.as_slice(), share), (closest, expected), "{place} among {instances:?}");
+        }
+    }
+
+    #[test]
+    fn what_a_worker_has_already_counts() {
+        let workers = [worker(2, "region=a", "own"), worker(3, "region=a", "none")];
+        for (already, expected) in [([0, 0], [2, 3, 2, 3]), ([30, 0], [3, 3, 2, 3]), ([0, 30], [2, 2, 2, 2])] {
+            let already = |id: NodeId| if id.0 == 2 { already[0] } else { already[1] };
+            let dealt = assign_beside(already, &[10, 10, 10, 10], &at(9, "region=a"), &workers, false);
+            assert_eq!(dealt, expected.map(NodeId));
         }
     }
 

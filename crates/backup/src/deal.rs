@@ -1,25 +1,24 @@
 //! Pieces of work dealt out to nodes, finished, lost and dealt out again.
 //!
-//! Exports and imports are dealt alike: to nodes that match the filter and answer now, by [`assign`]. A node that goes
-//! is not asked again by this run, and what it had goes to the others; a piece that fails for a reason that may pass
-//! is tried again a few times; anything else ends it all.
+//! Exports and imports are dealt alike: to nodes that match the filter and answer now ([`Queues`]). What a node had that
+//! goes is dealt to the others, and one that comes gets its part of what nobody has begun; a piece that fails for a
+//! reason that may pass is tried again a few times; anything else ends it all.
 
-use std::collections::{BTreeMap, VecDeque};
 use std::time::Duration;
 
 use cluster::{NodeId, Peers, View};
 use futures_util::stream::{FuturesUnordered, StreamExt as _};
 use jobs::{LostClaim, Retryable};
 use pgerror::{PgError, SqlState};
-use tokio::time::{Instant, sleep};
+use tokio::time::{Instant, sleep, sleep_until};
 
-use crate::assign::assign;
 use crate::patience::Patience;
 use crate::point::leaseholder;
+use crate::queues::{Piece, Queues};
 use crate::rules::{Fleet, Rules, anchor, workers};
 
-/// Pieces that one worker has at a time: while one is being compressed the other is being read.
-const PIECES_AT_ONCE: usize = 2;
+/// Who has come and who has gone is looked at no more often, however many nodes there are and pieces end.
+const LOOK_EVERY: Duration = Duration::from_millis(500);
 
 /// What may pass: a store or a lock that refuses, a conflict with recovery, a server that restarts.
 const PASSING: [SqlState; 8] = [
@@ -48,9 +47,7 @@ pub(crate) struct Deal<'d> {
 
 struct Ended<P, R> {
     worker: NodeId,
-    piece: P,
-    weight: u64,
-    failures: Failures,
+    piece: Piece<P, Failures>,
     outcome: anyhow::Result<R>,
 }
 
@@ -60,9 +57,6 @@ struct Failures {
     patience: Patience,
     rest: Duration,
 }
-
-type Open<P> = Vec<(P, u64, Failures)>;
-type Queues<P> = BTreeMap<NodeId, VecDeque<(P, u64, Failures)>>;
 
 impl Deal<'_> {
     /// Has every piece (with its weight in bytes) done once, by `one`; `done` takes note of each.
@@ -83,79 +77,79 @@ impl Deal<'_> {
         R: Send,
         F: Future<Output = anyhow::Result<R>> + Send,
     {
-        let mut open: Open<P> =
-            pieces.into_iter().map(|(piece, weight)| (piece, weight, Failures::default())).collect();
-        let mut queues = Queues::new();
-        let mut at_work: BTreeMap<NodeId, usize> = BTreeMap::new();
-        let mut lost: Vec<NodeId> = Vec::new();
+        let mut queues = Queues::of(pieces);
         let mut running = FuturesUnordered::new();
+        let mut look = Instant::now();
         loop {
-            if !open.is_empty() {
-                self.deal(&mut open, &lost, &mut queues)?;
+            if queues.is_open() || look <= Instant::now() {
+                self.deal(&mut queues)?;
+                look = Instant::now() + LOOK_EVERY;
             }
-            for (worker, queue) in &mut queues {
-                let busy = at_work.entry(*worker).or_default();
-                while *busy < PIECES_AT_ONCE
-                    && running.len() < self.at_once.max(1)
-                    && let Some((piece, weight, failures)) = queue.pop_front()
-                {
-                    *busy += 1;
-                    let work = one(*worker, piece.clone());
-                    running.push(self.watched(*worker, piece, weight, failures, work));
-                }
+            while running.len() < self.at_once.max(1)
+                && let Some((worker, piece)) = queues.next()
+            {
+                let work = one(worker, piece.what.clone());
+                running.push(self.watched(worker, piece, work));
             }
-            let Some(ended) = running.next().await else { return Ok(()) };
-            *at_work.entry(ended.worker).or_default() -= 1;
+            if running.is_empty() {
+                return Ok(());
+            }
+            let ended = tokio::select! {
+                Some(ended) = running.next() => ended,
+                () = sleep_until(look) => continue,
+            };
+            let (worker, mut piece) = (ended.worker, ended.piece);
+            queues.ended(worker, piece.weight);
             match ended.outcome {
-                Ok(result) => done.done(ended.piece, ended.weight, result).await?,
+                Ok(result) => done.done(piece.what, piece.weight, result).await?,
                 Err(error) => {
                     let said = PgError::of(&error).cloned();
                     if let Some(end) = said.as_ref().and_then(&ends) {
                         return Err(end);
                     }
-                    let failures = self.judge(error, said, ended.worker, ended.failures, &mut lost)?;
-                    open.push((ended.piece, ended.weight, failures));
-                    if lost.contains(&ended.worker) {
-                        open.extend(queues.remove(&ended.worker).unwrap_or_default());
+                    match self.judge(error, said, worker, piece.failures)? {
+                        Some(failures) => piece.failures = failures,
+                        None => queues.lose(worker),
                     }
+                    queues.again(piece);
                 }
             }
         }
     }
 
-    /// Deals pieces to the nodes that match and live now.
-    fn deal<P>(&self, open: &mut Open<P>, lost: &[NodeId], queues: &mut Queues<P>) -> anyhow::Result<()> {
+    /// Deals what is open, and what has to be dealt anew, to the nodes that match and live now.
+    fn deal<P>(&self, queues: &mut Queues<P, Failures>) -> anyhow::Result<()> {
         let view = self.peers.cluster().view();
         let fleet = Fleet::of(&view, self.shard);
         let mut workers = workers(&fleet, self.rules, self.server);
-        workers.retain(|worker| !lost.contains(&worker.id));
-        if workers.is_empty() {
+        workers.retain(|worker| !queues.is_out(worker.id));
+        if workers.is_empty() && queues.is_open() {
             let message = "no healthy sql instances available matching locality requirement";
             return Err(anyhow::Error::new(PgError::new(SqlState::UNCATEGORIZED, message)).context(Retryable));
         }
-        leaseholder(&view, self.shard)?;
+        match leaseholder(&view, self.shard) {
+            // Where the rule starts from is not known at the moment.
+            Err(_) if !queues.is_open() => return Ok(()),
+            found => found?,
+        };
         let anchor = anchor(&fleet, self.rules, self.server).unwrap_or_default();
-        let weights: Vec<u64> = open.iter().map(|(_, weight, _)| *weight).collect();
-        let assigned = assign(&weights, &anchor, &workers, self.rules.balanced);
-        for (worker, piece) in assigned.into_iter().zip(open.drain(..)) {
-            queues.entry(worker).or_default().push_back(piece);
-        }
+        queues.deal(&workers, &anchor, self.rules.balanced);
         Ok(())
     }
 
     async fn watched<P, R>(
         &self,
         worker: NodeId,
-        piece: P,
-        weight: u64,
-        failures: Failures,
+        piece: Piece<P, Failures>,
         work: impl Future<Output = anyhow::Result<R>>,
     ) -> Ended<P, R> {
         let rested = async {
-            sleep(failures.rest).await;
+            sleep(piece.failures.rest).await;
             work.await
         };
         let outcome = tokio::select! {
+            // What is done is done, whatever has gone since.
+            biased;
             outcome = rested => outcome,
             () = self.goes(worker) => {
                 let message = format!("node {worker} was lost while it worked");
@@ -166,7 +160,7 @@ impl Deal<'_> {
                 Err(PgError::new(SqlState::CONNECTION_FAILURE, message).into())
             }
         };
-        Ended { worker, piece, weight, failures, outcome }
+        Ended { worker, piece, outcome }
     }
 
     /// Returns when the server that is worked on does not answer the node beside it any more: it may keep its
@@ -198,15 +192,14 @@ impl Deal<'_> {
         self.peers.cluster().view().node(node).is_some_and(|known| known.reachable)
     }
 
-    /// What a failure means: for the worker, for the piece, or for everything.
+    /// What a failure means: nothing when the worker is lost, how the piece stands now, or the end of everything.
     fn judge(
         &self,
         error: anyhow::Error,
         said: Option<PgError>,
         worker: NodeId,
         mut failures: Failures,
-        lost: &mut Vec<NodeId>,
-    ) -> anyhow::Result<Failures> {
+    ) -> anyhow::Result<Option<Failures>> {
         if error.downcast_ref::<LostClaim>().is_some() {
             return Err(error);
         }
@@ -214,14 +207,13 @@ impl Deal<'_> {
         let code = said.map(|said| said.code);
         let connection = code == Some(SqlState::CONNECTION_FAILURE);
         if connection && !self.is_reachable(worker) {
-            // Its death is not the piece's fault, and each node dies once.
-            lost.push(worker);
-            return Ok(failures);
+            // Its death is not the piece's fault.
+            return Ok(None);
         }
         // What a store or a lock refuses now it may grant later; across nodes only the code tells.
         let may_pass = connection || code.is_some_and(|code| PASSING.contains(&code)) || storage::is_transient(&error);
         match failures.patience.after_failure(Instant::now()).filter(|_| may_pass) {
-            Some(rest) => Ok(Failures { rest, ..failures }),
+            Some(rest) => Ok(Some(Failures { rest, ..failures })),
             None => Err(error),
         }
     }

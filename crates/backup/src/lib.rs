@@ -3,8 +3,9 @@
 //! Read in this order. [`plan`] judges a statement before anything exists: filter, databases (and the shards that hold
 //! them: [`targets`]), rights, URI. A job is made, and on whichever node coordinates it, [`resume`] tells the story step by step: the lock, a point for each
 //! shard ([`point`]) on a server that the rules choose ([`rules`]), spans cut from tables ([`spans`]) and dealt to
-//! workers ([`mod@assign`], [`deal`]), their export watched ([`drive`]), tables that keep changing held still ([`hold`]),
-//! the manifest written and sealed ([`manifest`], [`seal`]), and what is left over removed ([`revert`]). What a worker does with one span is [`export`], and how fast [`limit`]; how far a job is [`pace`] says. The way back is
+//! workers ([`mod@assign`], [`queues`], [`deal`]), their export watched ([`drive`]), tables that keep changing held still
+//! ([`hold`]), the manifest written and sealed ([`manifest`], [`seal`]), and what is left over removed ([`revert`]). What a worker does with one span is [`export`], and how fast [`limit`];
+//! how far a job is [`pace`] says. The way back is
 //! [`restore`]. What is in a backup, and under which names, is [`layout`]; how it opens without us is [`restore_text`];
 //! what a plan looks like before it is carried out is [`explain`], and the spans by themselves are [`ranges`];
 //! what a session sets is [`settings`], where a job can be made to stop [`pausepoints`].
@@ -30,6 +31,7 @@ mod patience;
 mod pausepoints;
 mod plan;
 mod point;
+mod queues;
 mod ranges;
 mod restore;
 mod restore_text;

@@ -24,6 +24,8 @@ use uuid::Uuid;
 
 #[path = "founders/disturbed.rs"]
 mod disturbed;
+#[path = "founders/guards.rs"]
+mod guards;
 
 const DEADLINE: Duration = Duration::from_secs(30);
 

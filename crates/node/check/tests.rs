@@ -1,6 +1,6 @@
 //! The rules about a whole fleet: a sound one lacks nothing, and each thing that is amiss is told beside who has it.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 
 use chrono::{DateTime, TimeDelta};
 use cluster::leader::ShardFloor;
@@ -11,48 +11,22 @@ use uuid::Uuid;
 use super::anew::Last;
 use super::rules::{Fleet, Seen, report};
 use super::service::{Disk, Own};
+use sample::{following, sound as sound_server};
+
+#[path = "../../fleet/src/readiness/sample.rs"]
+mod sample;
 
 fn facts(number: i32, in_recovery: bool) -> ServerFacts {
-    let settings = [("max_connections", "100"), ("max_locks_per_transaction", "64"), ("old_snapshot_threshold", "-1")];
-    let settings = settings.into_iter().chain([("primary_slot_name", "n2"), ("data_directory", "/data")]);
-    ServerFacts {
+    let mut facts = ServerFacts {
         address: format!("/run/n{number}/.s.PGSQL.5432"),
         is_local_socket: true,
-        database: "postgres".to_owned(),
-        version: 150_018,
-        clock: DateTime::UNIX_EPOCH,
-        role: RoleFacts {
-            name: "backhaul".to_owned(),
-            is_super: true,
-            reads_all: true,
-            monitors: true,
-            bypasses_rls: true,
-            reads_large_objects: true,
-            may_pause: true,
-            connection_limit: -1,
-            restorer_exists: true,
-            restorer_is_super: true,
-            may_restore: true,
-        },
-        standby: in_recovery.then(|| StandbyFacts {
-            receiver: Some("streaming".to_owned()),
-            upstream_host: Some("n1".to_owned()),
-            upstream_port: Some("26257".to_owned()),
-            may_be_led: true,
-            is_past_fork: false,
-            pause_state: "not paused".to_owned(),
-            paused_by_backup: false,
-        }),
-        slots: Vec::new(),
-        settings: settings.map(|(name, value)| (name.to_owned(), value.to_owned())).collect(),
-        on_command_line: BTreeSet::new(),
+        standby: in_recovery.then(|| following("n1", "26257")),
         superuser: Some("o'root".to_owned()),
-        sessions: 5,
-        databases: vec![DatabaseFacts { name: "shop".to_owned(), may_connect: true, tables: Some(1) }],
-        hba: Some(HbaFacts { broken: Vec::new(), replication: true }),
-        open_door: None,
-        programs: Vec::new(),
-    }
+        ..sound_server()
+    };
+    facts.role.is_super = true;
+    facts.settings.insert("data_directory".to_owned(), "/data".to_owned());
+    facts
 }
 
 fn node(number: i32, in_recovery: bool) -> Seen {

@@ -29,7 +29,7 @@ use tokio::task::JoinSet;
 use tokio::time::timeout;
 
 use crate::flags::Demo;
-use crate::{failed, print_line};
+use crate::{failed, print_beside, print_line};
 use ground::Ground;
 use network::Network;
 use nodes::RunningNode;
@@ -76,9 +76,10 @@ async fn until_told(mut site: Site<'_>) -> anyhow::Result<ExitCode> {
         () = interrupt => Ok(ExitCode::SUCCESS),
         _ = terminated.recv() => Ok(ExitCode::SUCCESS),
     };
-    // With -e, standard output belongs to the results.
-    if let Some(network) = site.network.filter(|_| flags.execute.is_empty()) {
-        network.account()?.iter().for_each(|line| print_line(line));
+    if let Some(network) = site.network {
+        // With -e, standard output belongs to the results.
+        let tell = if flags.execute.is_empty() { print_line } else { print_beside };
+        network.account()?.iter().for_each(|line| tell(line));
     }
     outcome
 }

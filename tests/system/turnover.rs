@@ -1,0 +1,184 @@
+//! Nodes that come and go while a backup runs: one that comes helps, one that goes is done without, and only what matches is
+//! ever asked; where nobody is left, the job says so.
+
+use std::collections::BTreeSet;
+
+use nix::sys::signal::Signal;
+use serde_json::Value;
+
+use crate::crash::{FILTER, ONE_SHARD};
+use crate::support::faults::Fleet;
+use crate::support::jobs::{WEST, relocated};
+use crate::support::store::{LocalBackup, S3};
+use crate::support::{both, until};
+
+/// The sealed manifest of the only backup in a collection.
+#[track_caller]
+fn sealed(s3: &S3, collection: &str) -> Value {
+    let seals = s3.keys(&format!("{collection}/"));
+    let seals: Vec<&String> = seals.iter().filter(|key| key.ends_with("/BACKUP_MANIFEST")).collect();
+    assert_eq!(seals.len(), 1, "{seals:?}");
+    serde_json::from_str(&s3.object(seals[0])).unwrap()
+}
+
+/// What of the manifest's files each node wrote, and how many rows of `rides` are in all of them.
+fn writers_and_rides(manifest: &Value) -> (BTreeSet<u64>, u64) {
+    let shard = &manifest["shards"][0];
+    let tables = shard["databases"][0]["tables"].as_array().unwrap();
+    let rides = &tables.iter().find(|table| table["name"] == "rides").unwrap()["oid"];
+    let files = shard["files"].as_array().unwrap();
+    let writers = files.iter().map(|file| file["written_by"].as_u64().unwrap()).collect();
+    let of_rides = files.iter().filter(|file| &file["what"]["Table"]["oid"] == rides);
+    (writers, of_rides.map(|file| file["rows"].as_u64().unwrap()).sum())
+}
+
+/// Makes a job from node 1, which does not match, and waits until it is held where it has gone; gives the job and its
+/// coordinator. Attached: the row of a DETACHED one may be seen first by any node that matches.
+#[track_caller]
+fn moved_and_held(fleet: &Fleet, uri: &str, filter: &str, point: &str) -> (String, String) {
+    let set = format!("SET backhaul.debug_pausepoints = '{point}:hold'");
+    let statement = format!("BACKUP DATABASE movr INTO '{uri}' WITH {filter}");
+    let mut psql = fleet.demo.psql(1);
+    psql.args(["-Atq", "-v", "VERBOSITY=verbose", "-c", &set, "-c", &statement]);
+    let told = both(&psql.output().unwrap());
+    let (job, to) = relocated(&told);
+    fleet.until_held(job, point);
+    (job.to_owned(), to.to_owned())
+}
+
+#[test]
+fn a_node_that_comes_is_given_spans_and_one_that_goes_is_done_without() {
+    let mut fleet = Fleet::start(&ONE_SHARD);
+    let s3 = S3::start();
+    let door = s3.watched();
+    let mut matching = BTreeSet::new();
+    for (collection, goes) in [("comes", None), ("drained", Some(Signal::SIGTERM)), ("dies", Some(Signal::SIGKILL))] {
+        // At the beginning nodes 3 and 4 match, and node 3 reads its own server.
+        fleet.end_node(5, Signal::SIGTERM);
+        matching.extend([3, 4].map(|node| fleet.pid(node).as_raw()));
+        let uri = format!(
+            "s3://bucket/{collection}?AWS_ACCESS_KEY_ID=key&AWS_SECRET_ACCESS_KEY=hidden&AWS_REGION=us-east-1&AWS_ENDPOINT=http://{}",
+            door.address
+        );
+        let (job, coordinator) = moved_and_held(&fleet, &uri, WEST, "backup.after_first_span");
+        assert_eq!(coordinator, "3");
+        // Node 5 comes. Node 4 goes with spans that it has begun and spans that it has not.
+        fleet.start_node(5);
+        fleet.until_all_live();
+        if let Some(signal) = goes {
+            fleet.end_node(4, signal);
+        }
+        fleet.let_go(&job, "backup.after_first_span");
+        assert_eq!(fleet.end_of(&job), ("succeeded".to_owned(), String::new()), "{collection}");
+        matching.insert(fleet.pid(5).as_raw());
+        let (writers, rides) = writers_and_rides(&sealed(&s3, collection));
+        assert!(writers.contains(&5) && writers.is_subset(&BTreeSet::from([3, 4, 5])), "{collection}: {writers:?}");
+        // Whatever was begun twice is in the backup once, and the job was not begun anew for it.
+        assert_eq!((rides.to_string().as_str(), fleet.job(&job, "num_runs").as_str()), (ONE_SHARD[7], "1"));
+        assert_eq!(door.visitors().difference(&matching).count(), 0, "who came to the store");
+        if goes.is_some() {
+            fleet.start_node(4);
+            fleet.until_all_live();
+        }
+    }
+}
+
+#[test]
+fn the_coordinator_holds_a_replica_and_among_equals_has_the_fewest_jobs() {
+    let fleet = Fleet::start(&ONE_SHARD);
+    // Nobody dies here, and on a busy machine nobody is to be taken for dead.
+    fleet.registry("UPDATE registry.settings SET value = '30000' WHERE name = 'session_life_ms'");
+    until("every session to be long", || {
+        let long = "SELECT count(*) FROM registry.sessions WHERE expires_at > clock_timestamp() + interval '10 s'";
+        let seen = fleet.registry(long);
+        if seen == "5" { Ok(()) } else { Err(seen) }
+    });
+    let mut jobs = Vec::new();
+    for (filter, coordinator) in [(WEST, "3"), (WEST, "3"), (FILTER, "4"), (FILTER, "5"), (FILTER, "4")] {
+        let name = jobs.len();
+        let uri = format!("nodelocal://1/c{name}");
+        let (job, to) = moved_and_held(&fleet, &uri, filter, "backup.after_lock");
+        assert_eq!(to, coordinator, "job {name} with {filter}");
+        jobs.push(job);
+    }
+    for job in jobs {
+        fleet.let_go(&job, "backup.after_lock");
+        assert_eq!(fleet.end_of(&job), ("succeeded".to_owned(), String::new()));
+    }
+}
+
+#[test]
+fn a_job_that_no_node_matches_any_more_waits_for_one_and_then_fails_in_the_original_s_words() {
+    let mut fleet = Fleet::start(&["--rows", "500"]);
+    for comes_back in [true, false] {
+        let name = format!("back-{comes_back}");
+        let statement = format!("BACKUP DATABASE movr INTO 'nodelocal://1/{name}' WITH {WEST}, DETACHED");
+        let job = fleet.held(&statement, "backup.after_lock");
+        // First the one that is not its coordinator, so that nobody takes over.
+        for node in [4, 3] {
+            fleet.end_node(node, Signal::SIGKILL);
+        }
+        let mut tries = BTreeSet::new();
+        until("the job to be tried again and again", || {
+            let seen = fleet.job(&job, "concat_ws('|', status, running_status, next_run)");
+            if seen.starts_with("running|waiting for a node that matches the locality filter|") {
+                tries.insert(seen.clone());
+            }
+            if tries.len() > 2 { Ok(()) } else { Err(seen) }
+        });
+        fleet.let_go(&job, "backup.after_lock");
+        if comes_back {
+            fleet.start_node(4);
+            assert_eq!(fleet.end_of(&job), ("succeeded".to_owned(), String::new()));
+            assert_eq!(fleet.job(&job, "coordinator_id"), "4");
+            fleet.start_node(3);
+            fleet.until_all_live();
+            continue;
+        }
+        // As if it had waited for its minute.
+        let aged = "unmatched_since = unmatched_since - interval '1 minute'";
+        until("the job to be seen between two tries", || {
+            let statement = format!(
+                "UPDATE registry.jobs SET {aged} WHERE id = {job} AND unmatched_since IS NOT NULL AND claim_id IS NULL RETURNING 'aged'"
+            );
+            let seen = fleet.registry(&statement);
+            if seen == "aged" { Ok(()) } else { Err(seen) }
+        });
+        let (status, error) = fleet.end_of(&job);
+        assert_eq!(status, "failed");
+        assert!(error.starts_with("no instances found matching locality filter region=us-west-1"), "{error}");
+        let row = fleet.demo.ask(2, &format!("SHOW JOB WHEN COMPLETE {job}"));
+        assert!(row.contains("|failed|") && row.contains(&error), "{row}");
+        // The store is for nodes that match, so what is there stays, and the job says it.
+        assert!(row.contains("what the job has made was not all removed"), "{row}");
+        // Nobody is asked to run a new one, either.
+        let told = fleet.demo.ask(1, &statement);
+        assert!(told.starts_with("ERROR:  XXUUU: no instances found matching locality filter"), "{told}");
+    }
+}
+
+#[test]
+fn a_frozen_server_is_left_for_another_replica() {
+    let fleet = Fleet::start(&ONE_SHARD);
+    for point in ["backup.after_points", "backup.after_first_span"] {
+        let statement = format!("BACKUP DATABASE movr INTO 'nodelocal://1/{point}' WITH {WEST}, DETACHED");
+        let job = fleet.held(&statement, point);
+        fleet.demo.signal_server(3, Signal::SIGSTOP);
+        fleet.let_go(&job, point);
+        let ended = fleet.end_of(&job);
+        fleet.demo.signal_server(3, Signal::SIGCONT);
+        assert_eq!(ended, ("succeeded".to_owned(), String::new()), "{point}");
+        assert!(fleet.job(&job, "execution_errors::text").contains("the server beside node 3 was lost"), "{point}");
+        let backup = LocalBackup::newest(&[fleet.demo.node_dir(1).join("extern")], point);
+        assert_ne!(backup.manifest["shards"][0]["read_from"], 3, "{point}");
+        assert_eq!(backup.rows("rides").len().to_string(), ONE_SHARD[7]);
+        // What the server was about to do for the job when it froze ends when it goes on.
+        until("nothing to be held or paused, and the server to be read again", || {
+            let left = "SELECT count(*) FILTER (WHERE state LIKE 'idle in transaction%'
+                               OR application_name LIKE 'backhaul job%'), pg_is_wal_replay_paused() FROM pg_stat_activity";
+            let left = both(&fleet.demo.psql_direct(3).args(["-Atc", left]).output().unwrap());
+            let plan = fleet.demo.ask(1, &format!("EXPLAIN {statement}"));
+            if left.trim() == "0|f" && plan.contains("read: node 3") { Ok(()) } else { Err(format!("{left}{plan}")) }
+        });
+    }
+}

@@ -38,7 +38,8 @@ fn main() {
 
 /// A primary in the east, and a thousand nodes in the west, every third one with a standby.
 fn fleet() -> Fleet {
-    let standing = |role| Standing { role, behind: 0, not_streaming: None, delay: None, paused: false };
+    let standing =
+        |role| Standing { role, behind: 0, not_streaming: None, delay: None, paused: false, may_pause: true };
     let place = |id: i32, locality: String, role: Option<Role>| Place {
         id: NodeId(id),
         locality: locality.parse().unwrap(),
@@ -58,9 +59,8 @@ fn fleet() -> Fleet {
 fn timed(fleet: &Fleet, rules: &Rules, weights: &[u64]) -> Duration {
     let begun = Instant::now();
     let decision = decide(fleet, rules);
-    let read = decision.reads[0].node;
-    let anchor = anchor(fleet, rules, read).unwrap();
-    let assigned = assign(weights, &anchor, &workers(fleet, rules, read), rules.balanced);
+    let anchor = anchor(fleet, rules, &decision.together).unwrap();
+    let assigned = assign(weights, &anchor, &workers(fleet, rules, &decision.together), rules.balanced);
     let time = begun.elapsed();
     assert_eq!(assigned.len(), weights.len());
     let mut used = assigned;

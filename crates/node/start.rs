@@ -68,7 +68,7 @@ pub(crate) async fn run(flags: Start) -> anyhow::Result<()> {
     let dialer = Dialer::new(flags.trust.secret(), tls.to_nodes(), format!("backhaul {address}"));
     let peers = Peers::new(cluster.clone(), dialer.clone());
     let ledger = Ledger::default();
-    let jobs = Jobs::new(cluster.clone(), registry.clone(), ledger.clone());
+    let jobs = Jobs::new(cluster.clone(), registry.clone(), ledger.clone(), dialer.clone());
     let backups = offer(&peers, &jobs, &extern_dir, server.clone(), flags.trust.secret());
     peers.offer(CHECK, Check::new(&peers, &registry, Place::of(&flags, &listener, server.clone(), &extern_dir)?));
     let gateway = Gateway::new(gateway::Parts {

@@ -96,3 +96,23 @@ succeeded INTRANS
     let expected = "[\"job_id\"] BACKUP\nBACKUP succeeded 1\nXXUUU true\n";
     assert_eq!(printed, expected);
 }
+
+#[test]
+fn drivers_back_up_in_their_transactions() {
+    let demo = Demo::start(&[]);
+    let expected = "\
+None [] INTRANS
+succeeded
+None
+succeeded None succeeded
+XXUUU BACKUP cannot be used inside a multi-statement transaction without DETACHED option
+succeeded
+22012 None
+succeeded
+succeeded True
+25006 a job cannot be made in a transaction on a standby
+";
+    for binding in ["python", "binary"] {
+        assert_eq!(python(binding, "transactions.py", &demo.nodes[2].url), expected, "{binding}");
+    }
+}

@@ -22,7 +22,7 @@ pub struct Worker {
     pub id: NodeId,
     /// Where it is.
     pub locality: Locality,
-    /// Whether the server that is read from stands beside it.
+    /// Whether a server that is read from stands beside it.
     pub reads_own_server: bool,
     /// Whether any server of the shard does.
     pub holds_replica: bool,
@@ -35,6 +35,9 @@ pub struct Anchor {
     pub id: Option<NodeId>,
     /// Where it is.
     pub locality: Locality,
+    /// Whether it stands in the leaseholder's place, which may not be read; then the nodes beside all servers that are
+    /// read are as good as it.
+    pub stands_in: bool,
 }
 
 /// Which part of the rule holds.
@@ -42,6 +45,8 @@ pub struct Anchor {
 pub enum Share {
     /// (a) The anchor's node takes all.
     Anchor,
+    /// (a), where servers stand in for the leaseholder: the nodes beside them.
+    Readers,
     /// (a), balanced: the nodes that hold a replica.
     Holders,
     /// (b) The nodes that share so many leading tiers with the anchor.
@@ -54,6 +59,7 @@ impl fmt::Display for Share {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Anchor => f.write_str("its node takes part"),
+            Self::Readers => f.write_str("of the nodes that take part, these stand beside the servers that are read"),
             Self::Holders => f.write_str("of the nodes that take part, these hold a replica"),
             Self::Similar(tiers) => {
                 write!(f, "of the nodes that take part, these share the most leading tiers with it: {tiers}")
@@ -70,9 +76,9 @@ pub fn sharers<'w>(anchor: &Anchor, workers: &'w [Worker], balanced: bool) -> (S
     if !holders.is_empty() {
         return (Share::Holders, holders);
     }
-    let home = those(&|worker| Some(worker.id) == anchor.id);
+    let home = those(&|worker| Some(worker.id) == anchor.id || anchor.stands_in && worker.reads_own_server);
     if !home.is_empty() {
-        return (Share::Anchor, home);
+        return (if home.len() > 1 { Share::Readers } else { Share::Anchor }, home);
     }
     let similarity = |worker: &Worker| worker.locality.shared_prefix(&anchor.locality);
     let best = workers.iter().map(similarity).max().unwrap_or(0);
@@ -119,7 +125,7 @@ mod tests {
     use super::*;
 
     fn at(id: i32, locality: &str) -> Anchor {
-        Anchor { id: Some(NodeId(id)), locality: locality.parse().unwrap() }
+        Anchor { id: Some(NodeId(id)), locality: locality.parse().unwrap(), stands_in: false }
     }
 
     /// `own`: the server that is read stands beside it; `other`: another one of the shard does.
@@ -142,6 +148,15 @@ mod tests {
         assert_eq!(sharers(&at(1, "region=a"), &workers, true).0, Share::Holders);
         // And where none holds one, the rule goes on as without.
         assert_eq!(sharers(&at(1, "region=a"), &workers[1..2], true).0, Share::Similar(1));
+    }
+
+    #[test]
+    fn servers_that_stand_in_for_the_leaseholder_share_like_it() {
+        let workers = [worker(2, "region=a", "own"), worker(3, "region=b", "own"), worker(4, "region=a", "none")];
+        let anchor = Anchor { stands_in: true, ..at(2, "region=a") };
+        assert_eq!(dealt(&[5, 5, 5, 5], &anchor, &workers, false), [2, 3, 2, 3]);
+        assert_eq!(sharers(&anchor, &workers, false).0, Share::Readers);
+        assert_eq!(sharers(&anchor, &workers[2..], false).0, Share::Similar(1));
     }
 
     #[test]

@@ -2,8 +2,11 @@
 //!
 //! Exports and imports are dealt alike: to nodes that match the filter and answer now ([`Queues`]). What a node had that
 //! goes is dealt to the others, and one that comes gets its part of what nobody has begun; a piece that fails for a
-//! reason that may pass is tried again a few times; anything else ends it all.
+//! reason that may pass is tried again a few times; anything else ends it all. Where there are several servers to read
+//! from, each worker has its own or the closest; when one of them is lost, what its node had is dealt anew, and the
+//! others are read.
 
+use std::collections::BTreeMap;
 use std::time::Duration;
 
 use cluster::{NodeId, Peers, View};
@@ -12,10 +15,11 @@ use jobs::{LostClaim, Retryable};
 use pgerror::{PgError, SqlState};
 use tokio::time::{Instant, sleep, sleep_until};
 
+use crate::assign::Worker;
 use crate::patience::Patience;
 use crate::point::leaseholder;
 use crate::queues::{Piece, Queues};
-use crate::rules::{Fleet, Rules, anchor, workers};
+use crate::rules::{Fleet, Rules, anchor, nearest, workers};
 
 /// Who has come and who has gone is looked at no more often, however many nodes there are and pieces end.
 const LOOK_EVERY: Duration = Duration::from_millis(500);
@@ -39,14 +43,24 @@ pub(crate) struct Deal<'d> {
     pub(crate) rules: &'d Rules,
     /// The shard that they are about.
     pub(crate) shard: &'d str,
-    /// The node beside the server that is read from, or written to.
-    pub(crate) server: NodeId,
-    /// So many pieces are at work at the same time, however many nodes there are: the server lends no more sessions.
+    /// The nodes beside the servers that are read from, or the one beside that which is written to.
+    pub(crate) servers: &'d [NodeId],
+    /// So many pieces are at work at the same time on each of them, however many nodes there are: a server lends no more
+    /// sessions.
     pub(crate) at_once: usize,
+}
+
+/// What a failure puts an end to.
+pub(crate) enum End {
+    /// Everything.
+    All(anyhow::Error),
+    /// The work on this server. The others go on; if it is the last one, this is the error.
+    Server(anyhow::Error),
 }
 
 struct Ended<P, R> {
     worker: NodeId,
+    server: NodeId,
     piece: Piece<P, Failures>,
     outcome: anyhow::Result<R>,
 }
@@ -58,18 +72,46 @@ struct Failures {
     rest: Duration,
 }
 
+/// The servers that are worked on.
+#[derive(Default)]
+struct Servers {
+    /// Those that were not given up.
+    left: Vec<NodeId>,
+    /// Which of them a worker has: its own, or the closest.
+    near: BTreeMap<NodeId, NodeId>,
+    /// How many pieces are at work on each.
+    busy: BTreeMap<NodeId, usize>,
+}
+
+impl Servers {
+    /// The server for one more piece at this worker, if it lends another session.
+    fn free(&self, worker: NodeId, at_once: usize) -> Option<NodeId> {
+        let server = self.near.get(&worker)?;
+        (self.busy.get(server).copied().unwrap_or_default() < at_once.max(1)).then_some(*server)
+    }
+
+    fn begin(&mut self, server: NodeId) {
+        *self.busy.entry(server).or_default() += 1;
+    }
+
+    fn ended(&mut self, server: NodeId) {
+        *self.busy.entry(server).or_default() -= 1;
+    }
+}
+
 impl Deal<'_> {
-    /// Has every piece (with its weight in bytes) done once, by `one`; `done` takes note of each.
+    /// Has every piece (with its weight in bytes) done once, by `one`, which is given a worker and its server; `done` takes
+    /// note of each.
     ///
     /// # Errors
     ///
-    /// No node that matches is left; `done` fails; `ends` says that a failure is the end, and which; or a piece fails
-    /// for good.
+    /// No node that matches is left; `done` fails; `ends` says that a failure on a server is the end, and which; or a
+    /// piece fails for good.
     pub(crate) async fn run<P, R, F>(
         &self,
         pieces: Vec<(P, u64)>,
-        one: impl Fn(NodeId, P) -> F + Sync,
-        ends: impl Fn(&PgError) -> Option<anyhow::Error> + Sync,
+        one: impl Fn(NodeId, NodeId, P) -> F + Sync,
+        ends: impl Fn(&PgError, NodeId) -> Option<End> + Sync,
         mut done: impl AsyncDone<P, R>,
     ) -> anyhow::Result<()>
     where
@@ -78,50 +120,82 @@ impl Deal<'_> {
         F: Future<Output = anyhow::Result<R>> + Send,
     {
         let mut queues = Queues::of(pieces);
+        let mut servers = Servers { left: self.servers.to_vec(), ..Servers::default() };
         let mut running = FuturesUnordered::new();
         let mut look = Instant::now();
         loop {
             if queues.is_open() || look <= Instant::now() {
-                self.deal(&mut queues)?;
+                self.deal(&mut queues, &mut servers)?;
                 look = Instant::now() + LOOK_EVERY;
             }
-            while running.len() < self.at_once.max(1)
-                && let Some((worker, piece)) = queues.next()
-            {
-                let work = one(worker, piece.what.clone());
-                running.push(self.watched(worker, piece, work));
+            while let Some((worker, server, piece)) = queues.next(|worker| servers.free(worker, self.at_once)) {
+                servers.begin(server);
+                let work = one(worker, server, piece.what.clone());
+                running.push(self.watched((worker, server), piece, work));
             }
-            if running.is_empty() {
+            if running.is_empty() && queues.is_empty() {
                 return Ok(());
             }
             let ended = tokio::select! {
                 Some(ended) = running.next() => ended,
                 () = sleep_until(look) => continue,
             };
-            let (worker, mut piece) = (ended.worker, ended.piece);
+            let Ended { worker, server, piece, outcome } = ended;
             queues.ended(worker, piece.weight);
-            match ended.outcome {
+            servers.ended(server);
+            match outcome {
                 Ok(result) => done.done(piece.what, piece.weight, result).await?,
                 Err(error) => {
-                    let said = PgError::of(&error).cloned();
-                    if let Some(end) = said.as_ref().and_then(&ends) {
-                        return Err(end);
+                    let end = PgError::of(&error).and_then(|said| ends(said, server));
+                    let lost = self.failed((&mut queues, &mut servers), (worker, server), piece, (error, end))?;
+                    if let Some(why) = lost {
+                        done.lost(server, &why).await?;
                     }
-                    match self.judge(error, said, worker, piece.failures)? {
-                        Some(failures) => piece.failures = failures,
-                        None => queues.lose(worker),
-                    }
-                    queues.again(piece);
                 }
             }
         }
     }
 
+    /// Puts a piece that failed back to what is open. Gives the reason when its server is given up now.
+    fn failed<P>(
+        &self,
+        (queues, servers): (&mut Queues<P, Failures>, &mut Servers),
+        (worker, server): (NodeId, NodeId),
+        mut piece: Piece<P, Failures>,
+        (error, end): (anyhow::Error, Option<End>),
+    ) -> anyhow::Result<Option<anyhow::Error>> {
+        let was_there = servers.left.contains(&server);
+        let mut given_up = None;
+        match end {
+            Some(End::All(end)) => return Err(end),
+            Some(End::Server(end)) => {
+                servers.left.retain(|other| *other != server);
+                if servers.left.is_empty() {
+                    return Err(end);
+                }
+                // Its own node may still export; it reads from elsewhere now.
+                queues.give_back(server);
+                if !self.is_reachable(worker) {
+                    queues.lose(worker);
+                }
+                given_up = was_there.then_some(end);
+            }
+            // Begun before its server was given up: not the piece's fault.
+            None if !was_there && error.downcast_ref::<LostClaim>().is_none() => {}
+            None => match self.judge(error, worker, piece.failures)? {
+                Some(failures) => piece.failures = failures,
+                None => queues.lose(worker),
+            },
+        }
+        queues.again(piece);
+        Ok(given_up)
+    }
+
     /// Deals what is open, and what has to be dealt anew, to the nodes that match and live now.
-    fn deal<P>(&self, queues: &mut Queues<P, Failures>) -> anyhow::Result<()> {
+    fn deal<P>(&self, queues: &mut Queues<P, Failures>, servers: &mut Servers) -> anyhow::Result<()> {
         let view = self.peers.cluster().view();
         let fleet = Fleet::of(&view, self.shard);
-        let mut workers = workers(&fleet, self.rules, self.server);
+        let mut workers = workers(&fleet, self.rules, &servers.left);
         workers.retain(|worker| !queues.is_out(worker.id));
         if workers.is_empty() && queues.is_open() {
             let message = "no healthy sql instances available matching locality requirement";
@@ -132,14 +206,16 @@ impl Deal<'_> {
             Err(_) if !queues.is_open() => return Ok(()),
             found => found?,
         };
-        let anchor = anchor(&fleet, self.rules, self.server).unwrap_or_default();
+        let anchor = anchor(&fleet, self.rules, &servers.left).unwrap_or_default();
         queues.deal(&workers, &anchor, self.rules.balanced);
+        let near = |worker: &Worker| Some((worker.id, nearest(&fleet, worker.id, &servers.left)?));
+        servers.near = workers.iter().filter_map(near).collect();
         Ok(())
     }
 
     async fn watched<P, R>(
         &self,
-        worker: NodeId,
+        (worker, server): (NodeId, NodeId),
         piece: Piece<P, Failures>,
         work: impl Future<Output = anyhow::Result<R>>,
     ) -> Ended<P, R> {
@@ -148,36 +224,30 @@ impl Deal<'_> {
             work.await
         };
         let outcome = tokio::select! {
-            // What is done is done, whatever has gone since.
-            biased;
             outcome = rested => outcome,
             () = self.goes(worker) => {
                 let message = format!("node {worker} was lost while it worked");
                 Err(PgError::new(SqlState::CONNECTION_FAILURE, message).into())
             }
-            () = self.server_goes() => {
-                let message = format!("the server beside node {} was lost while it was worked on", self.server);
+            () = self.server_goes(server) => {
+                let message = format!("the server beside node {server} was lost while it was worked on");
                 Err(PgError::new(SqlState::CONNECTION_FAILURE, message).into())
             }
         };
-        Ended { worker, piece, outcome }
+        Ended { worker, server, piece, outcome }
     }
 
-    /// Returns when the server that is worked on does not answer the node beside it any more: it may keep its
+    /// Returns when a server that is worked on does not answer the node beside it any more: it may keep its
     /// connections open all the same, as one that is frozen does.
-    async fn server_goes(&self) {
+    async fn server_goes(&self, server: NodeId) {
         let mut views = self.peers.cluster().subscribe();
-        let gone = views.wait_for(|view| !self.has_server(view)).await;
+        let gone = views.wait_for(|view| !has_server(view, server)).await;
         drop(gone);
     }
 
-    fn has_server(&self, view: &View) -> bool {
-        view.node(self.server).is_some_and(|known| known.reachable && known.info.server_state().is_some())
-    }
-
-    /// Whether the server that is worked on answers now.
-    pub(crate) fn server_answers(&self) -> bool {
-        self.has_server(&self.peers.cluster().view())
+    /// Whether the server beside this node answers now.
+    pub(crate) fn answers(&self, server: NodeId) -> bool {
+        has_server(&self.peers.cluster().view(), server)
     }
 
     /// Returns when `node` does not answer any more.
@@ -192,19 +262,13 @@ impl Deal<'_> {
         self.peers.cluster().view().node(node).is_some_and(|known| known.reachable)
     }
 
-    /// What a failure means: nothing when the worker is lost, how the piece stands now, or the end of everything.
-    fn judge(
-        &self,
-        error: anyhow::Error,
-        said: Option<PgError>,
-        worker: NodeId,
-        mut failures: Failures,
-    ) -> anyhow::Result<Option<Failures>> {
+    /// What a failure means: for everything, an error; for the worker, which is lost, none; for the piece.
+    fn judge(&self, error: anyhow::Error, worker: NodeId, mut failures: Failures) -> anyhow::Result<Option<Failures>> {
         if error.downcast_ref::<LostClaim>().is_some() {
             return Err(error);
         }
         tracing::warn!(shard = self.shard, %worker, "a piece of work failed: {error:#}");
-        let code = said.map(|said| said.code);
+        let code = PgError::of(&error).map(|said| said.code);
         let connection = code == Some(SqlState::CONNECTION_FAILURE);
         if connection && !self.is_reachable(worker) {
             // Its death is not the piece's fault.
@@ -219,8 +283,21 @@ impl Deal<'_> {
     }
 }
 
+fn has_server(view: &View, node: NodeId) -> bool {
+    view.node(node).is_some_and(|known| known.reachable && known.info.server_state().is_some())
+}
+
 /// Takes note of finished pieces.
 pub(crate) trait AsyncDone<P, R>: Send {
     /// A piece of this weight is finished.
     fn done(&mut self, piece: P, weight: u64, result: R) -> impl Future<Output = anyhow::Result<()>> + Send;
+
+    /// The work on this server has ended, and goes on with the others.
+    fn lost(&mut self, server: NodeId, error: &anyhow::Error) -> impl Future<Output = anyhow::Result<()>> + Send {
+        let said = format!("{error:#}");
+        async move {
+            tracing::warn!(%server, "a server is not worked on any more: {said}");
+            Ok(())
+        }
+    }
 }

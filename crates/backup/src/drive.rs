@@ -3,7 +3,7 @@
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
-use anyhow::bail;
+use anyhow::{Context as _, bail};
 use cluster::{NodeId, Peers};
 use fleet::founders::{SpanRequest, is_invalidated, is_point_lost};
 use jobs::Run;
@@ -11,7 +11,7 @@ use pgerror::{PgError, SqlState};
 use serde::{Deserialize, Serialize};
 use tokio::time::Instant;
 
-use crate::deal::{AsyncDone, Deal};
+use crate::deal::{AsyncDone, Deal, End};
 use crate::export::{EXPORT, Request, Task};
 use crate::layout;
 use crate::manifest::FileEntry;
@@ -42,6 +42,8 @@ pub(crate) struct Shard<'s> {
     pub(crate) run: &'s Run,
     pub(crate) peers: &'s Peers,
     pub(crate) point: &'s ShardPoint,
+    /// The nodes whose founders are to be read, of those that have any at the point.
+    pub(crate) servers: &'s [NodeId],
     /// The directory of the backup, with its keys.
     pub(crate) uri: &'s str,
     pub(crate) rules: &'s Rules,
@@ -75,15 +77,19 @@ impl Shard<'_> {
             spans.iter().filter(is_open).map(|span| (span.clone(), span.weight.max(1))).collect();
         let done = total - open.iter().map(|(_, weight)| weight).sum::<u64>();
         let mut noted = Noted { shard: self, pace: Pace::new(total, done, Instant::now()), finished };
-        let server = self.point.node;
         let at_once = self.point.opened.point.readers;
-        let deal = Deal { peers: self.peers, rules: self.rules, shard: &self.point.shard, server, at_once };
-        let ends = |said: &PgError| {
-            let gone = said.code == SqlState::CONNECTION_FAILURE && !deal.server_answers();
-            let spoilt = gone || is_invalidated(said) || is_point_lost(said);
-            spoilt.then(|| Invalidated(said.clone()).into())
+        let (peers, shard) = (self.peers, self.point.shard.as_str());
+        let deal = Deal { peers, rules: self.rules, shard, servers: self.servers, at_once };
+        let ends = |said: &PgError, server: NodeId| {
+            let end = || Invalidated(said.clone()).into();
+            if is_invalidated(said) {
+                // What was changed is changed on every server.
+                return Some(End::All(end()));
+            }
+            let gone = said.code == SqlState::CONNECTION_FAILURE && !deal.answers(server);
+            (gone || is_point_lost(said)).then(|| End::Server(end()))
         };
-        deal.run(open, |worker, span| self.one(worker, span), ends, &mut noted).await?;
+        deal.run(open, |worker, server, span| self.one(worker, server, span), ends, &mut noted).await?;
         noted.finished.sort_by_key(|done| done.number);
         if noted.finished.len() != spans.len() {
             bail!("{} files were written for {} spans", noted.finished.len(), spans.len());
@@ -91,7 +97,7 @@ impl Shard<'_> {
         Ok(noted.finished.into_iter().map(|done| done.file).collect())
     }
 
-    async fn one(&self, worker: NodeId, span: Span) -> anyhow::Result<FileEntry> {
+    async fn one(&self, worker: NodeId, server: NodeId, span: Span) -> anyhow::Result<FileEntry> {
         // A try that seems lost may still be writing: it never shares a name with the next.
         static NEXT: AtomicU64 = AtomicU64::new(1);
         let path = layout::data(self.run.id, self.run.claim, NEXT.fetch_add(1, Ordering::Relaxed));
@@ -100,7 +106,7 @@ impl Shard<'_> {
             uri: self.uri.to_owned(),
             filter: self.rules.filter.to_string(),
             path,
-            founder: self.point.node,
+            founder: server,
             span: SpanRequest { lease: self.point.lease, database: span.database, what: span.what },
         };
         self.peers.call(worker, EXPORT, &Request::Span(Box::new(task)), SPAN_DEADLINE).await
@@ -129,5 +135,13 @@ impl AsyncDone<Span, FileEntry> for &mut Noted<'_> {
             self.shard.run.progress(begin + share * done, &self.pace.words(&doing, now)).await?;
         }
         Ok(())
+    }
+
+    async fn lost(&mut self, server: NodeId, error: &anyhow::Error) -> anyhow::Result<()> {
+        let shard = &self.shard.point.shard;
+        tracing::warn!(%server, shard, "its founders are lost; the others of the point are read: {error:#}");
+        let said = error.downcast_ref::<Invalidated>().map(|Invalidated(said)| said.clone());
+        let said = said.context("say what was lost")?;
+        self.shard.run.note(&anyhow::Error::from(said).context("read at the same point from another server")).await
     }
 }

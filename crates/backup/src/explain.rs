@@ -19,7 +19,7 @@ use crate::assign::{assign, sharers};
 use crate::manifest::left_out;
 use crate::plan::{Backups, Judged, Requester, in_time};
 use crate::point::{READERS, leaseholder};
-use crate::rules::{Decision, Fleet, Replica, Rules, anchor, decide, nothing_to_read, workers};
+use crate::rules::{Decision, Fleet, Replica, Rules, anchor, decide, nearest, nothing_to_read, workers};
 use crate::spans::{self, Span, Tables};
 
 /// A look at a server takes no longer; the whole plan has a deadline of its own.
@@ -139,21 +139,24 @@ impl Backups {
         let fleet = Fleet::of(&view, shard);
         let decision = decide(&fleet, rules);
         let found = self.look_at_best(page, &view, &decision, databases).await?;
-        let read = found.as_ref().map(|(replica, _)| replica.node);
-        for replica in decision.reads.iter().filter(|replica| Some(replica.node) != read) {
+        let servers = match &found {
+            Some((replica, looked)) => self.beside(page, &view, &decision, (replica, looked), databases).await?,
+            None => Vec::new(),
+        };
+        for replica in decision.candidates().filter(|replica| !servers.contains(&replica.node)) {
             let node = named(&view, replica.node);
             page.say(1, format!("next: {node}, {}: {replica}", replica.role));
         }
         for (node, role, reason) in &decision.passed_over {
             page.say(1, format!("passed over: {}, {role}: {reason}", named(&view, *node)));
         }
-        let Some((replica, looked)) = found else {
+        let Some((_, looked)) = found else {
             if decision.reads.is_empty() {
                 page.fails(1, &nothing_to_read(shard, &decision, rules));
             }
             return Ok(Sums::default());
         };
-        let (workers, anchor) = (workers(&fleet, rules, replica.node), anchor(&fleet, rules, replica.node));
+        let (workers, anchor) = (workers(&fleet, rules, &servers), anchor(&fleet, rules, &servers));
         let anchor = anchor.unwrap_or_default();
         let (share, sharing) = sharers(&anchor, &workers, rules.balanced);
         let sharing: Vec<NodeId> = sharing.iter().map(|worker| worker.id).collect();
@@ -165,7 +168,9 @@ impl Backups {
         let spans = spans::cut(&looked.databases);
         let weights: Vec<u64> = spans.iter().map(|span| span.weight.max(1)).collect();
         let assigned = assign(&weights, &anchor, &workers, rules.balanced);
-        Ok(tables(page, &view, replica.node, &looked.databases, spans.iter().zip(assigned)))
+        let near: BTreeMap<NodeId, NodeId> =
+            sharing.iter().filter_map(|worker| Some((*worker, nearest(&fleet, *worker, &servers)?))).collect();
+        Ok(tables(page, &view, &near, &looked.databases, spans.iter().zip(assigned)))
     }
 
     /// The first of the servers that answers, as the job would go through them, with what is on it.
@@ -176,7 +181,7 @@ impl Backups {
         decision: &'d Decision,
         databases: &[String],
     ) -> anyhow::Result<Option<(&'d Replica, Looked)>> {
-        for replica in &decision.reads {
+        for replica in decision.candidates() {
             let node = named(view, replica.node);
             match self.look_at(replica.node, databases).await {
                 Ok(looked) => {
@@ -194,6 +199,51 @@ impl Backups {
             }
         }
         Ok(None)
+    }
+
+    /// Tells the servers that are read beside the first one, at the same point, and why others are not; gives all that
+    /// are read.
+    async fn beside(
+        &self,
+        page: &mut Page,
+        view: &View,
+        decision: &Decision,
+        (first, looked): (&Replica, &Looked),
+        databases: &[String],
+    ) -> anyhow::Result<Vec<NodeId>> {
+        let mut servers = vec![first.node];
+        let together = decision.together.contains(&first.node) && looked.in_recovery && looked.may_pause;
+        for replica in decision.candidates().filter(|it| it.node != first.node && decision.together.contains(&it.node))
+        {
+            let node = named(view, replica.node);
+            match self.look_at(replica.node, databases).await {
+                Ok(beside) if together && beside.in_recovery && beside.may_pause => {
+                    page.say(1, format!("read beside it: {node}, {}", replica.role));
+                    page.say(
+                        2,
+                        "why: each node reads the closest; all stand at one position when their point is taken",
+                    );
+                    how(page, view, replica, &beside);
+                    let connections = Open::connections_for(databases.len(), READERS);
+                    page.say(2, format!("connections: at most {connections} on its server"));
+                    servers.push(replica.node);
+                }
+                Ok(_) => {
+                    page.say(1, format!("not read beside it: {node}, {}: its replay may not be paused", replica.role))
+                }
+                Err(error) => {
+                    page.say(1, format!("would be read beside it, and does not let itself: {node}, {}", replica.role));
+                    page.fails_with(2, error)?;
+                }
+            }
+        }
+        for (node, role, why) in decision.apart.iter().filter(|(node, ..)| *node != first.node) {
+            page.say(1, format!("not read beside it: {}, {role}: {why}", named(view, *node)));
+        }
+        if let Some((_, _, why)) = decision.apart.iter().find(|(node, ..)| *node == first.node) {
+            page.say(2, format!("read alone: {why}"));
+        }
+        Ok(servers)
     }
 
     /// Looks at the server beside `node`.
@@ -275,12 +325,11 @@ impl std::fmt::Display for Sums {
 fn tables<'s>(
     page: &mut Page,
     view: &View,
-    read: NodeId,
+    near: &BTreeMap<NodeId, NodeId>,
     databases: &'s [DatabasePlan],
     spans: impl Iterator<Item = (&'s Span, NodeId)>,
 ) -> Sums {
     let place = |node: NodeId| view.node(node).map(|known| known.info.locality.clone()).unwrap_or_default();
-    let read_place = place(read);
     let index = Tables::of(databases);
     let mut across: BTreeMap<NodeId, bool> = BTreeMap::new();
     // In the order in which tables come first, which is that of their spans' sizes.
@@ -288,7 +337,8 @@ fn tables<'s>(
     let mut told: BTreeMap<String, (Sums, BTreeMap<NodeId, u64>)> = BTreeMap::new();
     let mut total = Sums::default();
     for (span, node) in spans {
-        let is_across = *across.entry(node).or_insert_with(|| crosses(&place(node), &read_place));
+        let read = near.get(&node).copied().unwrap_or(node);
+        let is_across = *across.entry(node).or_insert_with(|| crosses(&place(node), &place(read)));
         let bytes = |counts: bool| if counts { span.weight } else { 0 };
         let remote = node != read;
         let sums = Sums { spans: 1, bytes: span.weight, remote: bytes(remote), across: bytes(remote && is_across) };

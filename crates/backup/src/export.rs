@@ -214,6 +214,7 @@ impl Export {
             bytes,
             file_bytes,
             sha256: hex(&hash.finalize()),
+            read_from: Some(task.founder),
             written_by: me.node_id.context("export as a node that has a number")?,
         })
     }

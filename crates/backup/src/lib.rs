@@ -42,6 +42,7 @@ mod seal;
 mod settings;
 mod spans;
 mod targets;
+mod together;
 
 pub use assign::{Anchor, Share, Worker, assign, sharers};
 pub use export::{EXPORT, Export, PROBE, Probe};
@@ -54,6 +55,7 @@ pub use ranges::{Range, Region};
 pub use restore::{Created, IMPORT, Import, RESTORE_TYPE, ResumeRestore, SHOW, Show, Shown};
 pub use resume::{JOB_TYPE, Resume};
 pub use rules::{
-    Decision, Exclusion, Fleet, LAG_MAX, Place, Reason, Replica, Replicas, Rules, Standing, anchor, decide, workers,
+    Apart, Decision, Exclusion, Fleet, LAG_MAX, Place, Reason, Replica, Replicas, Rules, Standing, TOGETHER_MAX,
+    anchor, decide, nearest, workers,
 };
 pub use settings::Settings;

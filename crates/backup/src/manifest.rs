@@ -44,8 +44,11 @@ pub struct Manifest {
 pub struct ShardPart {
     /// The shard.
     pub shard: String,
-    /// The node beside the server that was read.
+    /// The node beside the server that was read; the first one, where there are several.
     pub read_from: NodeId,
+    /// The nodes beside the servers that were opened at the same proven point, and read beside it.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub read_beside: Vec<NodeId>,
     /// At which point.
     pub point: Point,
     /// The databases at that point: properties, tables, sequences, what was left out.
@@ -77,6 +80,9 @@ pub struct FileEntry {
     pub file_bytes: u64,
     /// SHA-256 of the file, in hexadecimal digits.
     pub sha256: String,
+    /// The node beside the server that its rows come from; none in old backups, where a shard has one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub read_from: Option<NodeId>,
     /// Who wrote it.
     pub written_by: NodeId,
 }

@@ -10,7 +10,7 @@ use std::time::Duration;
 use anyhow::Context as _;
 use chrono::{DateTime, Utc};
 use cluster::{Filter, PeerSession, Peers, Purpose, spoken};
-use jobs::{Job, JobId, Jobs, NewJob, Taken};
+use jobs::{Birth, Job, JobId, Jobs, NewJob, Taken};
 use pgerror::{PgError, SqlState};
 use serde_json::Value;
 use sql::{Backup, Text};
@@ -104,17 +104,24 @@ pub struct Backups {
 }
 
 impl Backups {
-    /// Runs a BACKUP statement for `requester`.
+    /// Runs a BACKUP statement for `requester`. The job of a detached one is there when its birth says so; an attached
+    /// one is waited for, so its job is there at once.
     ///
     /// # Errors
     ///
     /// Whatever is wrong with the statement, before a job exists; for an attached one the relocation
     /// (`execution of job … relocated to …`), or the reason for which the job failed.
-    pub async fn run(&self, statement: &Backup, requester: &Requester, on_wait: OnWait<'_>) -> anyhow::Result<Outcome> {
+    pub async fn run(
+        &self,
+        statement: &Backup,
+        requester: &Requester,
+        birth: &Birth,
+        on_wait: OnWait<'_>,
+    ) -> anyhow::Result<Outcome> {
         self.jobs.settings().await?.check_feature("backup", "BACKUP")?;
         for _ in 0..PLANS_MAX {
             let (new, notices) = in_time(Box::pin(self.plan(statement, requester))).await?;
-            match self.start(&new, statement.options.detached, requester, on_wait).await {
+            match self.start(&new, statement.options.detached.then_some(birth), requester, on_wait).await {
                 // Planned again it has a later moment, and another directory.
                 Err(error) if error.downcast_ref::<Taken>().is_some() => {}
                 Ok(Outcome::Detached { id, .. }) => return Ok(Outcome::Detached { id, notices }),
@@ -126,17 +133,17 @@ impl Backups {
         Err(PgError::new(SqlState::OBJECT_IN_USE, message).hint("Try again.").into())
     }
 
-    /// Makes the job, and, unless the client wants its id only, waits for its end.
+    /// Makes the job, and, unless the client wants its id only (`detached`), waits for its end.
     pub(crate) async fn start(
         &self,
         new: &NewJob,
-        detached: bool,
+        detached: Option<&Birth>,
         requester: &Requester,
         on_wait: OnWait<'_>,
     ) -> anyhow::Result<Outcome> {
         let on_relocation = requester.settings.on_relocation()?;
-        if detached {
-            self.jobs.create(new).await?;
+        if let Some(birth) = detached {
+            self.jobs.create(new, birth).await?;
             return Ok(Outcome::Detached { id: new.id, notices: Vec::new() });
         }
         on_wait(new.id);

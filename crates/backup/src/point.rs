@@ -1,17 +1,19 @@
-//! A shard's point: which server is read, and the founders that hold it.
+//! A shard's point: which servers are read, and the founders that hold it.
 
 use std::time::Duration;
 
 use anyhow::{Context as _, anyhow};
 use cluster::{NodeId, NodeInfo, Peers, Role, View};
 use fleet::founders::{FOUNDERS, Open, Opened, Request};
+use futures_util::future::join_all;
 use jobs::{Retryable, Run};
 use pgerror::{PgError, SqlState};
 use serde::{Deserialize, Serialize};
 use tokio_util::task::AbortOnDropHandle;
 use uuid::Uuid;
 
-use crate::rules::{Decision, Fleet, Rules, decide, nothing_to_read};
+use crate::rules::{Apart, Decision, Fleet, Rules, decide, nothing_to_read};
+use crate::together::{self, Together};
 
 /// Taking a point includes the dump of the schemas.
 const OPEN_DEADLINE: Duration = Duration::from_secs(180);
@@ -39,15 +41,25 @@ const PASSING: [SqlState; 5] = [
 pub(crate) struct ShardPoint {
     /// The shard.
     pub(crate) shard: String,
-    /// The node beside the server that is read.
+    /// The node beside the server that is read; the first one, where there are several.
     pub(crate) node: NodeId,
-    /// The founders' lease.
+    /// The nodes beside the other servers that have founders at this very point. Points of older versions have none.
+    #[serde(default)]
+    pub(crate) others: Vec<NodeId>,
+    /// The founders' lease, the same on each of these servers.
     pub(crate) lease: Uuid,
     /// What became of the points of this shard that were taken before this one.
     #[serde(default)]
     pub(crate) tries: Tries,
     /// The point, and what the databases hold at it.
     pub(crate) opened: Opened,
+}
+
+impl ShardPoint {
+    /// The nodes that had founders when the point was taken, the first one first.
+    pub(crate) fn nodes(&self) -> Vec<NodeId> {
+        [self.node].into_iter().chain(self.others.iter().copied()).collect()
+    }
 }
 
 /// Points that a shard's export had to be begun anew after.
@@ -109,7 +121,8 @@ pub(crate) fn readable(view: &View, shard: &str, rules: &Rules) -> anyhow::Resul
     }
 }
 
-/// Takes a point on the best server that gives one.
+/// Takes a point on the servers that can be read at once, or else on the best one that gives one. Why it is one where
+/// there could be more stands in the job's errors.
 ///
 /// # Errors
 ///
@@ -122,23 +135,34 @@ pub(crate) async fn open(
     tries: Tries,
 ) -> anyhow::Result<ShardPoint> {
     let job = run.id.0;
-    let candidates = readable(&peers.cluster().view(), shard, rules)?.reads;
+    let decision = readable(&peers.cluster().view(), shard, rules)?;
+    for (node, _, why) in decision.apart.iter().filter(|(_, _, why)| *why == Apart::NoRight) {
+        note_apart(run, shard, format!("Node {node}'s cannot be read beside others: {why}.")).await?;
+    }
+    if decision.together.len() > 1 {
+        let request = |lease| open_request(job, lease, databases, false);
+        match together::open(peers, shard, &decision.together, request).await {
+            Ok(Together { lease, node, others, opened }) => {
+                tracing::info!(job, shard, %node, ?others, lsn = %opened.point.lsn, "one point taken of several servers");
+                return Ok(ShardPoint { shard: shard.to_owned(), node, others, lease, tries, opened });
+            }
+            Err(error) => {
+                tracing::warn!(job, shard, "no point of several servers: {error:#}");
+                let said = PgError::of(&error).map_or_else(String::new, together::sentence);
+                note_apart(run, shard, said).await?;
+            }
+        }
+    }
     let mut last = anyhow!("shard \"{shard}\" has no server that can be read").context(Retryable);
-    for candidate in candidates {
+    for candidate in decision.candidates() {
         let lease = Uuid::new_v4();
-        let request = Request::Open(Open {
-            lease,
-            job,
-            databases: databases.to_vec(),
-            readers: READERS,
-            voting: candidate.role == Role::Voting,
-            life_ms: u64::try_from(LEASE_LIFE.as_millis()).unwrap_or(u64::MAX),
-        });
+        let request = Request::Open(open_request(job, lease, databases, candidate.role == Role::Voting));
         match peers.call::<Opened>(candidate.node, FOUNDERS, &request, OPEN_DEADLINE).await {
             Ok(opened) => {
                 let point = &opened.point;
                 tracing::info!(job, shard, node = %candidate.node, lsn = %point.lsn, mode = ?point.mode, "point taken");
-                return Ok(ShardPoint { shard: shard.to_owned(), node: candidate.node, lease, tries, opened });
+                let (shard, node) = (shard.to_owned(), candidate.node);
+                return Ok(ShardPoint { shard, node, others: Vec::new(), lease, tries, opened });
             }
             Err(error) => {
                 tracing::warn!(job, shard, node = %candidate.node, "no point on this server: {error:#}");
@@ -153,10 +177,26 @@ pub(crate) async fn open(
     Err(last).with_context(|| format!("take a point of shard \"{shard}\""))
 }
 
-/// Whether the founders still live; renews them if so.
-pub(crate) async fn is_alive(peers: &Peers, point: &ShardPoint) -> bool {
-    let renewed = peers.call::<()>(point.node, FOUNDERS, &Request::Renew { lease: point.lease }, ASK_DEADLINE).await;
-    renewed.is_ok()
+fn open_request(job: i64, lease: Uuid, databases: &[String], voting: bool) -> Open {
+    let life_ms = u64::try_from(LEASE_LIFE.as_millis()).unwrap_or(u64::MAX);
+    Open { lease, job, databases: databases.to_vec(), readers: READERS, voting, life_ms }
+}
+
+/// Says in the job why one server is read where there are several.
+async fn note_apart(run: &Run, shard: &str, why: String) -> anyhow::Result<()> {
+    let message = format!("not all servers of shard \"{shard}\" that are near are read at once");
+    let error = PgError::new(SqlState::OBJECT_NOT_IN_PREREQUISITE_STATE, message).detail(why);
+    run.note(&anyhow::Error::from(error)).await
+}
+
+/// The nodes whose founders still live; renews them.
+pub(crate) async fn alive(peers: &Peers, point: &ShardPoint) -> Vec<NodeId> {
+    let request = &Request::Renew { lease: point.lease };
+    let renew = |node| async move {
+        let renewed = peers.call::<()>(node, FOUNDERS, request, ASK_DEADLINE).await;
+        renewed.is_ok().then_some(node)
+    };
+    join_all(point.nodes().into_iter().map(renew)).await.into_iter().flatten().collect()
 }
 
 /// Renews the founders until dropped.
@@ -165,15 +205,21 @@ pub(crate) fn keep_alive(peers: &Peers, point: &ShardPoint) -> AbortOnDropHandle
     AbortOnDropHandle::new(tokio::spawn(async move {
         loop {
             tokio::time::sleep(LEASE_LIFE / 6).await;
-            if !is_alive(&peers, &point).await {
+            let alive = alive(&peers, &point).await;
+            for node in point.nodes().iter().filter(|node| !alive.contains(node)) {
                 // Whoever reads there will be told; a node that was away for a moment is asked again.
-                tracing::info!(shard = point.shard, node = %point.node, "founders could not be renewed");
+                tracing::info!(shard = point.shard, %node, "founders could not be renewed");
             }
         }
     }))
 }
 
-/// Lets the founders go. If that cannot be said, their lease runs out.
+/// Lets all founders of a point go.
+pub(crate) async fn close_all(peers: &Peers, point: &ShardPoint) {
+    join_all(point.nodes().into_iter().map(|node| close(peers, node, point.lease))).await;
+}
+
+/// Lets the founders of one node go. If that cannot be said, their lease runs out.
 pub(crate) async fn close(peers: &Peers, node: NodeId, lease: Uuid) {
     if let Err(error) = peers.call::<()>(node, FOUNDERS, &Request::Close { lease }, ASK_DEADLINE).await {
         tracing::info!(%node, "founders end by themselves: {error:#}");

@@ -70,6 +70,11 @@ impl<P, F> Queues<P, F> {
         !self.open.is_empty()
     }
 
+    /// Whether nothing is left to be begun.
+    pub(crate) fn is_empty(&self) -> bool {
+        self.open.is_empty() && self.nodes.values().all(|queue| queue.waiting.is_empty())
+    }
+
     /// Whether this node was lost too often to be asked again.
     pub(crate) fn is_out(&self, node: NodeId) -> bool {
         self.nodes.get(&node).is_some_and(|queue| queue.losses >= LOSSES_MAX)
@@ -100,16 +105,18 @@ impl<P, F> Queues<P, F> {
         }
     }
 
-    /// The piece that is to be begun next, by the node that has the fewest at work.
-    pub(crate) fn next(&mut self) -> Option<(NodeId, Piece<P, F>)> {
+    /// The piece that is to be begun next, by the node that has the fewest at work among those for which there is a server
+    /// now; and that server.
+    pub(crate) fn next(&mut self, server: impl Fn(NodeId) -> Option<NodeId>) -> Option<(NodeId, NodeId, Piece<P, F>)> {
         let idle = |queue: &Queue<P, F>| !queue.waiting.is_empty() && queue.at_work < PIECES_AT_ONCE;
         let idle = self.nodes.iter_mut().filter(|(_, queue)| idle(queue));
-        let (node, queue) = idle.min_by_key(|(node, queue)| (queue.at_work, **node))?;
+        let ready = idle.filter_map(|(node, queue)| Some((*node, server(*node)?, queue)));
+        let (node, server, queue) = ready.min_by_key(|(node, _, queue)| (queue.at_work, *node))?;
         let piece = queue.waiting.pop_front()?;
         queue.waiting_bytes -= piece.weight;
         queue.at_work += 1;
         queue.at_work_bytes += piece.weight;
-        Some((*node, piece))
+        Some((node, server, piece))
     }
 
     /// A piece of this weight is not at work at `node` any more.
@@ -122,6 +129,13 @@ impl<P, F> Queues<P, F> {
     /// A piece has to be done again, by whomever it is dealt to.
     pub(crate) fn again(&mut self, piece: Piece<P, F>) {
         self.open.push(piece);
+    }
+
+    /// What this node had waiting is open: it was dealt by what does not hold any more.
+    pub(crate) fn give_back(&mut self, node: NodeId) {
+        if let Some(queue) = self.nodes.get_mut(&node) {
+            self.open.extend(queue.take_back());
+        }
     }
 
     /// This node was lost while it worked. What it had waiting is open; should it answer again, it has come anew.
@@ -159,7 +173,7 @@ mod tests {
     }
 
     fn anchor() -> Anchor {
-        Anchor { id: Some(NodeId(1)), locality: PLACES[0].parse().unwrap() }
+        Anchor { id: Some(NodeId(1)), locality: PLACES[0].parse().unwrap(), stands_in: false }
     }
 
     /// `2:ac 3:b` is what waits where; a capital is at work.
@@ -196,7 +210,7 @@ mod tests {
                     queues.deal(&workers(&ids), &anchor(), false);
                 }
                 "begin" => (0..rest.parse().unwrap()).for_each(|_| {
-                    let (node, piece) = queues.next().expect(step);
+                    let (node, _, piece) = queues.next(|_| Some(NodeId(1))).expect(step);
                     at_work.push((node.0, piece));
                 }),
                 "end" | "again" => rest.chars().for_each(|what| {

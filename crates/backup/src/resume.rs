@@ -282,6 +282,14 @@ impl Story<'_> {
         });
         let points = join_all(taken).await.into_iter().collect::<anyhow::Result<Vec<_>>>()?;
         self.run.pausepoint(AFTER_POINTS).await?;
+        // Before a row is read: whichever server is lost then, the others need nothing of it.
+        for (_, point) in &points {
+            match self.schemas(point).await {
+                // Another point is taken when its turn comes.
+                Err(error) if error.downcast_ref::<Invalidated>().is_some() => {}
+                done => drop(done?),
+            }
+        }
         for (index, (_alive, point)) in points.into_iter().enumerate() {
             shards.push(self.shard(point, (share * index as f64, share)).await?);
         }
@@ -307,12 +315,14 @@ impl Story<'_> {
         let key = format!("point/{shard}");
         let before = self.run.kept::<ShardPoint>(&key).await?;
         let tries = match before {
-            Some(point) if point::is_alive(self.peers, &point).await => {
+            Some(point) if self.is_usable(&point).await? => {
                 tracing::info!(job = %self.run.id, shard, "an earlier run's point is kept");
                 return Ok(point);
             }
             Some(point) => {
-                let message = format!("the point of shard \"{shard}\" was lost with node {} or its server", point.node);
+                let nodes: Vec<String> = point.nodes().iter().map(NodeId::to_string).collect();
+                let nodes = nodes.join(" and node ");
+                let message = format!("the point of shard \"{shard}\" was lost with node {nodes} or its server");
                 let error = PgError::new(SqlState::CONNECTION_FAILURE, message);
                 self.run.note(&anyhow::Error::from(error).context("read at another point")).await?;
                 point.tries.lost()
@@ -320,6 +330,20 @@ impl Story<'_> {
             None => Tries::default(),
         };
         self.new_point(shard, databases, tries).await
+    }
+
+    /// Whether somebody still holds the point. The schema is on the first server alone until it has been moved.
+    async fn is_usable(&self, point: &ShardPoint) -> anyhow::Result<bool> {
+        let alive = point::alive(self.peers, point).await;
+        if alive.is_empty() || alive.contains(&point.node) {
+            return Ok(!alive.is_empty());
+        }
+        for database in &point.opened.databases {
+            if self.run.kept::<FileEntry>(&schema_key(point, &database.name)).await?.is_none() {
+                return Ok(false);
+            }
+        }
+        Ok(true)
     }
 
     async fn new_point(&self, shard: &str, databases: &[String], tries: Tries) -> anyhow::Result<ShardPoint> {
@@ -336,6 +360,7 @@ impl Story<'_> {
         let point = point::open(self.run, self.peers, (shard, databases), &self.rules, tries).await?;
         // Kept before anything is read at it: two points are never mixed.
         self.run.forget(&format!("span/{shard}/")).await?;
+        self.run.forget(&format!("schema/{shard}/")).await?;
         self.run.keep(&format!("point/{shard}"), &point).await?;
         Ok(point)
     }
@@ -345,7 +370,6 @@ impl Story<'_> {
         let mut spoilt: BTreeMap<(String, u32), TablePlan> = BTreeMap::new();
         let mut _held = None;
         loop {
-            let (node, lease) = (point.node, point.lease);
             let error = match self.read(&point, progress).await {
                 Ok(part) => return Ok(part),
                 Err(error) => error,
@@ -353,7 +377,7 @@ impl Story<'_> {
             let Some(Invalidated(reason)) = error.downcast_ref::<Invalidated>().cloned() else { return Err(error) };
             tracing::warn!(job = %self.run.id, shard = point.shard, "another point is needed: {reason}");
             self.run.note(&anyhow::Error::from(reason.clone()).context("read at another point")).await?;
-            point::close(self.peers, node, lease).await;
+            point::close_all(self.peers, &point).await;
             let tries = if is_invalidated(&reason) { point.tries.spoilt() } else { point.tries.lost() };
             if tries.are_over() {
                 return Err(reason.into());
@@ -384,13 +408,14 @@ impl Story<'_> {
 
     async fn read(&self, point: &ShardPoint, progress: (f64, f64)) -> anyhow::Result<ShardPart> {
         let _alive = point::keep_alive(self.peers, point);
-        let mut schemas = Vec::new();
-        for database in &point.opened.databases {
-            schemas.push(self.schema(point, &database.name).await?);
-        }
+        let schemas = self.schemas(point).await?;
         self.run.pausepoint(AFTER_SCHEMAS).await?;
         let finished: Vec<Finished> = self.run.kept_under(&drive::key(point)).await?;
-        let shard = Shard { run: self.run, peers: self.peers, point, uri: &self.uri, rules: &self.rules, progress };
+        let alive = point::alive(self.peers, point).await;
+        // Where none answers now, reading tells why.
+        let servers = if alive.is_empty() { point.nodes() } else { alive };
+        let (run, peers, rules) = (self.run, self.peers, &self.rules);
+        let shard = Shard { run, peers, point, servers: &servers, uri: &self.uri, rules, progress };
         let files = shard.export(&spans::cut(&point.opened.databases), finished).await?;
         let mut databases = point.opened.databases.clone();
         if !point.opened.point.in_recovery {
@@ -401,6 +426,7 @@ impl Story<'_> {
         Ok(ShardPart {
             shard: point.shard.clone(),
             read_from: point.node,
+            read_beside: point.others.clone(),
             point: point.opened.point.clone(),
             databases,
             schemas,
@@ -427,6 +453,24 @@ impl Story<'_> {
             }
         }
         Ok(())
+    }
+
+    /// The schemas of a point. What an earlier run has moved is there, and so is what was moved from a server that is
+    /// lost.
+    async fn schemas(&self, point: &ShardPoint) -> anyhow::Result<Vec<FileEntry>> {
+        let mut schemas = Vec::new();
+        for database in &point.opened.databases {
+            let key = schema_key(point, &database.name);
+            schemas.push(match self.run.kept(&key).await? {
+                Some(moved) => moved,
+                None => {
+                    let moved = self.schema(point, &database.name).await?;
+                    self.run.keep(&key, &moved).await?;
+                    moved
+                }
+            });
+        }
+        Ok(schemas)
     }
 
     /// Moves a schema from the founders' node, which need not reach the store, to the store.
@@ -456,6 +500,7 @@ impl Story<'_> {
             bytes: dump.len() as u64,
             file_bytes: dump.len() as u64,
             sha256: sha256(&dump),
+            read_from: None,
             written_by: self.peers.cluster().me().node_id.context("coordinate as a node that has a number")?,
         })
     }
@@ -484,18 +529,24 @@ impl Story<'_> {
                     continue;
                 }
                 work.spans += 1;
-                if file.written_by == part.read_from {
+                let read_from = file.read_from.unwrap_or(part.read_from);
+                if file.written_by == read_from {
                     work.bytes_read_locally += file.bytes;
                     continue;
                 }
                 work.bytes_read_remotely += file.bytes;
-                if crosses(&place(file.written_by), &place(part.read_from)) {
+                if crosses(&place(file.written_by), &place(read_from)) {
                     work.bytes_read_across_localities += file.bytes;
                 }
             }
         }
         nodes
     }
+}
+
+/// The key under which a schema is remembered that has been moved to the store.
+fn schema_key(point: &ShardPoint, database: &str) -> String {
+    format!("schema/{}/{}/{database}", point.shard, point.lease)
 }
 
 fn stalled(point: &ShardPoint) -> PgError {
@@ -506,7 +557,7 @@ fn stalled(point: &ShardPoint) -> PgError {
 /// Nothing is read at this job's points any more.
 async fn close_points(run: &Run, peers: &Peers) -> anyhow::Result<()> {
     for point in run.kept_under::<ShardPoint>("point/").await? {
-        point::close(peers, point.node, point.lease).await;
+        point::close_all(peers, &point).await;
     }
     Ok(())
 }

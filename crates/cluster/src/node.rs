@@ -134,6 +134,9 @@ pub struct Replay {
     pub delay: Option<String>,
     /// `hot_standby_feedback`: the primary keeps what is read here.
     pub feedback: bool,
+    /// Whether the node's role may pause and resume it.
+    #[serde(default)]
+    pub may_pause: bool,
 }
 
 impl ServerState {

@@ -160,7 +160,9 @@ const STATE: &str = "
                       AND query LIKE '%pg_wal_replay_pause()%')
                 ELSE false END,
            nullif(pg_catalog.current_setting('recovery_min_apply_delay'), '0'),
-           pg_catalog.current_setting('hot_standby_feedback')::bool";
+           pg_catalog.current_setting('hot_standby_feedback')::bool,
+           pg_catalog.has_function_privilege('pg_catalog.pg_wal_replay_pause()', 'EXECUTE')
+           AND pg_catalog.has_function_privilege('pg_catalog.pg_wal_replay_resume()', 'EXECUTE')";
 
 const DOWNSTREAM: &str = "
     SELECT r.application_name, s.slot_name::text, coalesce(r.sync_state, 'async'), coalesce(r.state, 'unknown')
@@ -200,6 +202,7 @@ async fn ask(client: &Client) -> anyhow::Result<ServerState> {
             paused: row.get(10),
             delay: row.get::<_, Option<String>>(11).filter(|_| in_recovery),
             feedback: in_recovery && row.get(12),
+            may_pause: in_recovery && row.get(13),
         },
     })
 }

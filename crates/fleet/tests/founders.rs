@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use cluster::service::{Reply, Service as _};
 use fleet::Server;
 use fleet::founders::{
-    Founders, Mode, Open, Opened, Request, SpanRequest, TablePlan, What, is_invalidated, is_point_lost,
+    Founders, Mode, Open, Opened, Request, SpanRequest, Standstill, TablePlan, What, is_invalidated, is_point_lost,
 };
 use fleet::private::{Installation, Instance, RunAs, Settings};
 use futures_util::StreamExt as _;
@@ -26,6 +26,8 @@ use uuid::Uuid;
 mod disturbed;
 #[path = "founders/guards.rs"]
 mod guards;
+#[path = "founders/shared.rs"]
+mod shared;
 
 const DEADLINE: Duration = Duration::from_secs(30);
 

@@ -8,10 +8,12 @@ use std::time::Duration;
 
 use backup::{Requester, Settings};
 use bytes::Bytes;
+use jobs::{Birth, Transaction};
 use pgerror::{PgError, SqlState};
 use sql::{IDS_MAX, Query, Statement};
 
 use crate::frame::{cut_i16, cut_i32};
+use crate::transactions::{MARK, birth_of, transaction};
 
 /// Texts come in hexadecimal digits, because the answer is in the client's encoding.
 const WHO: &str = "
@@ -35,6 +37,12 @@ pub(crate) struct Asking {
     pub(crate) execute: Option<Bytes>,
     /// Who asks, once that is known.
     requester: Option<Requester>,
+    /// The shard on which a transaction is open that has not been asked about.
+    joins: Option<String>,
+    /// The shard of the transaction that is being asked about.
+    marking: Option<String>,
+    /// The transaction that they are part of, once that is known.
+    transaction: Option<Transaction>,
     /// The rows of the answer to the question that was asked last.
     told: Vec<Option<String>>,
     /// What is wrong with them.
@@ -48,13 +56,16 @@ pub(crate) enum Next {
     /// To ask this.
     Ask(String),
     /// To run these, for whoever was told.
-    Start(Vec<Statement>, Option<Requester>),
+    Start(Vec<Statement>, Option<Box<Requester>>, Birth),
 }
 
 impl Asking {
-    /// Begins with the question to ask first.
-    pub(crate) fn begin(statements: Vec<Statement>, execute: Option<Bytes>) -> (Self, String) {
-        let asking = Self { statements, execute, requester: None, told: Vec::new(), wrong: None, query: None };
+    /// Begins with the question to ask first. With `joins`, the name of the session's shard, the statements are part of
+    /// the transaction that is open there.
+    pub(crate) fn begin(statements: Vec<Statement>, execute: Option<Bytes>, joins: Option<String>) -> (Self, String) {
+        let (requester, marking, transaction) = (None, None, None);
+        let (told, wrong, query) = (Vec::new(), None, None);
+        let asking = Self { statements, execute, requester, joins, marking, transaction, told, wrong, query };
         (asking, WHO.to_owned())
     }
 
@@ -93,7 +104,9 @@ impl Asking {
         if let Some(wrong) = self.wrong.take() {
             return Err(wrong);
         }
+        let marking = self.marking.take();
         match self.statements.iter_mut().find(|statement| statement.query().is_some()) {
+            _ if marking.is_some() => self.transaction = marking.map(|shard| transaction(&told, &shard)).transpose()?,
             _ if self.requester.is_none() => {
                 let unknown = || PgError::new(SqlState::INTERNAL_ERROR, "the server did not say who the client is");
                 self.requester = Some(requester(&told).ok_or_else(unknown)?);
@@ -101,10 +114,17 @@ impl Asking {
             Some(statement) => statement.answer_query(ids(&told)?),
             None => {}
         }
+        if let Some(shard) = self.joins.take() {
+            self.marking = Some(shard);
+            return Ok(Next::Ask(MARK.to_owned()));
+        }
         self.query = self.statements.iter().find_map(Statement::query).cloned();
         Ok(match &self.query {
             Some(query) => Next::Ask(query.for_server()),
-            None => Next::Start(std::mem::take(&mut self.statements), self.requester.take()),
+            None => {
+                let birth = self.transaction.take().map_or_else(|| birth_of(&self.statements), Birth::With);
+                Next::Start(std::mem::take(&mut self.statements), self.requester.take().map(Box::new), birth)
+            }
         })
     }
 }
@@ -200,8 +220,12 @@ mod tests {
     }
 
     fn told_who() -> Asking {
+        told_who_in(None)
+    }
+
+    fn told_who_in(joins: Option<String>) -> Asking {
         let statements = sql::parse("SHOW JOBS SELECT 1; SHOW JOBS; PAUSE JOBS TABLE x").unwrap();
-        let (mut asking, question) = Asking::begin(statements, None);
+        let (mut asking, question) = Asking::begin(statements, None, joins);
         assert_eq!(question, WHO);
         let hex = |text: &str| text.bytes().map(|byte| format!("{byte:02x}")).collect::<String>();
         let settings = [Some("jürgen"), Some("on"), Some("50"), None, Some("wait"), Some("")];
@@ -222,7 +246,7 @@ mod tests {
         asking.told(&row(&[Some("-8")]));
         let Ok(Next::Ask(second)) = asking.answered() else { panic!("no question") };
         assert!(second.ends_with("(TABLE x\n) AS named LIMIT 1001"), "{second}");
-        let Ok(Next::Start(statements, Some(requester))) = asking.answered() else { panic!("no start") };
+        let Ok(Next::Start(statements, Some(requester), Birth::Now)) = asking.answered() else { panic!("no start") };
         assert_eq!(
             statements,
             sql::parse("SHOW JOBS VALUES (7), (-8); SHOW JOBS")
@@ -241,7 +265,18 @@ mod tests {
             search_path: vec!["pg_catalog".to_owned(), "ü".to_owned()],
             settings,
         };
-        assert_eq!(requester, expected);
+        assert_eq!(*requester, expected);
+    }
+
+    #[test]
+    fn a_transaction_is_asked_about_before_the_user_s_queries() {
+        let mut asking = told_who_in(Some("s1".to_owned()));
+        assert!(matches!(asking.answered(), Ok(Next::Ask(question)) if question == MARK));
+        asking.told(&row(&[Some("740 2 00000001")]));
+        assert!(matches!(asking.answered(), Ok(Next::Ask(question)) if question.contains("SELECT 1")));
+        assert!(matches!(asking.answered(), Ok(Next::Ask(question)) if question.contains("TABLE x")));
+        let transaction = Transaction { shard: "s1".to_owned(), timeline: 1, top: 740, part: 742 };
+        assert!(matches!(asking.answered(), Ok(Next::Start(.., Birth::With(joined))) if joined == transaction));
     }
 
     #[test]

@@ -2,6 +2,7 @@
 
 use backup::Requester;
 use bytes::{Bytes, BytesMut};
+use jobs::Birth;
 use pgerror::{PgError, SqlState};
 use sql::Statement;
 
@@ -12,6 +13,7 @@ use crate::local::{Execution, concerns, utf8};
 use crate::pipeline::Transaction;
 use crate::run::{JOB_GOES_ON, columns};
 use crate::session::{BUFFER_MAX, Outcome, Running, Session};
+use crate::transactions::{Behind, behind, makes_job};
 
 /// No more than this much of a frame is looked at; a statement of ours that is longer is refused.
 const LOOK_MAX: usize = 64 * 1024;
@@ -50,6 +52,8 @@ impl Session {
                     self.held = true;
                     break;
                 }
+                // Not held: a client that goes away here has not asked for anything, no more than of PostgreSQL.
+                Judged::Ours if self.depends_on_what_follows(found) => break,
                 Judged::Ours => {
                     let frame = self.from_client.take(found.len, &mut self.to_server);
                     self.ours(found.tag, &frame.slice(5..));
@@ -73,6 +77,15 @@ impl Session {
             Writer(&mut self.to_server).flush();
         }
         self.pipeline.is_quiet() && self.from_server.is_between_frames() && self.to_client.len() < BUFFER_MAX
+    }
+
+    /// A job is made in a transaction unless it is all that happens before the Sync, which may still be under way.
+    fn depends_on_what_follows(&self, found: Header) -> bool {
+        let unjudged = self.from_client.unjudged();
+        found.tag == b'E'
+            && !self.pipeline.is_inside()
+            && unjudged.get(found.len..).is_some_and(|rest| behind(rest) == Behind::Unknown)
+            && unjudged.get(5..found.len).is_some_and(|body| self.locals.runs(body, makes_job))
     }
 
     fn judge(&mut self, found: Header) -> Judged {
@@ -163,15 +176,18 @@ impl Session {
     /// Finds out who the client is now, by a question to its own session, unless the statements are for everybody.
     fn ask(&mut self, statements: Vec<Statement>, execute: Option<Bytes>) {
         if statements.iter().all(is_for_everybody) {
-            return self.start(statements, execute, None);
+            return self.start(statements, execute, None, Birth::Now);
         }
-        if self.pipeline.transaction() == Transaction::Open
-            && let Some(verb) = statements.iter().find_map(waits_for_a_job)
-        {
+        let is_inside = self.pipeline.is_inside();
+        if is_inside && let Some(verb) = statements.iter().find_map(waits_for_a_job) {
             let tag = if execute.is_some() { b'E' } else { b'Q' };
             return self.fail(tag, &in_transaction(verb));
         }
-        let (asking, question) = Asking::begin(statements, execute);
+        // In the simple protocol a text is a transaction of its own.
+        let is_alone = execute.is_none() || behind(self.from_client.unjudged()) == Behind::Sync;
+        let joins = (is_inside || !is_alone) && statements.iter().any(makes_job);
+        let shard = joins.then(|| self.gateway.cluster.me().shard);
+        let (asking, question) = Asking::begin(statements, execute, shard);
         self.put_question(asking, question);
     }
 
@@ -187,30 +203,26 @@ impl Session {
         let Some(mut asking) = self.asking.take() else { return };
         match asking.answered() {
             Ok(Next::Ask(question)) => self.put_question(asking, question),
-            Ok(Next::Start(statements, requester)) => self.start(statements, asking.execute, requester),
+            Ok(Next::Start(statements, requester, birth)) => self.start(statements, asking.execute, requester, birth),
             Err(error) => self.fail(if asking.execute.is_some() { b'E' } else { b'Q' }, &error),
         }
     }
 
-    fn start(&mut self, statements: Vec<Statement>, execute: Option<Bytes>, requester: Option<Requester>) {
+    fn start(
+        &mut self,
+        statements: Vec<Statement>,
+        execute: Option<Bytes>,
+        requester: Option<Box<Requester>>,
+        birth: Birth,
+    ) {
         let gateway = self.gateway.clone();
         let (cancelled, remarks) = (self.cancelable.begin(), self.remarks.sender());
-        let future = Box::pin(async move {
-            let mut outcome = Vec::with_capacity(statements.len());
-            for statement in statements {
-                let answer = tokio::select! {
-                    answer = gateway.run(&statement, requester.as_ref(), &remarks) => answer,
-                    () = cancelled.cancelled() => Err(cancelled_by_user()),
-                };
-                let failed = answer.is_err();
-                outcome.push((statement, answer));
-                if failed {
-                    break;
-                }
-            }
-            outcome
-        });
-        self.running = Some(Running { future, execute });
+        let joins = matches!(birth, Birth::With(_));
+        let future =
+            Box::pin(
+                async move { gateway.run_all(statements, requester.as_deref(), &birth, &cancelled, &remarks).await },
+            );
+        self.running = Some(Running { future, execute, joins });
     }
 
     /// A statement of ours has come to its end.
@@ -219,6 +231,9 @@ impl Session {
         let Some(running) = self.running.take() else { return };
         self.remarks.clear();
         let tag = if running.execute.is_some() { b'E' } else { b'Q' };
+        if running.joins {
+            self.joined.note(&outcome);
+        }
         for (statement, answer) in outcome {
             let written = answer.and_then(|answer| match &running.execute {
                 Some(body) => self.locals.finish_execute(body, Some(answer), &mut self.to_client),
@@ -286,7 +301,7 @@ fn in_failed_transaction() -> PgError {
     PgError::new(SqlState::IN_FAILED_SQL_TRANSACTION, message)
 }
 
-fn cancelled_by_user() -> PgError {
+pub(crate) fn cancelled_by_user() -> PgError {
     // PostgreSQL's own words.
     PgError::new(SqlState::QUERY_CANCELED, "canceling statement due to user request").hint(JOB_GOES_ON)
 }

@@ -3,7 +3,8 @@
 //! Everything arrives here: clients of PostgreSQL, clients of ours, other nodes, cancel requests. A connection is read
 //! in this order: its first packets ([`startup`]); then, for a peer, [`peer`]; for anybody else a server is chosen
 //! ([`route`]) and the session relayed ([`session`]), with every frame of the client judged in [`client_frames`] and
-//! every frame of the server noted in [`server_frames`]; what is ours is done in [`run`], after the client's own session
+//! every frame of the server noted in [`server_frames`]; what is ours is done in [`run`], as part of the client's
+//! transaction where it stands in one ([`transactions`]), after the client's own session
 //! has been asked what only it knows ([`asking`]), and answered from [`local`] and [`answer`].
 //!
 //! **The relay is faithful.** Frames pass byte for byte. PostgreSQL authenticates its own clients through it; no
@@ -40,6 +41,7 @@ mod settings;
 mod show;
 mod startup;
 pub mod tls;
+mod transactions;
 
 use std::ops::Deref;
 use std::sync::Arc;

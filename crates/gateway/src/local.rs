@@ -205,6 +205,11 @@ impl Locals {
         Ok(())
     }
 
+    /// Whether an Execute of a portal of ours runs a statement of this kind.
+    pub(crate) fn runs(&self, body: &[u8], is_one: impl Fn(&Statement) -> bool) -> bool {
+        matches!(self.begin_execute(body), Ok(Execution::Run(statement)) if is_one(&statement))
+    }
+
     /// What an Execute of a portal of ours needs.
     pub(crate) fn begin_execute(&self, mut body: &[u8]) -> Result<Execution, PgError> {
         let name = cut_string(&mut body).ok_or_else(|| malformed("Execute"))?;

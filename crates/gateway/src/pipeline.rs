@@ -101,6 +101,8 @@ pub(crate) struct Pipeline {
     transaction: Transaction,
     /// Something was sent that the server may keep back until a Flush or a Sync.
     unflushed: bool,
+    /// Something was executed, and no Sync came behind it: an implicit transaction is open, if no other is.
+    begun: bool,
     /// After an error the server passes over everything up to the next Sync, and answers none of it.
     server_skips: bool,
     /// The server reads COPY data, and ignores Sync meanwhile.
@@ -111,6 +113,11 @@ impl Pipeline {
     /// The transaction status after all that has been answered.
     pub(crate) fn transaction(&self) -> Transaction {
         self.transaction
+    }
+
+    /// Whether what is executed next, by the client's frames up to here, is not the first of its transaction.
+    pub(crate) fn is_inside(&self) -> bool {
+        self.begun || self.transaction != Transaction::Idle
     }
 
     /// Whether the server has answered everything.
@@ -131,6 +138,11 @@ impl Pipeline {
 
     /// Takes note of a frame of the client that is passed on.
     pub(crate) fn forwarded(&mut self, tag: u8) {
+        match tag {
+            b'E' => self.begun = true,
+            b'S' | b'Q' | b'F' => self.begun = false,
+            _ => {}
+        }
         let slot = match tag {
             b'P' => Slot::Step(Step::Parse),
             b'B' => Slot::Step(Step::Bind),
@@ -161,6 +173,7 @@ impl Pipeline {
     /// Takes note of a question of this gateway's own that is sent.
     pub(crate) fn asked(&mut self, extended: bool) {
         self.push(Slot::Ask(if extended { Ask::Closes(2) } else { Ask::Ready }));
+        self.begun |= extended;
         self.unflushed = false;
     }
 
@@ -385,6 +398,30 @@ mod tests {
         ] {
             assert_eq!(play(script).transaction(), transaction, "{script}");
         }
+    }
+
+    #[test]
+    fn what_is_executed_before_a_sync_is_one_transaction() {
+        for (script, inside) in [
+            ("", false),
+            (">P >B >D", false),
+            (">P >B >E", true),
+            (">P >B >E >S", false),
+            (">P >B >E <1 <2 <E >S <ZI", false),
+            (">Q <C <ZI", false),
+            (">Q <C <ZT", true),
+            (">B >E >S <2 <C <ZT", true),
+            (">Q <C <ZT >Q <E <ZE", true),
+            // A block that a pipeline has begun, of which no ReadyForQuery has told yet.
+            (">P >B >E <1 <2 <C >P >B", true),
+        ] {
+            assert_eq!(play(script).is_inside(), inside, "{script}");
+        }
+        let mut asked = Pipeline::default();
+        asked.asked(false);
+        assert!(!asked.is_inside());
+        asked.asked(true);
+        assert!(asked.is_inside());
     }
 
     #[test]

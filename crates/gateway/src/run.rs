@@ -3,7 +3,7 @@
 //! Names, order and types of columns are CockroachDB's (v23.1).
 
 use backup::{Outcome, Requester};
-use jobs::{Job, JobId};
+use jobs::{Birth, Job, JobId};
 use pgerror::{PgError, SqlState};
 use sql::{Literals, ShowJobs, Statement};
 use tokio::sync::{mpsc, watch};
@@ -74,12 +74,14 @@ pub(crate) fn columns(statement: &Statement) -> &'static [Column] {
 }
 
 impl Gateway {
-    /// Runs one statement of ours for a client; `requester` is who that is, for statements that depend on it. What it
-    /// has to say before its end goes to `remarks`.
+    /// Runs one statement of ours for a client; `requester` is who that is, for statements that depend on it. A job that it
+    /// makes and does not wait for is there when its `birth` says so. What it has to say before its end goes to
+    /// `remarks`.
     pub(crate) async fn run(
         &self,
         statement: &Statement,
         requester: Option<&Requester>,
+        birth: &Birth,
         remarks: &mpsc::Sender<PgError>,
     ) -> Result<Answer, PgError> {
         tracing::debug!("runs {}", statement.print(Literals::Hidden));
@@ -90,7 +92,7 @@ impl Gateway {
                 let requester = requester.ok_or_else(|| {
                     PgError::new(SqlState::INTERNAL_ERROR, "the server did not say who the client is")
                 })?;
-                let work = self.run_for(statement, requester, remarks);
+                let work = self.run_for(statement, requester, birth, remarks);
                 match requester.statement_timeout {
                     None => work.await,
                     Some(limit) => tokio::time::timeout(limit, work).await.unwrap_or_else(|_| Err(timed_out().into())),
@@ -104,20 +106,21 @@ impl Gateway {
         &self,
         statement: &Statement,
         requester: &Requester,
+        birth: &Birth,
         remarks: &mpsc::Sender<PgError>,
     ) -> anyhow::Result<Answer> {
         let (tell, waited_for) = watch::channel(Vec::new());
         let on_wait = move |id| drop(tell.send_replace(vec![id]));
         match statement {
             Statement::Backup(backup) => {
-                let work = self.backups.run(backup, requester, &on_wait);
+                let work = self.backups.run(backup, requester, birth, &on_wait);
                 progress::telling(&self.backups.jobs, requester, waited_for, remarks, work).await.map(outcome_answer)
             }
             Statement::ExplainBackup(backup) => plans::explain(self, backup, requester).await,
             Statement::ShowRanges(show) => plans::ranges(self, show, requester).await,
             Statement::ShowRegions { databases } => plans::regions(self, *databases).await,
             Statement::Restore(restore) => {
-                let work = self.backups.restore(restore, requester, &on_wait);
+                let work = Box::pin(self.backups.restore(restore, requester, birth, &on_wait));
                 progress::telling(&self.backups.jobs, requester, waited_for, remarks, work).await.map(outcome_answer)
             }
             Statement::ShowBackups { collection } => collections::list(self, collection, requester).await,

@@ -69,9 +69,11 @@ impl Session {
         match tag {
             b'Z' => {
                 self.greeted = true;
-                if self.pipeline.transaction() == Transaction::Idle {
+                let is_idle = self.pipeline.transaction() == Transaction::Idle;
+                if is_idle {
                     self.locals.end_transaction();
                 }
+                self.joined.ready(&self.gateway.backups.jobs, is_idle);
             }
             b'1' => self.locals.confirm(),
             b'K' => {
@@ -82,9 +84,11 @@ impl Session {
             b'S' if cut_string(&mut body) == Some(b"standard_conforming_strings") => {
                 self.conforming_strings = body.starts_with(b"on");
             }
-            b'C' if matches!(cut_string(&mut body), Some(b"DISCARD ALL" | b"DEALLOCATE ALL")) => {
-                self.locals.discard_all();
-            }
+            b'C' => match cut_string(&mut body) {
+                Some(b"DISCARD ALL" | b"DEALLOCATE ALL") => self.locals.discard_all(),
+                Some(tag) => self.joined.completed(tag),
+                None => {}
+            },
             // The severity that is never translated comes among the first fields.
             b'E' => {
                 self.locals.reject();

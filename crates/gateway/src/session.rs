@@ -29,6 +29,7 @@ use crate::inbound::Inbound;
 use crate::local::Locals;
 use crate::pipeline::Pipeline;
 use crate::progress::Remarks;
+use crate::transactions::Joined;
 
 /// Reading from one side stops while this much waits to be written to the other.
 pub(crate) const BUFFER_MAX: usize = 128 * 1024;
@@ -48,6 +49,8 @@ pub(crate) struct Running {
     pub(crate) future: Pin<Box<dyn Future<Output = Outcome> + Send>>,
     /// The Execute message that waits for it; `None` in the simple protocol.
     pub(crate) execute: Option<Bytes>,
+    /// Whether it is part of a transaction of the client's.
+    pub(crate) joins: bool,
 }
 
 /// Everything about one client but its sockets.
@@ -67,6 +70,8 @@ pub(crate) struct Session {
     pub(crate) skipping: bool,
     pub(crate) pipeline: Pipeline,
     pub(crate) locals: Locals,
+    /// The jobs that were made in the transaction that is open.
+    pub(crate) joined: Joined,
     pub(crate) asking: Option<Asking>,
     pub(crate) running: Option<Running>,
     /// What came of the running statement, until it can be told.
@@ -101,6 +106,7 @@ impl Session {
             skipping: false,
             pipeline: Pipeline::default(),
             locals: Locals::default(),
+            joined: Joined::default(),
             asking: None,
             running: None,
             outcome: None,
@@ -181,6 +187,7 @@ impl Session {
                 }
             }
         };
+        self.joined.ready(&self.gateway.backups.jobs, true);
         if let Err(error) = end
             && self.from_server.is_between_frames()
         {

@@ -6,9 +6,11 @@
 use std::collections::BTreeSet;
 
 use pgerror::{PgError, SqlState};
+use tokio_postgres::Row;
 
 use crate::job::JobId;
 use crate::runner::Jobs;
+use crate::settle::UNDECIDED;
 
 /// What can be asked of jobs.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -90,6 +92,7 @@ impl Jobs {
     /// XXUUU with CockroachDB's texts when an id is unknown or a job's status does not allow it; 42501 when a job is
     /// somebody else's; or the registry is not reachable.
     pub async fn control(&self, control: &Control, jobs: &[JobId], by: &Controller<'_>) -> anyhow::Result<u64> {
+        self.settle(jobs).await?;
         let ids: Vec<i64> = jobs.iter().map(|id| id.0).collect::<BTreeSet<_>>().into_iter().collect();
         let (changes, stays) = control.statuses();
         let stays: Vec<&str> = changes.iter().chain(stays).copied().collect();
@@ -109,7 +112,8 @@ impl Jobs {
             .query(&write, &[&ids, &stays, &by.superuser, &by.user, &control.reason(), &changes, &is_cancel])
             .await?;
         for id in &ids {
-            let Some(row) = asked.iter().find(|row| row.get::<_, i64>(0) == *id) else {
+            let is_it = |row: &&Row| row.get::<_, i64>(0) == *id && row.get::<_, &str>(1) != UNDECIDED;
+            let Some(row) = asked.iter().find(is_it) else {
                 let message = format!("job with ID {id} does not exist");
                 return Err(PgError::new(SqlState::UNCATEGORIZED, message).into());
             };

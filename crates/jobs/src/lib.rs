@@ -14,6 +14,9 @@
 //! does not match, it writes the claim over to a live node that does and rings; that takes milliseconds. A client that
 //! waits attached is told so: `execution of job N relocated to M`.
 //!
+//! **Transactions** ([`settle`]). A job may be made inside a transaction of its client's: its row is written at once, and
+//! is there for others only when that transaction has committed.
+//!
 //! **Ringing.** Nodes LISTEN on one channel ([`ledger`]). A notification says only that something has changed; what,
 //! is read from the rows, so a lost one costs a moment and nothing else. Rows are written and rung for in separate
 //! transactions: together they would hold a lock of the whole server while a synchronous standby is awaited.
@@ -22,6 +25,7 @@
 //! ([`settings`]).
 
 mod attend;
+mod birth;
 mod control;
 mod gate;
 mod job;
@@ -30,9 +34,11 @@ mod retention;
 mod run;
 mod runner;
 mod settings;
+mod settle;
 mod show;
 
 pub use attend::may_pass;
+pub use birth::{Birth, Transaction};
 pub use control::{Control, Controller};
 pub use job::{Job, JobId, NewJob, Taken};
 pub use ledger::Ledger;

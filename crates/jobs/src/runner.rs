@@ -8,7 +8,7 @@ use std::time::Duration;
 use anyhow::Context as _;
 use cluster::registry::{Registry, Session, Standing};
 use cluster::service::Boxed;
-use cluster::{Cluster, Filter, NodeId};
+use cluster::{Cluster, Dialer, Filter, NodeId};
 use pgerror::{PgError, SqlState};
 use serde_json::Value;
 use tokio::time::{sleep, timeout};
@@ -16,10 +16,12 @@ use tokio_postgres::Row;
 use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
+use crate::birth::{Birth, Transaction};
 use crate::gate;
 use crate::job::{Job, JobId, NewJob, Taken};
 use crate::ledger::Ledger;
 use crate::run::Run;
+use crate::settle::UNDECIDED;
 
 /// Without a bell, rows are looked at this often: claims of the dead are found by it.
 pub(crate) const TICK: Duration = Duration::from_secs(1);
@@ -53,6 +55,8 @@ struct Shared {
     cluster: Cluster,
     registry: Registry,
     ledger: Ledger,
+    /// The way to the servers that know of transactions.
+    dialer: Dialer,
     resumers: Mutex<BTreeMap<String, Arc<dyn Resumer>>>,
     /// The claims that this process works on, and what stops the work.
     claims: Mutex<HashMap<Uuid, CancellationToken>>,
@@ -89,6 +93,16 @@ pub(crate) struct Claimed {
     pub(crate) duty: Duty,
 }
 
+/// How a job's row begins.
+enum Start<'s> {
+    /// For whoever takes it.
+    Free,
+    /// Under a claim of this node's.
+    Claimed(&'s Session, Uuid),
+    /// For nobody yet; without a transaction until this node says so.
+    Undecided(&'s Session, Option<&'s Transaction>),
+}
+
 /// A claim that this process works on; dropping it ends that.
 pub(crate) struct Held {
     jobs: Jobs,
@@ -105,10 +119,10 @@ impl Drop for Held {
 
 impl Jobs {
     /// Without resumers, until they are registered.
-    pub fn new(cluster: Cluster, registry: Registry, ledger: Ledger) -> Self {
+    pub fn new(cluster: Cluster, registry: Registry, ledger: Ledger, dialer: Dialer) -> Self {
         let (resumers, claims, given) = (Mutex::default(), Mutex::default(), Mutex::default());
         let draining = AtomicBool::new(false);
-        Self(Arc::new(Shared { cluster, registry, ledger, resumers, claims, given, draining }))
+        Self(Arc::new(Shared { cluster, registry, ledger, dialer, resumers, claims, given, draining }))
     }
 
     /// From now on jobs of this type can run here.
@@ -131,6 +145,10 @@ impl Jobs {
     /// Where rows are read and written.
     pub fn ledger(&self) -> &Ledger {
         &self.0.ledger
+    }
+
+    pub(crate) fn dialer(&self) -> &Dialer {
+        &self.0.dialer
     }
 
     pub(crate) fn registry(&self) -> &Registry {
@@ -165,15 +183,26 @@ impl Jobs {
         }
     }
 
-    /// Makes a job that any node may take.
+    /// Makes a job that any node may take, once it is there.
     ///
     /// # Errors
     ///
-    /// [`Taken`]; or the registry is not reachable, and whether the job was made is then not known.
-    pub async fn create(&self, new: &NewJob) -> anyhow::Result<()> {
-        self.insert(new, None, None).await?;
-        self.0.ledger.notify().await;
-        Ok(())
+    /// [`Taken`]; or the registry is not reachable, and whether the job was made is then not known. With a transaction
+    /// also: it is not open on the shard's leaseholder, or that cannot be asked.
+    pub async fn create(&self, new: &NewJob, birth: &Birth) -> anyhow::Result<()> {
+        let transaction = match birth {
+            Birth::Now => {
+                self.insert(new, Start::Free).await?;
+                self.0.ledger.notify().await;
+                return Ok(());
+            }
+            Birth::With(transaction) => {
+                self.prove(transaction).await?;
+                Some(transaction)
+            }
+            Birth::Told => None,
+        };
+        self.insert(new, Start::Undecided(&self.session()?, transaction)).await
     }
 
     /// Makes a job that this node takes at once, and waits until it has ended or is paused.
@@ -217,7 +246,7 @@ impl Jobs {
         };
         // Held before the row is there, so that the claim loop does not begin it a second time.
         let held = self.hold(claimed.claim).context("hold a claim that is new")?;
-        self.insert(new, Some(claimed.claim), Some(&session)).await?;
+        self.insert(new, Start::Claimed(&session, claimed.claim)).await?;
         if self.matches(&claimed.filter) {
             tokio::spawn(self.clone().attend(claimed, held, session.id));
             return Ok(None);
@@ -233,15 +262,26 @@ impl Jobs {
         self.0.cluster.me().locality.first_unmatched(filter).is_none()
     }
 
-    async fn insert(&self, new: &NewJob, claim: Option<Uuid>, session: Option<&Session>) -> anyhow::Result<()> {
+    async fn insert(&self, new: &NewJob, start: Start<'_>) -> anyhow::Result<()> {
         let insert = "
-            INSERT INTO registry.jobs (id, job_type, description, statement, user_name, filter, prefers, payload,
-                                       sealed, pausepoints, claim_id, claim_session, coordinator_id, exclusive)
-            VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14)
-            ON CONFLICT (exclusive) DO NOTHING RETURNING id";
+            WITH made AS (
+                INSERT INTO registry.jobs (id, job_type, description, statement, user_name, filter, prefers, payload,
+                                           sealed, pausepoints, claim_id, claim_session, coordinator_id, exclusive, status)
+                VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15)
+                ON CONFLICT (exclusive) DO NOTHING RETURNING id),
+            undecided AS (
+                INSERT INTO registry.transactions (job_id, gateway, shard, timeline, top, part)
+                SELECT id, $16, $17, $18, $19, $20 FROM made WHERE $16::uuid IS NOT NULL)
+            SELECT id FROM made";
         let filter = new.filter.to_string();
+        let (session, claim, gateway, transaction) = match start {
+            Start::Free => (None, None, None, None),
+            Start::Claimed(session, claim) => (Some(session), Some(claim), None, None),
+            Start::Undecided(session, transaction) => (None, None, Some(session.id), transaction),
+        };
+        let status = if gateway.is_some() { UNDECIDED } else { "running" };
         let (session_id, node) = (session.map(|session| session.id), session.map(|session| session.node_id.0));
-        let parameters: [&(dyn tokio_postgres::types::ToSql + Sync); 14] = [
+        let parameters: [&(dyn tokio_postgres::types::ToSql + Sync); 20] = [
             &new.id.0,
             &new.job_type,
             &new.description,
@@ -256,15 +296,28 @@ impl Jobs {
             &session_id,
             &node,
             &new.exclusive,
+            &status,
+            &gateway,
+            &transaction.map(|transaction| &transaction.shard),
+            &transaction.map(|transaction| transaction.timeline),
+            &transaction.map(|transaction| transaction.top),
+            &transaction.map(|transaction| transaction.part),
         ];
         let made = self.0.ledger.query(insert, &parameters).await.with_context(|| format!("make job {}", new.id))?;
         if made.is_empty() {
             return Err(Taken.into());
         }
+        if gateway.is_none() {
+            self.remember(new.id);
+        }
+        Ok(())
+    }
+
+    /// A client was told of this job, which is there now.
+    pub(crate) fn remember(&self, id: JobId) {
         let mut given = self.given();
         given.truncate(GIVEN_MAX - 1);
-        given.push_front(new.id);
-        Ok(())
+        given.push_front(id);
     }
 
     fn given(&self) -> MutexGuard<'_, VecDeque<JobId>> {
@@ -286,10 +339,13 @@ impl Jobs {
         let mut connections = self.0.ledger.connections();
         loop {
             bell.mark_unchanged();
-            if let Ok(session) = self.session()
-                && let Err(error) = self.adopt(&session).await
-            {
-                tracing::info!("could not look for jobs: {error:#}");
+            if let Ok(session) = self.session() {
+                if let Err(error) = Box::pin(self.settle_due(&session)).await {
+                    tracing::info!("could not look for undecided jobs: {error:#}");
+                }
+                if let Err(error) = self.adopt(&session).await {
+                    tracing::info!("could not look for jobs: {error:#}");
+                }
             }
             if connections.has_changed().unwrap_or(false) {
                 connections.mark_unchanged();

@@ -4,9 +4,11 @@ use std::time::Duration;
 
 use pgerror::{PgError, SqlState};
 use tokio::time::timeout;
+use tokio_postgres::types::ToSql;
 
 use crate::job::{COLUMNS, Job, JobId};
 use crate::runner::Jobs;
+use crate::settle::UNDECIDED;
 
 /// Waiting rows are read again this often even when no bell rang.
 const LOOK_AGAIN: Duration = Duration::from_secs(10);
@@ -26,7 +28,23 @@ impl Jobs {
              WHERE finished IS NULL OR finished > clock_timestamp() - interval '{LISTED_FOR}'
              ORDER BY coalesce(finished, clock_timestamp()) DESC, started DESC"
         );
-        Ok(self.ledger().query(&query, &[]).await?.iter().map(Job::of).collect())
+        self.read_settled(&query, &[]).await
+    }
+
+    /// The jobs that a query gives. What is undecided is settled first: whoever has seen a COMMIT sees its jobs, here
+    /// and on every other node. What stays undecided is not there.
+    async fn read_settled(&self, query: &str, parameters: &[&(dyn ToSql + Sync)]) -> anyhow::Result<Vec<Job>> {
+        let read = async || -> anyhow::Result<Vec<Job>> {
+            Ok(self.ledger().query(query, parameters).await?.iter().map(Job::of).collect())
+        };
+        let mut found = read().await?;
+        let undecided: Vec<JobId> = found.iter().filter(|job| job.status == UNDECIDED).map(|job| job.id).collect();
+        if !undecided.is_empty() {
+            self.settle(&undecided).await?;
+            found = read().await?;
+        }
+        found.retain(|job| job.status != UNDECIDED);
+        Ok(found)
     }
 
     /// These jobs, as far as they exist.
@@ -37,7 +55,7 @@ impl Jobs {
     pub async fn find(&self, ids: &[JobId]) -> anyhow::Result<Vec<Job>> {
         let ids: Vec<i64> = ids.iter().map(|id| id.0).collect();
         let query = format!("SELECT {COLUMNS} FROM registry.jobs WHERE id = ANY($1) ORDER BY id");
-        let found: Vec<Job> = self.ledger().query(&query, &[&ids]).await?.iter().map(Job::of).collect();
+        let found = self.read_settled(&query, &[&ids]).await?;
         let missing = ids.iter().map(|id| JobId(*id)).find(|id| found.iter().all(|job| job.id != *id));
         match missing.filter(|id| self.has_given(*id)) {
             Some(id) => Err(lost(id).into()),

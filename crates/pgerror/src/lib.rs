@@ -67,6 +67,8 @@ impl SqlState {
     pub const INVALID_AUTHORIZATION: Self = Self(*b"28000");
     /// A statement in a transaction that has already failed.
     pub const IN_FAILED_SQL_TRANSACTION: Self = Self(*b"25P02");
+    /// A write, or what counts as one, where only reading is allowed.
+    pub const READ_ONLY_SQL_TRANSACTION: Self = Self(*b"25006");
     /// A prepared statement of this name exists.
     pub const DUPLICATE_PREPARED_STATEMENT: Self = Self(*b"42P05");
     /// No prepared statement of this name exists.

@@ -15,8 +15,8 @@ use crate::{backup, control, external, restore, schedules, settings, show};
 ///
 /// A text may hold several of our statements, which then run one by one. A statement of PostgreSQL among them is
 /// refused (0A000): its server would have to run it as part of one implicit transaction that it never sees whole. So is
-/// a `BACKUP` or a `RESTORE` among several statements (XXUUU), unless it is detached: its job would run while that
-/// transaction is open.
+/// a `BACKUP` or a `RESTORE` among several statements of whoever (XXUUU), unless it is detached: its job would run while
+/// that transaction is open.
 ///
 /// # Errors
 ///
@@ -39,6 +39,11 @@ pub fn parse(text: &str) -> Result<Vec<Statement>, PgError> {
             break;
         }
         let begun = cursor.here();
+        if let Some((tag, first)) = attached
+            && !cursor.at_ours()
+        {
+            return Err(needs_detached(tag, cursor.position(first)));
+        }
         let statement = statement(&mut cursor)?;
         cursor.finish()?;
         if waits(&statement) {
@@ -163,7 +168,7 @@ mod tests {
         for (text, position) in [
             ("SHOW NODES; SELECT 1", 13),
             ("SHOW NODES; SHOW nodes.x", 13),
-            ("BACKUP DATABASE a INTO 'x'; SELECT 1", 29),
+            ("BACKUP DATABASE a INTO 'x' WITH DETACHED; SELECT 1", 43),
             ("SHOW JOBS; \"backup\" DATABASE a INTO 'x'", 12),
         ] {
             let error = parse(text).expect_err("mixed");
@@ -181,6 +186,9 @@ mod tests {
             assert_eq!((error.code, error.position), (SqlState::UNCATEGORIZED, Some(12)));
             let text = format!("{tag} cannot be used inside a multi-statement transaction without DETACHED option");
             assert_eq!(error.message, text);
+            // CockroachDB's text for a mixed one, too.
+            let error = parse(&format!("{tag} {rest}; SELECT 1;")).expect_err("mixed");
+            assert_eq!((error.code, error.position, error.message), (SqlState::UNCATEGORIZED, Some(1), text));
         }
     }
 

@@ -2,7 +2,7 @@
 
 use anyhow::Context as _;
 use cluster::{Peers, spoken};
-use jobs::{JobId, NewJob};
+use jobs::{Birth, JobId, NewJob};
 use pgerror::{PgError, SqlState};
 use sql::{Restore, Subdir};
 use storage::Uri;
@@ -12,7 +12,7 @@ use super::story::{Payload, RESTORE_TYPE};
 use crate::plan::{Backups, OnWait, Outcome, Requester, filter_of, in_time, leaseholder_session, literal};
 
 impl Backups {
-    /// Runs a RESTORE statement for `requester`.
+    /// Runs a RESTORE statement for `requester`; see [`Backups::run`].
     ///
     /// # Errors
     ///
@@ -22,11 +22,12 @@ impl Backups {
         &self,
         statement: &Restore,
         requester: &Requester,
+        birth: &Birth,
         on_wait: OnWait<'_>,
     ) -> anyhow::Result<Outcome> {
         self.jobs.settings().await?.check_feature("restore", "RESTORE")?;
         let new = in_time(self.plan_restore(statement, requester)).await?;
-        self.start(&new, statement.options.detached, requester, on_wait).await
+        self.start(&new, statement.options.detached.then_some(birth), requester, on_wait).await
     }
 
     async fn plan_restore(&self, statement: &Restore, requester: &Requester) -> anyhow::Result<NewJob> {

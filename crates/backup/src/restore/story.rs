@@ -26,7 +26,7 @@ use super::import::{IMPORT, Task};
 use super::plan::superuser_of;
 use super::shard_map::ShardMap;
 use super::source::Source;
-use crate::deal::{AsyncDone, Deal};
+use crate::deal::{AsyncDone, Deal, End};
 use crate::manifest::{FileEntry, ShardPart, left_out};
 use crate::pace::Pace;
 use crate::pausepoints;
@@ -366,8 +366,8 @@ impl Story<'_> {
         }
         let shard = part.shard.as_str();
         let rules = crate::rules::Rules::matching(&self.filter);
-        let deal = Deal { peers: self.peers, rules: &rules, shard, server: part.node, at_once: LOADERS };
-        let one = |worker: NodeId, (span, file): (u32, FileEntry)| async move {
+        let deal = Deal { peers: self.peers, rules: &rules, shard, servers: &[part.node], at_once: LOADERS };
+        let one = |worker: NodeId, _server: NodeId, (span, file): (u32, FileEntry)| async move {
             let load = self.load_of(part, created, span, &file)?;
             let task = Task {
                 uri: source.place(&file).exposed(),
@@ -380,10 +380,10 @@ impl Story<'_> {
             self.peers.call::<()>(worker, IMPORT, &task, FILE_DEADLINE).await
         };
         // Another server leads the shard: the next run goes there.
-        let ends = |said: &PgError| {
+        let ends = |said: &PgError, _server: NodeId| {
             let view = self.peers.cluster().view();
             let moved = view.leader(shard).is_some_and(|leader| leader.node_id != Some(part.node));
-            (moved && said.code == SqlState::CONNECTION_FAILURE).then(|| said.clone().into())
+            (moved && said.code == SqlState::CONNECTION_FAILURE).then(|| End::All(said.clone().into()))
         };
         deal.run(open, one, ends, noted).await.map_err(passing)
     }

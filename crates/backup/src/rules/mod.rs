@@ -9,6 +9,10 @@
 //! because then all spans are that node's; else one beside a node that takes part, then the closest to one by shared
 //! leading tiers, then by kind (an asynchronous standby bothers nobody, a primary somebody, and a synchronous standby is
 //! never paused), by round trip, by id. `balanced` leaves out the first of these.
+//!
+//! **Which servers beside it** is told in [`together`].
+
+mod together;
 
 use std::cmp::Reverse;
 use std::fmt;
@@ -18,6 +22,7 @@ use cluster::{Filter, Locality, NodeId, Role, Tier, View};
 use pgerror::{PgError, SqlState};
 use serde::{Deserialize, Serialize};
 
+pub use self::together::{Apart, TOGETHER_MAX, nearest};
 use crate::assign::{Anchor, Worker};
 
 /// A standby that is this far behind its primary, in bytes of WAL, is passed over.
@@ -103,6 +108,8 @@ pub struct Standing {
     pub delay: Option<String>,
     /// Whether somebody has paused its replay.
     pub paused: bool,
+    /// Whether its node's role may pause its replay.
+    pub may_pause: bool,
 }
 
 /// A node.
@@ -141,6 +148,7 @@ impl Fleet {
                 not_streaming: upstream.map(|it| it.status.clone()).filter(|status| status != "streaming"),
                 delay: state.and_then(|state| state.replay.delay.clone()),
                 paused: state.is_some_and(|state| state.replay.paused),
+                may_pause: state.is_some_and(|state| state.replay.may_pause),
             };
             Some(Place {
                 id: known.info.node_id?,
@@ -265,12 +273,25 @@ impl fmt::Display for Exclusion {
 pub struct Decision {
     /// The servers that may be read, the best first.
     pub reads: Vec<Replica>,
+    /// Those of them that are read at once, at one proven point: the one that the schema is dumped on first. At least
+    /// one, if there is any.
+    pub together: Vec<NodeId>,
+    /// Those that are as near as these, and cannot be read beside others.
+    pub apart: Vec<(NodeId, Role, Apart)>,
     /// The others, with the reason.
     pub passed_over: Vec<(NodeId, Role, Reason)>,
     /// The nodes that take part.
     pub workers: Vec<NodeId>,
     /// The others, with the reason.
     pub excluded: Vec<(NodeId, Exclusion)>,
+}
+
+impl Decision {
+    /// The servers that may be read, in the order in which they are asked for a point.
+    pub(crate) fn candidates(&self) -> impl Iterator<Item = &Replica> {
+        let is_first = |replica: &&Replica| self.together.first() == Some(&replica.node);
+        self.reads.iter().filter(is_first).chain(self.reads.iter().filter(move |replica| !is_first(replica)))
+    }
 }
 
 /// Decides for one shard.
@@ -303,6 +324,7 @@ pub fn decide(fleet: &Fleet, rules: &Rules) -> Decision {
     }
     ranked.sort_by_key(|(rank, _)| *rank);
     decision.reads = ranked.into_iter().map(|(_, replica)| replica).collect();
+    (decision.together, decision.apart) = together::together(fleet, &participants, &decision.reads);
     decision.passed_over.sort_by_key(|(node, ..)| *node);
     decision.workers.sort();
     decision.excluded.sort_by_key(|(node, _)| *node);
@@ -347,8 +369,8 @@ fn unfit(place: &Place, server: &Standing, rules: &Rules) -> Option<Reason> {
     (server.behind > LAG_MAX).then_some(Reason::Lags(server.behind))
 }
 
-/// The nodes that take part, as those that export what is read from the server beside `server`.
-pub fn workers(fleet: &Fleet, rules: &Rules, server: NodeId) -> Vec<Worker> {
+/// The nodes that take part, as those that export what is read from the servers beside `servers`.
+pub fn workers(fleet: &Fleet, rules: &Rules, servers: &[NodeId]) -> Vec<Worker> {
     let holds = |place: &Place| {
         let role = place.server.as_ref().map(|server| server.role);
         matches!(role, Some(Role::Leaseholder | Role::Voting | Role::NonVoting))
@@ -357,7 +379,7 @@ pub fn workers(fleet: &Fleet, rules: &Rules, server: NodeId) -> Vec<Worker> {
     let worker = |place: &Place| Worker {
         id: place.id,
         locality: place.locality.clone(),
-        reads_own_server: place.id == server,
+        reads_own_server: servers.contains(&place.id),
         holds_replica: holds(place),
     };
     let mut workers: Vec<Worker> = taking_part.map(worker).collect();
@@ -366,13 +388,14 @@ pub fn workers(fleet: &Fleet, rules: &Rules, server: NodeId) -> Vec<Worker> {
 }
 
 /// The node that the rule of assignment starts from: the leaseholder's, or, where the statement does not let the
-/// leaseholder be read, the one beside the server that is.
-pub fn anchor(fleet: &Fleet, rules: &Rules, server: NodeId) -> Option<Anchor> {
-    let place = match rules.replicas.allows(Role::Leaseholder) {
-        true => fleet.leaseholder(),
-        false => fleet.place(server),
+/// leaseholder be read, the one beside the first of the servers that are.
+pub fn anchor(fleet: &Fleet, rules: &Rules, servers: &[NodeId]) -> Option<Anchor> {
+    let stands_in = !rules.replicas.allows(Role::Leaseholder);
+    let place = match stands_in {
+        false => fleet.leaseholder(),
+        true => servers.first().and_then(|server| fleet.place(*server)),
     };
-    place.map(|place| Anchor { id: Some(place.id), locality: place.locality.clone() })
+    place.map(|place| Anchor { id: Some(place.id), locality: place.locality.clone(), stands_in })
 }
 
 /// That no server of `shard` may be read.

@@ -25,6 +25,7 @@ fn fleet(lines: &str) -> Fleet {
             not_streaming: has("waiting").then(|| "waiting".to_owned()),
             delay: has("delayed").then(|| "5min".to_owned()),
             paused: has("paused"),
+            may_pause: !has("powerless"),
         });
         let round_trip = Duration::from_millis(if has("far") { 90 } else { 1 });
         Place { id, locality, reachable: !has("gone"), round_trip, server }
@@ -151,7 +152,7 @@ fn the_closest_is_by_tiers_then_kind_then_distance_then_number() {
 fn a_leaseholder_that_is_not_read_is_no_anchor() {
     let demo = fleet(DEMO);
     for (asked, server, expected) in [("", 3, 1), ("standby", 3, 3), ("nonvoting region=east", 3, 3)] {
-        let anchor = anchor(&demo, &rules(asked), NodeId(server)).unwrap();
+        let anchor = anchor(&demo, &rules(asked), &[NodeId(server)]).unwrap();
         assert_eq!(anchor.id, Some(NodeId(expected)), "{asked}");
     }
     assert!(rules("standby").forbid(&"region=east".parse().unwrap()));
@@ -180,4 +181,77 @@ fn every_reason_reads_as_the_end_of_a_sentence() {
         assert!(text.starts_with("it") || text.starts_with("the statement says"), "{text}");
         assert!(!text.ends_with('.'), "{text}");
     }
+}
+
+/// A standby in each of two zones in the west, and one more node.
+const TWIN: &str = "
+    1 region=east,zone=a primary
+    2 region=east,zone=b sync
+    3 region=west,zone=a async
+    4 region=west,zone=b async
+    5 region=west,zone=b";
+
+#[test]
+fn servers_that_can_stand_at_one_position_are_read_together() {
+    let with = |more: &str| format!("{TWIN}\n{more}");
+    for (lines, asked, expected) in [
+        (TWIN.to_owned(), "region=west", "3,4"),
+        // The leaseholder's node takes part: everything is its own.
+        (TWIN.to_owned(), "", "1"),
+        (TWIN.to_owned(), "balanced", "3,4; 1 Primary,2 Voting"),
+        (TWIN.to_owned(), "balanced region=east", "1; 1 Primary,2 Voting"),
+        (TWIN.to_owned(), "nonvoting", "3,4"),
+        (TWIN.to_owned(), "standby", "3,4; 2 Voting"),
+        // One zone: one server is beside a node that takes part.
+        (TWIN.to_owned(), "region=west,zone=b", "4"),
+        (TWIN.replace("zone=b async", "zone=b async powerless"), "region=west", "3; 4 NoRight"),
+        (TWIN.replace("zone=b async", "zone=b async lags"), "region=west", "3"),
+        (TWIN.replace("zone=b async", "zone=b sync"), "region=west", "3; 4 Voting"),
+        // The best cannot be among them, and two others can.
+        (
+            with("6 region=west,zone=c async").replace("zone=a async", "zone=a async powerless"),
+            "region=west",
+            "4,6; 3 NoRight",
+        ),
+        // Beside no node that takes part: those that are the closest to one.
+        (with("6 region=west,zone=a,x=y\n7 region=west,zone=b,x=y\n8 region=west,zone=c async"), "x=y", "3,4"),
+        (with("6 region=west,zone=c,x=y"), "x=y", "3"),
+        (
+            with("6 region=west,zone=b async\n7 region=west,zone=c async\n8 region=west,zone=d async"),
+            "region=west",
+            "3,4,6,7",
+        ),
+    ] {
+        let decision = decide(&fleet(&lines), &rules(asked));
+        let together: Vec<String> = decision.together.iter().map(NodeId::to_string).collect();
+        let apart: Vec<String> = decision.apart.iter().map(|(node, _, why)| format!("{node} {why:?}")).collect();
+        let told = [together.join(","), apart.join(",")];
+        let told: Vec<&str> = told.iter().map(String::as_str).filter(|part| !part.is_empty()).collect();
+        assert_eq!(told.join("; "), expected, "{asked}: {lines}");
+        assert_eq!(decision.candidates().next().map(|replica| replica.node), decision.together.first().copied());
+        assert_eq!(decision.candidates().count(), decision.reads.len());
+    }
+}
+
+#[test]
+fn a_worker_reads_its_own_server_else_the_closest() {
+    let lines =
+        format!("{TWIN}\n6 region=east,zone=c\n7 region=north\n8 region=west,zone=c\n9 region=west,zone=b async");
+    let fleet = fleet(&lines.replace("zone=a async", "zone=a async far"));
+    for (worker, servers, expected) in [
+        (3, &[3, 4][..], 3),
+        (4, &[3, 4], 4),
+        (5, &[3, 4], 4),
+        (5, &[3], 3),
+        // One tier shared with both: by distance.
+        (8, &[3, 4], 4),
+        (6, &[3, 4, 1], 1),
+        // The same in everything: by number.
+        (7, &[9, 4], 4),
+        (99, &[3, 4], 3),
+    ] {
+        let servers: Vec<NodeId> = servers.iter().map(|id| NodeId(*id)).collect();
+        assert_eq!(nearest(&fleet, NodeId(worker), &servers), Some(NodeId(expected)), "{worker} of {servers:?}");
+    }
+    assert_eq!(nearest(&fleet, NodeId(3), &[]), None);
 }

@@ -17,6 +17,7 @@ mod open;
 mod pause;
 mod pool;
 pub(crate) mod session;
+mod shared;
 mod span;
 mod types;
 
@@ -34,7 +35,10 @@ use tokio_util::task::AbortOnDropHandle;
 use uuid::Uuid;
 
 pub(crate) use self::dump::pg_dump_version;
+use self::open::Taken;
+use self::pause::Turn;
 use self::pool::Pool;
+use self::shared::Waiting;
 pub use self::types::*;
 use crate::Server;
 
@@ -54,6 +58,8 @@ const LIFE_MAX: Duration = Duration::from_secs(3600);
 pub struct Founders {
     server: Server,
     leases: Mutex<HashMap<Uuid, Arc<Lease>>>,
+    /// Points that other servers are to share, before they are taken.
+    waiting: Waiting,
     /// One point at a time: two could not both pause replay.
     opening: Arc<tokio::sync::Mutex<()>>,
     me: Weak<Self>,
@@ -80,7 +86,13 @@ impl Lease {
 impl Founders {
     /// The founders of `server`; there are none yet.
     pub fn new(server: Server) -> Arc<Self> {
-        Arc::new_cyclic(|me| Self { server, leases: Mutex::default(), opening: Arc::default(), me: me.clone() })
+        Arc::new_cyclic(|me| Self {
+            server,
+            leases: Mutex::default(),
+            waiting: Waiting::default(),
+            opening: Arc::default(),
+            me: me.clone(),
+        })
     }
 
     async fn answer(&self, request: Value) -> anyhow::Result<Reply> {
@@ -88,6 +100,14 @@ impl Founders {
             .map_err(|_| PgError::new(SqlState::PROTOCOL_VIOLATION, "the request for founders cannot be read"))?;
         match request {
             Request::Open(open) => Ok(Reply::Answer(serde_json::to_value(self.open(open).await?)?)),
+            Request::Prepare(open) => {
+                self.prepare(open).await?;
+                Ok(Reply::Answer(Value::Null))
+            }
+            Request::Step { lease, until } => Ok(Reply::Answer(serde_json::to_value(self.step(lease, until).await?)?)),
+            Request::Take { lease, at, with_schema } => {
+                Ok(Reply::Answer(serde_json::to_value(self.take(lease, &at, with_schema).await?)?))
+            }
             Request::Renew { lease } => {
                 self.lease(lease)?.renew();
                 Ok(Reply::Answer(Value::Null))
@@ -96,7 +116,11 @@ impl Founders {
                 self.remove(lease);
                 Ok(Reply::Answer(Value::Null))
             }
-            Request::Schema { lease, database } => Ok(Reply::Download(self.pool(lease, &database)?.schema.stream())),
+            Request::Schema { lease, database } => {
+                let pool = self.pool(lease, &database)?;
+                let schema = pool.schema.as_ref().context("give a schema that was dumped on another server")?;
+                Ok(Reply::Download(schema.stream()))
+            }
             Request::Sequences { lease, database } => {
                 let guard = self.pool(lease, &database)?.guard().await?;
                 let in_recovery = guard.row("SELECT pg_catalog.pg_is_in_recovery()", &[]).await?.get(0);
@@ -122,17 +146,29 @@ impl Founders {
         })?
     }
 
-    async fn open_in_turn(&self, request: Open) -> anyhow::Result<Opened> {
+    /// Waits until nobody else takes a point, and there is room for another lease.
+    async fn turn(&self, lease: Uuid) -> anyhow::Result<Turn> {
+        // First, for what waits keeps its turn.
+        self.remove(lease);
         let turn = Arc::new(self.opening.clone().lock_owned().await);
-        self.remove(request.lease);
         if self.leases.lock().unwrap_or_else(PoisonError::into_inner).len() >= LEASES_MAX {
             let message = format!("{LEASES_MAX} backups read {} already", self.server.address());
             return Err(PgError::new(SqlState::CONFIGURATION_LIMIT_EXCEEDED, message).into());
         }
+        Ok(turn)
+    }
+
+    async fn open_in_turn(&self, request: Open) -> anyhow::Result<Opened> {
+        let turn = self.turn(request.lease).await?;
         let end = CancellationToken::new();
         // Whatever was opened until an error is closed by this.
         let guard = end.clone().drop_guard();
         let taken = open::open(&self.server, &request, &end, turn).await.context("open founders")?;
+        Ok(self.keep(&request, taken, guard))
+    }
+
+    /// Holds a point that was taken.
+    fn keep(&self, request: &Open, taken: Taken, guard: DropGuard) -> Opened {
         let life = Duration::from_millis(request.life_ms).clamp(LIFE_MIN, LIFE_MAX);
         let pools = taken.pools.into_iter().map(|pool| (pool.database.clone(), Arc::new(pool))).collect();
         let ends = Mutex::new(Instant::now() + life);
@@ -140,10 +176,11 @@ impl Founders {
         let expiry = tokio::spawn(expire(self.me.clone(), request.lease, Arc::downgrade(&lease)));
         *lease.expiry.lock().unwrap_or_else(PoisonError::into_inner) = Some(AbortOnDropHandle::new(expiry));
         self.leases.lock().unwrap_or_else(PoisonError::into_inner).insert(request.lease, lease);
-        Ok(taken.opened)
+        taken.opened
     }
 
     fn remove(&self, lease: Uuid) {
+        drop(self.waiting.remove(lease));
         let removed = self.leases.lock().unwrap_or_else(PoisonError::into_inner).remove(&lease);
         drop(removed);
     }

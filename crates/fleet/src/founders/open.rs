@@ -5,7 +5,8 @@
 //! snapshots are taken while the position happens to stand still, and when it never does, there is one founder. On a
 //! primary one session exports its snapshot and the others import it; that is never done on a standby, where an
 //! importer may see wrong rows. Wherever `pg_dump` does not run in a pause, a fingerprint of the catalogs before and
-//! after it proves that the schema it wrote is that of the snapshots.
+//! after it proves that the schema it wrote is that of the snapshots. How several standbys come to the same position is
+//! told in [`super::shared`].
 //!
 //! Whatever was disturbed is done again, a bounded number of times, with the same sessions, or others in the place of
 //! those that were ended.
@@ -97,7 +98,7 @@ pub(super) struct Taken {
 }
 
 /// Why a point has to be taken anew.
-enum Disturbance {
+pub(super) enum Disturbance {
     /// Replay holds a lock on a table.
     Locked(PgError),
     /// The position moved where it had to stand still.
@@ -122,14 +123,14 @@ impl From<anyhow::Error> for Disturbance {
 }
 
 #[derive(Clone, Debug)]
-struct Position {
-    in_recovery: bool,
-    lsn: Lsn,
+pub(super) struct Position {
+    pub(super) in_recovery: bool,
+    pub(super) lsn: Lsn,
     received: Option<Lsn>,
-    timeline: u32,
+    pub(super) timeline: u32,
     time: DateTime<Utc>,
     /// Whether WAL is being received.
-    receives: bool,
+    pub(super) receives: bool,
 }
 
 /// The sessions of one database.
@@ -142,21 +143,23 @@ struct Team {
 }
 
 /// What is done to take the point.
-struct Taking<'a> {
-    server: &'a Server,
-    request: &'a Open,
-    end: &'a CancellationToken,
-    turn: Turn,
+pub(super) struct Taking {
+    pub(super) server: Server,
+    pub(super) request: Open,
+    end: CancellationToken,
+    pub(super) turn: Turn,
     control: Session,
     program: Program,
     version: i32,
-    system_identifier: String,
+    pub(super) system_identifier: String,
+    in_recovery: bool,
+    may_pause: bool,
     teams: Vec<Team>,
 }
 
 /// The position and the snapshots are there.
-struct Moment {
-    position: Position,
+pub(super) struct Moment {
+    pub(super) position: Position,
     databases_at_one_point: bool,
 }
 
@@ -167,29 +170,53 @@ pub(super) async fn open(
     end: &CancellationToken,
     turn: Turn,
 ) -> anyhow::Result<Taken> {
-    let control = Session::open(server, server.database(), request.job, end).await?;
-    let facts = control.row(FACTS, &[]).await.context("ask the server what it is")?;
-    let (in_recovery, version, may_pause): (bool, i32, bool) = (facts.get(0), facts.get(1), facts.get(3));
-    let system_identifier = facts.get(2);
-    let program = Program::find(version).await?;
-    let mut taking =
-        Taking { server, request, end, turn, control, program, version, system_identifier, teams: Vec::new() };
-    taking.assemble().await?;
-    match in_recovery {
+    let taking = Taking::begin(server, request, end, turn).await?;
+    match taking.in_recovery {
         false => taking.unpaused(Mode::Exported).await,
-        true if may_pause && !request.voting => taking.paused().await,
+        true if taking.may_be_paused() => taking.paused().await,
         true => taking.unpaused(Mode::Still).await,
     }
 }
 
-impl Taking<'_> {
+impl Taking {
+    /// Opens all sessions; none has a transaction yet, and nothing is paused.
+    pub(super) async fn begin(
+        server: &Server,
+        request: &Open,
+        end: &CancellationToken,
+        turn: Turn,
+    ) -> anyhow::Result<Self> {
+        let control = Session::open(server, server.database(), request.job, end).await?;
+        let facts = control.row(FACTS, &[]).await.context("ask the server what it is")?;
+        let version = facts.get(1);
+        let mut taking = Self {
+            server: server.clone(),
+            request: request.clone(),
+            end: end.clone(),
+            turn,
+            control,
+            program: Program::find(version).await?,
+            version,
+            system_identifier: facts.get(2),
+            in_recovery: facts.get(0),
+            may_pause: facts.get(3),
+            teams: Vec::new(),
+        };
+        taking.assemble().await?;
+        Ok(taking)
+    }
+
+    /// Whether its replay may be paused: by the node's role, and without any commit having to wait.
+    pub(super) fn may_be_paused(&self) -> bool {
+        self.in_recovery && self.may_pause && !self.request.voting
+    }
+
     fn readers(&self) -> usize {
         self.request.readers.clamp(1, READERS_MAX)
     }
 
-    /// Opens all sessions; none has a transaction yet.
     async fn assemble(&mut self) -> anyhow::Result<()> {
-        let (server, job, end) = (self.server, self.request.job, self.end);
+        let (server, job, end) = (&self.server, self.request.job, &self.end);
         for database in &self.request.databases {
             // The founders, their spare, and the guard.
             let count = self.readers() + SPARES + 1;
@@ -205,8 +232,8 @@ impl Taking<'_> {
     async fn paused(mut self) -> anyhow::Result<Taken> {
         let (mut tries, mut lock_tries) = (0, 0);
         loop {
-            let pause = Pause::begin(self.server, self.request.job, self.turn.clone()).await?;
-            let work = timeout(PAUSE_WORK, self.in_pause(&pause)).await;
+            let pause = Pause::begin(&self.server, self.request.job, self.turn.clone()).await?;
+            let work = timeout(PAUSE_WORK, self.in_pause(&pause, true)).await;
             // Before replay goes on, or it could meet what the founders still hold.
             let stood_down = if matches!(work, Ok(Ok(_))) { Ok(()) } else { self.stand_down().await };
             pause.end().await;
@@ -228,7 +255,8 @@ impl Taking<'_> {
         }
     }
 
-    async fn in_pause(&mut self, pause: &Pause) -> Result<(Moment, Plans), Disturbance> {
+    /// Everything that is done while replay is paused; the schema is dumped if it is wanted.
+    pub(super) async fn in_pause(&self, pause: &Pause, with_schema: bool) -> Result<(Moment, Plans), Disturbance> {
         for team in &self.teams {
             if let Some(row) = team.guard.rows(LOCKED, &[]).await?.first() {
                 let table = format!("{}.{}", row.get::<_, &str>(0), row.get::<_, &str>(1));
@@ -239,7 +267,7 @@ impl Taking<'_> {
         let position = self.position().await?;
         try_join_all(self.teams.iter().flat_map(|team| &team.founders).map(begin)).await?;
         try_join_all(self.teams.iter().flat_map(|team| &team.founders).map(hold)).await?;
-        let plans = self.plans(Mode::Paused).await?;
+        let plans = self.plans(Mode::Paused, with_schema).await?;
         let after = self.position().await?;
         if after.lsn != position.lsn || !after.in_recovery || !pause.still_stands().await? {
             return Err(Disturbance::Moved);
@@ -273,7 +301,7 @@ impl Taking<'_> {
         };
         let firsts = || self.teams.iter().filter_map(|team| Some((team.founders.first()?, &team.guard)));
         let before = try_join_all(firsts().map(|(founder, _)| catalog::fingerprint(founder))).await?;
-        let plans = self.plans(mode).await?;
+        let plans = self.plans(mode, true).await?;
         let after = try_join_all(firsts().map(|(_, guard)| catalog::fingerprint(guard))).await?;
         if let Some((team, _)) = self.teams.iter().zip(before.iter().zip(&after)).find(|(_, (a, b))| a != b) {
             let message = format!("the schema of database {} kept changing", quoted(&team.database));
@@ -347,7 +375,7 @@ impl Taking<'_> {
     }
 
     /// The plan and the schema of every database, in the order of the request.
-    async fn plans(&self, mode: Mode) -> Result<Plans, Disturbance> {
+    async fn plans(&self, mode: Mode, with_schema: bool) -> Result<Plans, Disturbance> {
         let mut plans = Vec::new();
         for team in &self.teams {
             let first = team.founders.first().context("ask a founder for the plan")?;
@@ -360,17 +388,21 @@ impl Taking<'_> {
             })?;
             // Ends the locks that reading took.
             first.run(BACK_TO_REST).await?;
-            let dumped = self.program.run(self.server, &team.database, mode, team.exported.as_deref()).await;
+            if !with_schema {
+                plans.push((plan, None));
+                continue;
+            }
+            let dumped = self.program.run(&self.server, &team.database, mode, team.exported.as_deref()).await;
             let schema = dumped.map_err(Disturbance::Other)?;
             plan.schema_bytes = schema.bytes;
             plan.warnings.clone_from(&schema.warnings);
             plan.dump_version.clone_from(&self.program.version);
-            plans.push((plan, schema));
+            plans.push((plan, Some(schema)));
         }
         Ok(plans)
     }
 
-    async fn position(&self) -> anyhow::Result<Position> {
+    pub(super) async fn position(&self) -> anyhow::Result<Position> {
         let row = self.control.row(POSITION, &[]).await.context("ask the server for its WAL position")?;
         let lsn = |text: Option<&str>| text.and_then(|text| text.parse::<Lsn>().ok());
         Ok(Position {
@@ -384,8 +416,8 @@ impl Taking<'_> {
     }
 
     /// Ends all transactions, to begin anew.
-    async fn stand_down(&mut self) -> anyhow::Result<()> {
-        let (server, job, end) = (self.server, self.request.job, self.end);
+    pub(super) async fn stand_down(&mut self) -> anyhow::Result<()> {
+        let (server, job, end) = (&self.server, self.request.job, &self.end);
         let downs = self.teams.iter_mut().map(|team| async {
             let database = &team.database;
             team.exported = None;
@@ -404,7 +436,7 @@ impl Taking<'_> {
         Ok(())
     }
 
-    fn taken(self, mode: Mode, moment: Moment, plans: Plans) -> Taken {
+    pub(super) fn taken(self, mode: Mode, moment: Moment, plans: Plans) -> Taken {
         // Fewer once a try has ended with one founder for each database.
         let founders = self.teams.iter().map(|team| team.founders.len()).min().unwrap_or(1);
         let readers = self.readers().min(founders);
@@ -432,7 +464,8 @@ impl Taking<'_> {
     }
 }
 
-type Plans = Vec<(DatabasePlan, Schema)>;
+/// What each database holds, with its schema if that was dumped here.
+pub(super) type Plans = Vec<(DatabasePlan, Option<Schema>)>;
 
 /// Begins a founder's transaction.
 async fn begin(session: &Session) -> anyhow::Result<()> {
@@ -465,7 +498,7 @@ async fn stood_down(
     Session::open(server, database, job, end).await
 }
 
-fn given_up(disturbance: Disturbance) -> anyhow::Error {
+pub(super) fn given_up(disturbance: Disturbance) -> anyhow::Error {
     match disturbance {
         Disturbance::Locked(error) => error.into(),
         Disturbance::Other(error) | Disturbance::Fatal(error) => error,

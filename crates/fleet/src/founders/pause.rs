@@ -14,6 +14,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::bail;
+use cluster::Lsn;
 use pgerror::{PgError, SqlState};
 use tokio::sync::OwnedMutexGuard;
 use tokio::task::JoinHandle;
@@ -35,6 +36,13 @@ const PAUSED_WAIT: Duration = Duration::from_secs(10);
 
 /// Time between two questions whether replay is paused.
 const POLL: Duration = Duration::from_millis(5);
+
+/// Replay that is let go on up to a position is paused again after this, wherever it is then.
+const STEP_MAX: Duration = Duration::from_millis(500);
+
+/// Up to so many bytes before that position it runs freely; from there on it is stopped every few records, because it
+/// cannot be stopped at a given one.
+const STEP_NEAR: u64 = 8192;
 
 /// Sessions on which resuming is tried; after that it is left to the switch.
 const RESUME_TRIES: usize = 3;
@@ -145,6 +153,17 @@ impl Pause {
         Ok(!switch.is_over() && state(control).await? == "paused")
     }
 
+    /// Lets replay go on until it has come up to `until`, or for [`STEP_MAX`], and waits until it is paused again. It may
+    /// have come a few records further.
+    pub(super) async fn step(&mut self, until: Lsn) -> anyhow::Result<()> {
+        let Some((control, switch, _)) = &self.held else { bail!("replay is not paused") };
+        if switch.is_over() {
+            bail!("the statement that pauses replay was ended by the server");
+        }
+        control.run(&step(until)).await?;
+        self.stands().await
+    }
+
     /// Resumes replay. Given up midway, it goes on by itself.
     pub(super) async fn end(mut self) {
         if let Some(finishing) = self.finish() {
@@ -168,6 +187,30 @@ impl Drop for Pause {
     fn drop(&mut self) {
         drop(self.finish());
     }
+}
+
+/// One statement, so that nothing but the server's own pace comes between resuming and pausing. Should it end in the
+/// middle, replay goes on.
+fn step(until: Lsn) -> String {
+    let near = Lsn(until.0.saturating_sub(STEP_NEAR));
+    format!(
+        "DO $$ DECLARE
+            before pg_catalog.pg_lsn;
+            ends CONSTANT timestamptz := pg_catalog.clock_timestamp() + interval '{} ms';
+        BEGIN
+            WHILE pg_catalog.pg_last_wal_replay_lsn() < '{until}' AND pg_catalog.clock_timestamp() < ends LOOP
+                before := pg_catalog.pg_last_wal_replay_lsn();
+                PERFORM pg_catalog.pg_wal_replay_resume();
+                WHILE (pg_catalog.pg_last_wal_replay_lsn() = before OR pg_catalog.pg_last_wal_replay_lsn() < '{near}')
+                      AND pg_catalog.clock_timestamp() < ends LOOP
+                END LOOP;
+                PERFORM pg_catalog.pg_wal_replay_pause();
+                WHILE pg_catalog.pg_get_wal_replay_pause_state() <> 'paused' AND pg_catalog.clock_timestamp() < ends LOOP
+                END LOOP;
+            END LOOP;
+        END $$",
+        STEP_MAX.as_millis()
+    )
 }
 
 /// Resumes first and cancels the switch only then: in between, it would still resume if this process died.

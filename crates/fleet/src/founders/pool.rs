@@ -68,7 +68,8 @@ pub(super) struct Pool {
     pub(super) tables: BTreeMap<u32, TablePlan>,
     /// In which rows leave the server.
     pub(super) copy_encoding: String,
-    pub(super) schema: Schema,
+    /// None where another server's founders have it.
+    pub(super) schema: Option<Schema>,
     pub(super) end: CancellationToken,
     anchor: Option<Anchor>,
     founders: Mutex<Founders>,
@@ -105,7 +106,7 @@ impl Pool {
         server: Server,
         job: i64,
         plan: &DatabasePlan,
-        schema: Schema,
+        schema: Option<Schema>,
         end: CancellationToken,
         crew: Crew,
     ) -> Self {

@@ -19,6 +19,27 @@ pub const FOUNDERS: &str = "founders";
 pub enum Request {
     /// Take a point and hold it. Answered with [`Opened`].
     Open(Open),
+    /// Open the sessions for a point that several servers of a shard are to share; nothing is paused yet. Refused where
+    /// replay may not be paused. Answered with null. What was opened goes when nothing more is asked for some seconds.
+    Prepare(Open),
+    /// Pause replay for such a point; or, where it stands for it already, let it go on until it has come up to `until`,
+    /// and pause it again. Answered with [`Standstill`].
+    Step {
+        /// The lease.
+        lease: Uuid,
+        /// The position that another server stands at; `None` only pauses.
+        until: Option<Lsn>,
+    },
+    /// Take such a point where replay stands, hold it, and let replay go on. Answered with [`Opened`]. Refused, it leaves
+    /// nothing.
+    Take {
+        /// The lease.
+        lease: Uuid,
+        /// Where all servers stand.
+        at: Standstill,
+        /// Whether the schema is dumped here; one server's is enough.
+        with_schema: bool,
+    },
     /// Hold it for another life. Answered with null.
     Renew {
         /// The lease.
@@ -97,6 +118,18 @@ pub struct Opened {
     pub point: Point,
     /// What each database holds at the point, in the order of the request.
     pub databases: Vec<DatabasePlan>,
+}
+
+/// Where a server's replay stands. Two standbys that stream the same timeline and stand at the same position of it show
+/// the same rows.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Standstill {
+    /// Which servers it can be compared with.
+    pub system_identifier: String,
+    /// The timeline that is being received.
+    pub timeline: u32,
+    /// The position.
+    pub lsn: Lsn,
 }
 
 /// What a look at a server found.

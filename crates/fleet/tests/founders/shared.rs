@@ -1,0 +1,154 @@
+//! Two standbys at one point: they come to stand at one position under load, show the same rows, and never stay paused
+//! for a coordinator that is gone.
+
+use super::*;
+
+/// A fleet and a second standby of it.
+struct Twin {
+    second: Instance,
+    fleet: Fleet,
+}
+
+impl Twin {
+    async fn start() -> Self {
+        let fleet = Fleet::start(true, ACCOUNTS).await;
+        let mut second = instance(fleet._dir.path(), "second");
+        let settings: Settings = vec![
+            ("hot_standby_feedback".to_owned(), "on".to_owned()),
+            ("wal_receiver_status_interval".to_owned(), "1s".to_owned()),
+        ];
+        second.clone_from(&fleet.primary.conninfo("root"), "second", &settings).unwrap();
+        second.start("root", &fleet._dir.path().join("second.log")).await.unwrap();
+        let twin = Self { second, fleet };
+        for server in twin.servers() {
+            until(&server, "SELECT count(*) FROM pg_stat_wal_receiver WHERE status = 'streaming'", "1").await;
+        }
+        twin
+    }
+
+    fn servers(&self) -> [Server; 2] {
+        [self.fleet.standby(), self.second.server("root").unwrap()]
+    }
+}
+
+impl Drop for Twin {
+    fn drop(&mut self) {
+        let Some(child) = self.second.child() else { return };
+        let Some(pid) = child.id() else { return };
+        kill(Pid::from_raw(pid as i32), Signal::SIGQUIT).unwrap();
+        while child.try_wait().unwrap().is_none() {
+            std::thread::sleep(Duration::from_millis(10));
+        }
+    }
+}
+
+async fn answer<T: serde::de::DeserializeOwned>(founders: &Arc<Founders>, request: &Request) -> T {
+    match call(founders, request).await.unwrap() {
+        Reply::Answer(answer) => serde_json::from_value(answer).unwrap(),
+        _ => panic!("not an answer"),
+    }
+}
+
+async fn step(founders: &Arc<Founders>, lease: Uuid, until: Option<cluster::Lsn>) -> Standstill {
+    answer(founders, &Request::Step { lease, until }).await
+}
+
+/// Steps whichever is behind, as a coordinator does; gives where both stand, and in how many steps.
+async fn to_one_position(pair: &[Arc<Founders>; 2], lease: Uuid) -> (Standstill, usize) {
+    let [first, second] = pair;
+    let (mut one, mut other) = (step(first, lease, None).await, step(second, lease, None).await);
+    for steps in 0..400 {
+        if one == other {
+            return (one, steps);
+        }
+        if one.lsn < other.lsn {
+            one = step(first, lease, Some(other.lsn)).await;
+        } else {
+            other = step(second, lease, Some(one.lsn)).await;
+        }
+    }
+    panic!("they stand at {one:?} and {other:?}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn two_standbys_are_stepped_to_one_point_and_show_the_same() {
+    let twin = Twin::start().await;
+    let writers: Vec<_> = (1..4).map(|seed| writer(&twin.fleet.primary(), seed)).collect();
+    let (big, _connection) = twin.fleet.primary().session_in("shop").await.unwrap();
+    let pair = twin.servers().map(Founders::new);
+    for round in 0..5 {
+        // Open while the snapshots are taken, and committed before they are read.
+        big.batch_execute(&MANY_SUBTRANSACTIONS.replace("100000", &format!("{}", 100_000 + 1000 * round)))
+            .await
+            .unwrap();
+        let lease = Uuid::new_v4();
+        for founders in &pair {
+            answer::<()>(founders, &Request::Prepare(open(lease, 2))).await;
+        }
+        let begun = Instant::now();
+        let (at, steps) = to_one_position(&pair, lease).await;
+        eprintln!("{steps} steps, {:?}", begun.elapsed());
+        let mut seen = Vec::new();
+        let mut taken: Vec<Opened> = Vec::new();
+        for (founders, with_schema) in pair.iter().zip([true, false]) {
+            taken.push(answer(founders, &Request::Take { lease, at: at.clone(), with_schema }).await);
+        }
+        big.batch_execute("COMMIT").await.unwrap();
+        for (founders, opened) in pair.iter().zip(&taken) {
+            assert_eq!(
+                (opened.point.lsn, opened.point.timeline, opened.point.mode),
+                (at.lsn, at.timeline, Mode::Paused)
+            );
+            seen.push(rows(founders, lease, whole(table(opened, "account"))).await);
+        }
+        assert_eq!(table(&taken[0], "account").identity, table(&taken[1], "account").identity);
+        assert!(taken[0].databases[0].schema_bytes > 0 && taken[1].databases[0].schema_bytes == 0);
+        assert_eq!(taken[0].databases[0].sequences, taken[1].databases[0].sequences);
+        assert!(seen[0] == seen[1], "the servers differ");
+        assert_eq!(sum(&seen[0]), 2_000_000 + 150_000 * i64::from(round));
+        for (founders, server) in pair.iter().zip(twin.servers()) {
+            assert_eq!(ask(&server, "postgres", PAUSE_STATE).await, "not paused");
+            answer::<()>(founders, &Request::Close { lease }).await;
+        }
+    }
+    writers.iter().for_each(tokio::task::JoinHandle::abort);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_server_that_waits_for_others_does_not_wait_for_long() {
+    let fleet = Fleet::start(true, ACCOUNTS).await;
+    let (founders, lease) = (Founders::new(fleet.standby()), Uuid::new_v4());
+    let prepare = |voting| Request::Prepare(Open { voting, ..open(lease, 2) });
+    // Where replay may not be paused nothing is prepared.
+    let error = refused(&founders, &prepare(true)).await;
+    assert!(error.message.ends_with("may not be paused"), "{error:?}");
+    let error = refused(&Founders::new(fleet.primary()), &prepare(false)).await;
+    assert!(error.message.ends_with("may not be paused"), "{error:?}");
+    assert!(is_point_lost(&refused(&founders, &Request::Step { lease, until: None }).await));
+
+    // Another position than the one where it stands is refused, and replay goes on.
+    answer::<()>(&founders, &prepare(false)).await;
+    let at = step(&founders, lease, None).await;
+    assert_eq!(ask(&fleet.standby(), "postgres", PAUSE_STATE).await, "paused");
+    for elsewhere in [
+        Standstill { lsn: cluster::Lsn(at.lsn.0 + 8), ..at.clone() },
+        Standstill { timeline: at.timeline + 1, ..at.clone() },
+    ] {
+        let error = refused(&founders, &Request::Take { lease, at: elsewhere, with_schema: false }).await;
+        assert_eq!(error.message, "the server does not stand at the point that others share");
+        assert_eq!(ask(&fleet.standby(), "postgres", PAUSE_STATE).await, "not paused");
+        answer::<()>(&founders, &prepare(false)).await;
+        step(&founders, lease, None).await;
+    }
+    // Closed, it goes on at once; and nobody else's turn is held up.
+    answer::<()>(&founders, &Request::Close { lease }).await;
+    until(&fleet.standby(), PAUSE_STATE, "not paused").await;
+    opened(&founders, open(Uuid::new_v4(), 2)).await;
+
+    // A coordinator that is gone says nothing more.
+    answer::<()>(&founders, &prepare(false)).await;
+    step(&founders, lease, None).await;
+    until(&fleet.standby(), PAUSE_STATE, "not paused").await;
+    assert!(is_point_lost(&refused(&founders, &Request::Step { lease, until: None }).await));
+    fleet.caught_up().await;
+}

@@ -1,0 +1,312 @@
+//! Several replicas of a shard, read at once at one proven point, while users write; and what becomes of it when one of
+//! them is lost.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::PathBuf;
+use std::process::{Child, Stdio};
+
+use nix::sys::signal::{Signal, kill};
+use serde_json::Value;
+
+use crate::support::demo::{Demo, psql};
+use crate::support::faults::Fleet;
+use crate::support::store::LocalBackup;
+use crate::support::{both, run, until};
+
+/// n1 leads in the east; n2 and n3 are asynchronous standbys in the west, and n4 there has no server.
+const TWIN: [&str; 8] = [
+    "--servers",
+    "3",
+    "--voters",
+    "1",
+    "--rows",
+    "200",
+    "--demo-locality",
+    "region=us-east-1,zone=a:region=us-west-1,zone=a:region=us-west-1,zone=b:region=us-west-1,zone=c",
+];
+
+const WEST: &str = "EXECUTION LOCALITY = 'region=us-west-1'";
+
+/// Tables, each of them a span, and what all their rows hold together.
+const TABLES: usize = 12;
+const ROWS: usize = 200;
+const TOTAL: i64 = (TABLES * ROWS * 100) as i64;
+
+/// Makes the database `bank` on the primary.
+fn bank(demo: &Demo) {
+    let on = |database: &str| demo.direct_url(1).replace("/movr?", &format!("/{database}?"));
+    run(psql(&on("postgres")).args(["-v", "ON_ERROR_STOP=1", "-qc", "CREATE DATABASE bank"]));
+    let make = format!(
+        "DO $$ BEGIN FOR n IN 1..{TABLES} LOOP
+             EXECUTE format('CREATE TABLE t%s (id int PRIMARY KEY, balance bigint NOT NULL)', n);
+             EXECUTE format('INSERT INTO t%s SELECT g, 100 FROM generate_series(1, {ROWS}) g', n);
+         END LOOP; END $$"
+    );
+    run(psql(&on("bank")).args(["-v", "ON_ERROR_STOP=1", "-qc", &make]));
+}
+
+/// Sessions that move money between tables without end; ended when dropped.
+struct Writers {
+    url: String,
+    clients: Vec<Child>,
+}
+
+impl Writers {
+    fn start(demo: &Demo) -> Self {
+        let url = demo.direct_url(1).replace("/movr?", "/bank?");
+        // Tables in one order, so that no two writers wait for each other for good.
+        let moves = |subtransactions: usize| {
+            format!(
+                "DO $$ DECLARE a int; b int; BEGIN LOOP
+                     a := 1 + floor(random() * ({TABLES} - 1)); b := a + 1 + floor(random() * ({TABLES} - a));
+                     EXECUTE format('UPDATE t%s SET balance = balance - 1 WHERE id = %s', a, 1 + floor(random() * {ROWS}));
+                     FOR n IN 1..{subtransactions} LOOP
+                         BEGIN
+                             EXECUTE format('UPDATE t%s SET balance = balance + 1 WHERE id = %s', b, n);
+                             EXECUTE format('UPDATE t%s SET balance = balance - 1 WHERE id = %s', b, n);
+                         EXCEPTION WHEN division_by_zero THEN NULL; END;
+                     END LOOP;
+                     EXECUTE format('UPDATE t%s SET balance = balance + 1 WHERE id = %s', b, 1 + floor(random() * {ROWS}));
+                     COMMIT;
+                 END LOOP; END $$"
+            )
+        };
+        // The last one is in more subtransactions than a snapshot can list.
+        let start = |statement: String| {
+            psql(&url).args(["-qc", &statement]).stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap()
+        };
+        let clients = [moves(0), moves(0), moves(100)].into_iter().map(start).collect();
+        Self { url, clients }
+    }
+}
+
+impl Drop for Writers {
+    fn drop(&mut self) {
+        // Without its client a session would go on until it has something to say.
+        let end = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE query LIKE 'DO %' AND datname = 'bank'";
+        let _ = psql(&self.url).args(["-qAtc", end]).output();
+        for client in &mut self.clients {
+            let _ = client.kill();
+            let _ = client.wait();
+        }
+    }
+}
+
+fn newest(demo: &Demo, path: &str) -> LocalBackup {
+    let dirs: Vec<PathBuf> = (1..=demo.nodes.len()).map(|number| demo.node_dir(number).join("extern")).collect();
+    LocalBackup::newest(&dirs, path)
+}
+
+fn balances(backup: &LocalBackup) -> i64 {
+    let tables = (1..=TABLES).map(|n| backup.rows(&format!("t{n}")));
+    let balance = |row: &String| row.split('\t').nth(1).unwrap().parse::<i64>().unwrap();
+    tables.flatten().map(|row| balance(&row)).sum()
+}
+
+/// From which nodes' servers rows were read, by the files.
+fn read_from(shard: &Value) -> BTreeSet<u64> {
+    shard["files"].as_array().unwrap().iter().map(|file| file["read_from"].as_u64().unwrap()).collect()
+}
+
+const PAUSE_STATE: &str = "SELECT pg_get_wal_replay_pause_state()";
+
+#[track_caller]
+fn assert_replays(demo: &Demo, number: usize) {
+    until("replay to go on", || {
+        let seen = both(&demo.psql_direct(number).args(["-Atc", PAUSE_STATE]).output().unwrap());
+        if seen.trim() == "not paused" { Ok(()) } else { Err(seen) }
+    });
+}
+
+#[track_caller]
+fn until_explained(demo: &Demo, statement: &str, line: &str) -> String {
+    until(line, || {
+        let plan = demo.ask(1, &format!("EXPLAIN {statement}"));
+        if plan.lines().any(|said| said.trim().starts_with(line)) { Ok(plan) } else { Err(plan) }
+    })
+}
+
+#[test]
+fn two_standbys_are_read_at_one_point_while_users_write() {
+    let demo = Demo::start(&TWIN);
+    bank(&demo);
+    let statement = format!("BACKUP DATABASE bank INTO 'nodelocal://1/b' WITH {WEST}, DETACHED");
+    let plan = until_explained(&demo, &statement, "read beside it: node");
+    assert!(plan.contains("exported by: nodes 2, 3, 4;"), "{plan}");
+    let writers = Writers::start(&demo);
+    let mut points = BTreeSet::new();
+    for _ in 0..5 {
+        let job = demo.ask(1, &statement);
+        let row = demo.ask(1, &format!("SHOW JOB WHEN COMPLETE {job}"));
+        assert_eq!(row.split('|').nth(5), Some("succeeded"), "{row}");
+        let backup = newest(&demo, "b");
+        let shard = &backup.manifest["shards"][0];
+        assert_eq!(read_from(shard), BTreeSet::from([2, 3]), "{row}");
+        let beside = shard["read_beside"].as_array().unwrap();
+        assert!(beside.len() == 1 && beside[0] != shard["read_from"], "{beside:?}");
+        assert_eq!(shard["point"]["mode"], "Paused");
+        // Each reads its own server; the one without a server reads one of them.
+        let nodes: BTreeMap<String, Value> = serde_json::from_value(backup.manifest["nodes"].clone()).unwrap();
+        for (node, own) in [("2", true), ("3", true), ("4", false)] {
+            let (local, remote) = (&nodes[node]["bytes_read_locally"], &nodes[node]["bytes_read_remotely"]);
+            let read = if own { (local, remote) } else { (remote, local) };
+            assert!(read.0.as_u64() > Some(0) && read.1 == 0, "{nodes:?}");
+        }
+        assert_eq!(balances(&backup), TOTAL);
+        points.insert(shard["point"]["lsn"].to_string());
+    }
+    assert_eq!(points.len(), 5, "users wrote in between: {points:?}");
+    drop(writers);
+    // Nothing is left of it on the standbys.
+    for number in [2, 3] {
+        assert_replays(&demo, number);
+        until("the founders to be gone", || {
+            let left = "SELECT count(*) FROM pg_stat_activity WHERE application_name LIKE 'backhaul job%'";
+            let seen = both(&demo.psql_direct(number).args(["-Atc", left]).output().unwrap());
+            if seen.trim() == "0" { Ok(()) } else { Err(seen) }
+        });
+    }
+    let restore =
+        format!("RESTORE DATABASE bank FROM LATEST IN 'nodelocal://1/b' WITH new_db_name = 'again', {WEST}, DETACHED");
+    let job = demo.ask(1, &restore);
+    let row = demo.ask(1, &format!("SHOW JOB WHEN COMPLETE {job}"));
+    assert_eq!(row.split('|').nth(5), Some("succeeded"), "{row}");
+    let tables: Vec<String> = (1..=TABLES).map(|n| format!("SELECT balance FROM t{n}")).collect();
+    let sum = format!("SELECT sum(balance) FROM ({}) t", tables.join(" UNION ALL "));
+    let url = demo.direct_url(1).replace("/movr?", "/again?");
+    assert_eq!(run(psql(&url).args(["-Atc", &sum])).trim(), TOTAL.to_string());
+}
+
+/// What is lost in the middle of a copy.
+#[derive(Clone, Copy, Debug)]
+enum Lost {
+    /// The server of the first node that was read, where the schema was dumped.
+    FirstServer,
+    /// The node beside the other server.
+    OtherNode,
+    /// The node that coordinates, and reads its own server.
+    Coordinator,
+    /// Both servers.
+    BothServers,
+}
+
+/// A job that is held behind its first span.
+struct Job {
+    id: String,
+    /// The node beside the server that the schema was dumped on, and that beside the other one.
+    first: usize,
+    other: usize,
+}
+
+/// What the point of a job is kept as.
+fn kept(fleet: &Fleet, job: &str, path: &str) -> String {
+    let key = format!("job_id = {job} AND key = 'point/s1'");
+    fleet.registry(&format!("SELECT value #>> '{{{path}}}' FROM registry.job_info WHERE {key}"))
+}
+
+/// Holds a job that is coordinated where that is wanted.
+#[track_caller]
+fn held(fleet: &Fleet, statement: &str, lost: Lost) -> Job {
+    until("the job to be where it is wanted", || {
+        let id = fleet.held(statement, "backup.after_first_span");
+        let coordinator: usize = fleet.job(&id, "coordinator_id").parse().unwrap();
+        let first: usize = kept(fleet, &id, "node").parse().unwrap();
+        let other = 5 - first;
+        let is_wanted = match lost {
+            Lost::OtherNode => coordinator != other,
+            Lost::Coordinator => [first, other].contains(&coordinator),
+            Lost::FirstServer | Lost::BothServers => true,
+        };
+        if is_wanted {
+            return Ok(Job { id, first, other });
+        }
+        fleet.let_go(&id, "backup.after_first_span");
+        fleet.end_of(&id);
+        Err(format!("node {coordinator} coordinates"))
+    })
+}
+
+#[test]
+fn when_one_of_them_is_lost_the_other_carries_on_at_the_same_point() {
+    for lost in [Lost::FirstServer, Lost::OtherNode, Lost::Coordinator, Lost::BothServers] {
+        let mut fleet = Fleet::start(&TWIN);
+        bank(&fleet.demo);
+        let statement = format!("BACKUP DATABASE bank INTO 'nodelocal://1/b' WITH {WEST}, DETACHED");
+        until_explained(&fleet.demo, &statement, "read beside it: node");
+        let _writers = Writers::start(&fleet.demo);
+        let Job { id, first, other } = held(&fleet, &statement, lost);
+        let (lease, lsn) = (kept(&fleet, &id, "lease"), kept(&fleet, &id, "opened,point,lsn"));
+        assert_eq!(kept(&fleet, &id, "others"), format!("[{other}]"));
+        match lost {
+            Lost::FirstServer => kill(fleet.demo.server_pid(first), Signal::SIGKILL).unwrap(),
+            Lost::OtherNode => fleet.signal(other, Signal::SIGKILL),
+            Lost::Coordinator => {
+                let coordinator: usize = fleet.job(&id, "coordinator_id").parse().unwrap();
+                fleet.end_node(coordinator, Signal::SIGKILL);
+            }
+            Lost::BothServers => {
+                for number in [2, 3] {
+                    kill(fleet.demo.server_pid(number), Signal::SIGKILL).unwrap();
+                }
+            }
+        }
+        fleet.let_go(&id, "backup.after_first_span");
+        assert_eq!(fleet.end_of(&id).0, "succeeded", "{lost:?}");
+        let backup = newest(&fleet.demo, "b");
+        let shard = &backup.manifest["shards"][0];
+        let same = (kept(&fleet, &id, "lease"), shard["point"]["lsn"].to_string()) == (lease, lsn);
+        assert_eq!(same, !matches!(lost, Lost::BothServers), "{lost:?}: {}", fleet.job(&id, "execution_errors::text"));
+        assert_eq!(balances(&backup), TOTAL, "{lost:?}");
+        let noted = fleet.job(&id, "execution_errors::text");
+        match lost {
+            Lost::FirstServer | Lost::OtherNode => {
+                assert!(noted != "{}" && !noted.contains("not all servers"), "{noted}")
+            }
+            Lost::Coordinator => {}
+            Lost::BothServers => assert_eq!(shard["read_from"], 1, "{noted}"),
+        }
+    }
+}
+
+#[test]
+fn where_it_cannot_be_proven_one_server_is_read_and_the_plan_says_why() {
+    let demo = Demo::start(&TWIN);
+    let statement = format!("BACKUP DATABASE movr INTO 'nodelocal://1/b' WITH {WEST}, DETACHED");
+    until_explained(&demo, &statement, "read beside it: node");
+    let on = |number: usize, text: &str| {
+        let url = demo.direct_url(number).replace("/movr?", "/postgres?");
+        run(psql(&url).args(["-v", "ON_ERROR_STOP=1", "-Atqc", text]))
+    };
+    let read = || {
+        let job = demo.ask(1, &statement);
+        let row = demo.ask(1, &format!("SHOW JOB WHEN COMPLETE {job}"));
+        assert_eq!(row.split('|').nth(5), Some("succeeded"), "{row}");
+        let url = demo.direct_url(1).replace("/movr?", "/backhaul?");
+        let errors = format!("SELECT execution_errors::text FROM registry.jobs WHERE id = {job}");
+        let shard = newest(&demo, "b").manifest["shards"][0].clone();
+        (read_from(&shard), run(psql(&url).args(["-Atc", &errors])))
+    };
+    // Commits may wait for one of them.
+    on(1, "ALTER SYSTEM SET synchronous_standby_names = 'FIRST 1 (n3)'");
+    on(1, "SELECT pg_reload_conf()");
+    let plan = until_explained(&demo, &statement, "not read beside it: node 3");
+    assert!(plan.contains("commits may wait for it, so its replay is never paused"), "{plan}");
+    until("the coordinator to know", || match read().0 {
+        one if one == BTreeSet::from([2]) => Ok(()),
+        more => Err(format!("{more:?}")),
+    });
+    on(1, "ALTER SYSTEM RESET synchronous_standby_names");
+    on(1, "SELECT pg_reload_conf()");
+    until_explained(&demo, &statement, "read beside it: node");
+    // Nobody may pause.
+    on(1, "REVOKE EXECUTE ON FUNCTION pg_wal_replay_pause() FROM backhaul");
+    let plan = until_explained(&demo, &statement, "read alone: ");
+    assert!(plan.contains("read alone: the role of its node may not pause its replay"), "{plan}");
+    until("the coordinator to say so", || match read() {
+        (one, said) if one.len() == 1 && said.contains("may not pause its replay") => Ok(()),
+        (more, said) => Err(format!("{more:?}: {said}")),
+    });
+    for number in [2, 3] {
+        assert_replays(&demo, number);
+    }
+}

@@ -23,8 +23,8 @@ mod settings; // what is set for the fleet holds on every node, without a restar
 mod shards; // several shards: each by its own rules, into others by shard_map, and left out only by name
 mod survival; // jobs outlive nodes that are stopped in turn, and a registry that moves
 mod together; // several replicas at one point, and what becomes of it when one is lost
-mod turnover; // nodes and servers that come, go and freeze while a backup runs
 mod transactions; // a detached backup commits with its client's transaction, and otherwise never was
+mod turnover; // nodes and servers that come, go and freeze while a backup runs
 mod wire; // what SQL cannot see: frames, pipelines, transactions, cancel
 
 #[path = "../support/mod.rs"]

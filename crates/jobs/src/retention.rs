@@ -22,7 +22,7 @@ impl Jobs {
         loop {
             settings.mark_unchanged();
             if self.session().is_ok()
-                && let Err(error) = self.forget(self.retention()).await
+                && let Err(error) = self.remove_older_than(self.retention()).await
             {
                 tracing::info!("could not remove jobs that ended long ago: {error:#}");
             }
@@ -36,7 +36,7 @@ impl Jobs {
         self.settings_heard().borrow().retention()
     }
 
-    async fn forget(&self, retention: Duration) -> anyhow::Result<()> {
+    async fn remove_older_than(&self, retention: Duration) -> anyhow::Result<()> {
         let delete = "
             DELETE FROM registry.jobs WHERE id IN (
                 SELECT id FROM registry.jobs WHERE finished < clock_timestamp() - $1::float8 * interval '1 second'

@@ -3,7 +3,9 @@
 //! A file says in its first lines which fleet it needs (`# demo: --nodes 2`; files with the same line share one fleet),
 //! and a statement says on which node it runs with a comment of its own, `-- on n2`; without one it runs on n1. Every
 //! statement of ours is also sent to the bare server beside n1, which must refuse it: what PostgreSQL understands is
-//! never taken from it. `cargo slt nodes/` runs the files whose path has that in it.
+//! never taken from it. So is every statement of `sql-fixtures/grammar/*.txt`, whose answers `crates/sql` checks.
+//! The trial `stock` runs all files once more as the stock `sqllogictest` command would: on one node of one fleet.
+//! `cargo slt nodes/` runs the files whose path has that in it.
 
 use std::collections::{BTreeMap, HashMap};
 use std::path::{Path, PathBuf};
@@ -26,6 +28,7 @@ fn main() {
     let mut files = Vec::new();
     collect(&root, &mut files);
     files.sort();
+    let all = files.clone();
     let trials = files.into_iter().map(|file| {
         let name = file.strip_prefix(&root).expect("a file of the folder").display().to_string();
         let text = std::fs::read_to_string(&file).expect("the file can be read");
@@ -33,7 +36,10 @@ fn main() {
         let fleet = Arc::clone(fleets.entry(header.clone()).or_default());
         Trial::test(name, move || run(&file, &header, &fleet))
     });
-    let trials = trials.collect();
+    let mut trials: Vec<Trial> = trials.collect();
+    let bare = Arc::clone(fleets.entry("--no-example-database".to_owned()).or_default());
+    trials.push(Trial::test("grammar", move || run_grammar(&root.join("grammar"), &bare)));
+    trials.push(Trial::test("stock", move || run_as_stock(&all)));
     let conclusion = libtest_mimic::run(&arguments, trials);
     // Ends the fleets: `exit` would not.
     drop(fleets);
@@ -52,6 +58,25 @@ fn collect(dir: &Path, files: &mut Vec<PathBuf>) {
     }
 }
 
+/// Every statement of the grammar's files goes to a bare server, which must not know it.
+fn run_grammar(folder: &Path, fleet: &Fleet) -> Result<(), Failed> {
+    let demo = fleet.get_or_init(|| Demo::start(&["--no-example-database"]));
+    let session = Session::new(Vec::new(), Some(demo.direct_url(1)));
+    let checked = include_str!("../crates/sql/tests/grammar.rs");
+    let runtime = tokio::runtime::Runtime::new()?;
+    for file in std::fs::read_dir(folder)?.flatten() {
+        let name = file.file_name().to_string_lossy().into_owned();
+        assert!(checked.contains(&name), "{name} is not a file of the test of the grammar");
+        let text = std::fs::read_to_string(file.path())?;
+        for case in support::golden::cases(&text) {
+            assert!(sql::is_ours(case.statement.as_bytes()), "{name}: {}", case.statement);
+            let theirs = runtime.block_on(session.check_is_not_theirs(&case.statement));
+            theirs.map_err(|error| Failed::from(format!("{name}: {}: {error}", case.statement)))?;
+        }
+    }
+    Ok(())
+}
+
 fn run(file: &Path, header: &str, fleet: &Fleet) -> Result<(), Failed> {
     let arguments: Vec<&str> = header.split_ascii_whitespace().collect();
     let demo = fleet.get_or_init(|| Demo::start(&arguments));
@@ -59,21 +84,39 @@ fn run(file: &Path, header: &str, fleet: &Fleet) -> Result<(), Failed> {
     let bare = demo.direct_url(1);
     let runtime = tokio::runtime::Runtime::new()?;
     let outcome = runtime.block_on(async {
-        let mut runner = Runner::new(|| async { Ok(Session::new(urls.clone(), bare.clone())) });
+        let mut runner = Runner::new(|| async { Ok(Session::new(urls.clone(), Some(bare.clone()))) });
         runner.run_file_async(file).await
     });
     outcome.map_err(|error| Failed::from(error.display(false).to_string()))
 }
 
+/// Runs all files as the stock command does with its PostgreSQL engine; building that takes minutes, so this is it again.
+fn run_as_stock(files: &[PathBuf]) -> Result<(), Failed> {
+    let demo = Demo::start(&["--rows", "300"]);
+    let urls = vec![demo.nodes[0].url.clone()];
+    let runtime = tokio::runtime::Runtime::new()?;
+    for file in files {
+        if std::fs::read_to_string(file)?.contains("# demo: --nodes 4 --servers 4 --shards") {
+            continue;
+        }
+        let mut runner = Runner::new(|| async { Ok(Session::new(urls.clone(), None)) });
+        runtime
+            .block_on(runner.run_file_async(file))
+            .map_err(|error| Failed::from(error.display(false).to_string()))?;
+    }
+    Ok(())
+}
+
 /// A session that has a connection to each node it was sent to.
 struct Session {
     urls: Vec<String>,
-    bare: String,
+    /// The server beside n1; `None` in a session that is like one of the stock command.
+    bare: Option<String>,
     connections: HashMap<usize, Client>,
 }
 
 impl Session {
-    fn new(urls: Vec<String>, bare: String) -> Self {
+    fn new(urls: Vec<String>, bare: Option<String>) -> Self {
         Self { urls, bare, connections: HashMap::new() }
     }
 
@@ -88,10 +131,9 @@ impl Session {
     /// A bare server must refuse a statement of ours, as one that it does not know.
     async fn check_is_not_theirs(&self, statement: &str) -> Result<(), Told> {
         let text = statement.as_bytes();
-        if !sql::is_ours(text) && !sql::has_row_source(text) {
-            return Ok(());
-        }
-        let code = match connect(&self.bare).await?.simple_query(statement).await {
+        let is_ours = sql::is_ours(text) || sql::has_row_source(text);
+        let Some(bare) = self.bare.as_ref().filter(|_| is_ours) else { return Ok(()) };
+        let code = match connect(bare).await?.simple_query(statement).await {
             Ok(_) => return Err(Told::own("a bare PostgreSQL accepts this statement".to_owned())),
             Err(error) => error.code().map(|code| code.code().to_owned()),
         };
@@ -121,7 +163,8 @@ impl AsyncDB for Session {
 
     async fn run(&mut self, statement: &str) -> Result<DBOutput<DefaultColumnType>, Told> {
         self.check_is_not_theirs(statement).await?;
-        let client = self.on(node_of(statement)).await?;
+        let number = if self.bare.is_some() { node_of(statement) } else { 1 };
+        let client = self.on(number).await?;
         let mut rows = Vec::new();
         let mut width = None;
         let mut affected = 0;
@@ -141,8 +184,11 @@ impl AsyncDB for Session {
             }
         }
         Ok(match width {
-            Some(width) => DBOutput::Rows { types: vec![DefaultColumnType::Any; width], rows },
-            None => DBOutput::StatementComplete(affected),
+            // The stock command cannot tell an answer without rows from none.
+            Some(width) if self.bare.is_some() || !rows.is_empty() => {
+                DBOutput::Rows { types: vec![DefaultColumnType::Any; width], rows }
+            }
+            Some(_) | None => DBOutput::StatementComplete(affected),
         })
     }
 
@@ -151,7 +197,7 @@ impl AsyncDB for Session {
     }
 
     fn engine_name(&self) -> &str {
-        "backhaul"
+        if self.bare.is_some() { "backhaul" } else { "postgres" }
     }
 
     async fn sleep(duration: std::time::Duration) {

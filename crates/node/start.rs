@@ -102,6 +102,7 @@ pub(crate) async fn run(flags: Start) -> anyhow::Result<()> {
         error = registry.clone().run(cluster.clone(), dialer.clone(), requested) => Err(error),
         () = ledger.run(cluster.clone(), dialer) => Ok(()),
         () = jobs.clone().run() => Ok(()),
+        () = Box::pin(jobs.clone().forget_the_ended()) => Ok(()),
         error = health::serve(http, cluster, registry) => Err(error),
         _ = &mut serving => bail!("the node's port was closed"),
     };

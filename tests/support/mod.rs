@@ -6,6 +6,7 @@
 pub mod demo;
 pub mod faults;
 pub mod fleet;
+pub mod golden;
 pub mod jobs;
 pub mod store;
 pub mod wire;

@@ -6,13 +6,13 @@ use std::process::Command;
 use crate::support::demo::Demo;
 use crate::support::run;
 
-fn drivers() -> PathBuf {
+pub(super) fn drivers() -> PathBuf {
     let dir = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("target/drivers");
     assert!(dir.exists(), "the drivers are not there; run scripts/prepare --tests");
     dir
 }
 
-fn script(name: &str) -> PathBuf {
+pub(super) fn script(name: &str) -> PathBuf {
     PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/drivers").join(name)
 }
 

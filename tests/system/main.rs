@@ -11,6 +11,7 @@ mod closed_network; // regions that only nodes can speak across, and a store tha
 mod control; // PAUSE, RESUME, CANCEL, and what a client that waits is told
 mod crash; // whatever dies, wherever a job is: it ends right, once, and leaves nothing
 mod demo; // what `backhaul demo` promises: its fleet, its ends, its refusals
+mod driver_steps; // one script of steps through every driver, and through psql
 mod drivers; // the same for application drivers
 mod extended; // ours in the extended protocol: what a driver may rely on, promise by promise
 mod failover; // promotion, crash and return of servers and nodes
@@ -20,6 +21,7 @@ mod plan; // EXPLAIN BACKUP tells what is done; options, ranges and regions; doc
 mod restore; // everything comes back the same, once, and damage is noticed
 mod rows; // SHOW as a row source: prepared, in pipelines, with positions, cancelled
 mod security; // passwords, TLS, open doors
+mod settings; // what is set for the fleet holds on every node, without a restart
 mod shards; // several shards: each by its own rules, into others by shard_map, and left out only by name
 mod survival; // jobs outlive nodes that are stopped in turn, and a registry that moves
 mod together; // several replicas at one point, and what becomes of it when one is lost

@@ -22,6 +22,7 @@ use storage::{Stores, Uri};
 use tokio::sync::watch;
 use tokio::time::timeout;
 
+use crate::limit::Limit;
 use crate::manifest::FileEntry;
 
 /// The name under which a node offers to export spans.
@@ -112,6 +113,8 @@ pub struct Export {
     jobs: Jobs,
     /// How many spans are exported here, by job.
     at_work: watch::Sender<BTreeMap<i64, usize>>,
+    /// Shared by all of them.
+    limit: Limit,
 }
 
 /// A span that is being exported; dropping it says that it is not any more.
@@ -134,7 +137,7 @@ impl Drop for AtWork<'_> {
 impl Export {
     /// A service to be offered as [`EXPORT`].
     pub fn new(peers: Peers, stores: Stores, jobs: Jobs) -> Arc<Self> {
-        Arc::new(Self { peers, stores, jobs, at_work: watch::Sender::default() })
+        Arc::new(Self { peers, stores, jobs, at_work: watch::Sender::default(), limit: Limit::default() })
     }
 
     fn begin(&self, job: i64) -> AtWork<'_> {
@@ -169,10 +172,13 @@ impl Export {
         encoder.include_checksum(true)?;
         let mut hash = Sha256::new();
         let (mut count, mut bytes, mut file_bytes) = (0, 0, 0);
+        let settings = self.jobs.settings_heard();
         loop {
             let next = timeout(STALL_DEADLINE, rows.next()).await.map_err(|_| stalled(task.founder))?;
             let last = next.is_none();
             if let Some(piece) = next.transpose()? {
+                let rate = settings.borrow().backup_rate();
+                self.limit.wait(piece.len(), rate).await;
                 // In COPY's text format a line break is the end of a row and nothing else.
                 count += piece.iter().filter(|byte| **byte == b'\n').count() as u64;
                 bytes += piece.len() as u64;

@@ -4,7 +4,8 @@
 //! them: [`targets`]), rights, URI. A job is made, and on whichever node coordinates it, [`resume`] tells the story step by step: the lock, a point for each
 //! shard ([`point`]) on a server that the rules choose ([`rules`]), spans cut from tables ([`spans`]) and dealt to
 //! workers ([`mod@assign`], [`queues`], [`deal`]), their export watched ([`drive`]), tables that keep changing held still
-//! ([`hold`]), the manifest written and sealed ([`manifest`], [`seal`]), and what is left over removed ([`revert`]). What a worker does with one span is [`export`]. The way back is
+//! ([`hold`]), the manifest written and sealed ([`manifest`], [`seal`]), and what is left over removed ([`revert`]). What a worker does with one span is [`export`], and how fast [`limit`];
+//! how far a job is [`pace`] says. The way back is
 //! [`restore`]. What is in a backup, and under which names, is [`layout`]; how it opens without us is [`restore_text`];
 //! what a plan looks like before it is carried out is [`explain`], and the spans by themselves are [`ranges`];
 //! what a session sets is [`settings`], where a job can be made to stop [`pausepoints`].
@@ -23,6 +24,7 @@ mod explain;
 mod export;
 mod hold;
 mod layout;
+mod limit;
 mod manifest;
 mod pace;
 mod patience;

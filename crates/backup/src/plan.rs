@@ -118,6 +118,7 @@ impl Backups {
         birth: &Birth,
         on_wait: OnWait<'_>,
     ) -> anyhow::Result<Outcome> {
+        self.jobs.settings().await?.check_feature("backup", "BACKUP")?;
         for _ in 0..PLANS_MAX {
             let (new, notices) = in_time(Box::pin(self.plan(statement, requester))).await?;
             match self.start(&new, statement.options.detached.then_some(birth), requester, on_wait).await {

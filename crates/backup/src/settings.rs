@@ -35,6 +35,37 @@ pub(crate) enum OnRelocation {
 }
 
 impl Settings {
+    /// Their names, values, defaults, and what they do.
+    pub fn listed(&self) -> [(&'static str, String, &'static str, &'static str); 4] {
+        let value = |value: &str, default: &str| if value.is_empty() { default.to_owned() } else { value.to_owned() };
+        [
+            (
+                "backhaul.backup.balanced_distribution",
+                value(&self.balanced, "off"),
+                "off",
+                "whether all matching nodes that hold a replica share a backup's spans, the leaseholder's or not",
+            ),
+            (
+                "backhaul.debug_pausepoints",
+                value(&self.pausepoints, ""),
+                "",
+                "where jobs that this session makes stop by themselves, for tests and demonstrations",
+            ),
+            (
+                "backhaul.on_relocation",
+                value(&self.on_relocation, "error"),
+                "error",
+                "what an attached client gets when its job has to run elsewhere: the error, or, with \"wait\", the row",
+            ),
+            (
+                "backhaul.progress",
+                value(&self.progress, "off"),
+                "off",
+                "whether a client that waits for a job is told how far it is",
+            ),
+        ]
+    }
+
     pub(crate) fn on_relocation(&self) -> Result<OnRelocation, PgError> {
         match self.on_relocation.to_ascii_lowercase().as_str() {
             "" | "error" => Ok(OnRelocation::Error),

@@ -27,6 +27,7 @@ mod peers;
 pub mod registry;
 pub mod secret;
 pub mod service;
+pub mod settings;
 pub mod socket;
 pub mod store;
 mod wary;

@@ -40,6 +40,7 @@ mod rows;
 mod run;
 mod server_frames;
 mod session;
+mod settings;
 mod show;
 mod startup;
 pub mod tls;

@@ -5,12 +5,12 @@
 use backup::{Outcome, Requester};
 use jobs::{Birth, Job, JobId};
 use pgerror::{PgError, SqlState};
-use sql::{ShowJobs, Statement};
+use sql::{Literals, ShowJobs, Statement};
 use tokio::sync::{mpsc, watch};
 
 use crate::Gateway;
 use crate::answer::{Answer, Column, Kind, Value, spoken};
-use crate::{collections, control, external, plans, progress, show};
+use crate::{collections, control, external, plans, progress, settings, show};
 
 const fn column(name: &'static str, kind: Kind) -> Column {
     Column { name, kind }
@@ -68,6 +68,7 @@ pub(crate) fn columns(statement: &Statement) -> &'static [Column] {
         Statement::ShowJobs(_) => &JOBS,
         Statement::CreateExternalConnection { .. } | Statement::DropExternalConnection { .. } => &[],
         Statement::ControlJobs(_) => &[],
+        Statement::Settings(statement) => settings::columns(statement),
         Statement::ShowExternalConnections { .. } => &external::COLUMNS,
     }
 }
@@ -83,6 +84,7 @@ impl Gateway {
         birth: &Birth,
         remarks: &mpsc::Sender<PgError>,
     ) -> Result<Answer, PgError> {
+        tracing::debug!("runs {}", statement.print(Literals::Hidden));
         let done = match statement {
             Statement::ShowLocality => return Ok(one_text(self.cluster.me().locality.to_string())),
             Statement::ShowNodes => return Ok(show::nodes(&self.cluster, &self.registry).await),
@@ -125,6 +127,7 @@ impl Gateway {
             Statement::ShowBackup(show) => collections::show(self, show, requester).await,
             Statement::ShowJobs(which) => self.show_jobs(which, requester, remarks).await,
             Statement::ControlJobs(statement) => control::run(self, statement, requester).await,
+            Statement::Settings(statement) => settings::run(self, statement, requester).await,
             other => external::run(self, other, requester).await,
         }
     }

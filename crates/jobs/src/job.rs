@@ -2,7 +2,7 @@
 
 use std::fmt;
 use std::sync::atomic::{AtomicI64, Ordering};
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use chrono::{DateTime, Utc};
 use cluster::{Filter, NodeId};
@@ -35,6 +35,13 @@ impl JobId {
         let last = LAST.fetch_max(ticks, Ordering::SeqCst);
         let ticks = if last >= ticks { LAST.fetch_add(1, Ordering::SeqCst) + 1 } else { ticks };
         Self(ticks << 15 | i64::from(node.0 & 0x7fff))
+    }
+
+    /// Whether it was made longer ago than this, by this host's clock.
+    pub(crate) fn is_older_than(self, age: Duration) -> bool {
+        let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+        let made = Duration::from_micros(u64::try_from(self.0 >> 15).unwrap_or(0).saturating_mul(10));
+        since.saturating_sub(Duration::from_secs(EPOCH_SECONDS)).saturating_sub(made) > age
     }
 }
 

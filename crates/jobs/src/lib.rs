@@ -20,6 +20,9 @@
 //! **Ringing.** Nodes LISTEN on one channel ([`ledger`]). A notification says only that something has changed; what,
 //! is read from the rows, so a lost one costs a moment and nothing else. Rows are written and rung for in separate
 //! transactions: together they would hold a lock of the whole server while a synchronous standby is awaited.
+//!
+//! **The end.** A job that has ended is forgotten after a while ([`retention`]); it, and more, is a setting of the fleet
+//! ([`settings`]).
 
 mod attend;
 mod birth;
@@ -27,8 +30,10 @@ mod control;
 mod gate;
 mod job;
 mod ledger;
+mod retention;
 mod run;
 mod runner;
+mod settings;
 mod settle;
 mod show;
 

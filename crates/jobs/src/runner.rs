@@ -324,9 +324,13 @@ impl Jobs {
         self.0.given.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Whether a client was given this id here; if there is no such job, its row was lost.
+    /// Whether a client was given this id here; if there is no such job, its row was lost. One that is old enough to
+    /// have been removed is not remembered.
     pub(crate) fn has_given(&self, id: JobId) -> bool {
-        self.given().contains(&id)
+        let retention = self.retention();
+        let mut given = self.given();
+        given.retain(|id| !id.is_older_than(retention));
+        given.contains(&id)
     }
 
     /// Claims and runs jobs, for ever.
@@ -355,7 +359,8 @@ impl Jobs {
     /// Says which jobs that clients were told of are not in the registry any more: it may have moved to a server that
     /// had not received them.
     async fn look_for_given(&self) {
-        let given: Vec<i64> = self.given().iter().map(|id| id.0).collect();
+        let retention = self.retention();
+        let given: Vec<i64> = self.given().iter().filter(|id| !id.is_older_than(retention)).map(|id| id.0).collect();
         let query =
             "SELECT id FROM unnest($1::bigint[]) id WHERE NOT EXISTS (SELECT FROM registry.jobs j WHERE j.id = id.id)";
         match self.0.ledger.query(query, &[&given]).await {

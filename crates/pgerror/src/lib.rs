@@ -101,6 +101,8 @@ impl SqlState {
     pub const UNDEFINED_PARAMETER: Self = Self(*b"42P02");
     /// Something that this user, or the node itself, may not do.
     pub const INSUFFICIENT_PRIVILEGE: Self = Self(*b"42501");
+    /// Whoever runs the fleet has switched it off.
+    pub const OPERATOR_INTERVENTION: Self = Self(*b"57000");
     /// A file, a directory or a bucket that does not exist.
     pub const UNDEFINED_FILE: Self = Self(*b"58P01");
 

@@ -3,7 +3,7 @@
 //! We do part of what it can say. The rest is read all the same, so that a syntax error is told before anything else
 //! and a sound statement is refused by the name of what it asks for.
 
-use pgerror::PgError;
+use pgerror::{PgError, SqlState};
 use sqlparser::tokenizer::Token;
 
 use crate::collection;
@@ -12,7 +12,7 @@ use crate::options::{Given, Known, Value, options};
 use crate::statement::{Backup, BackupOptions, Text};
 use crate::targets::{Verb, as_of, databases};
 
-const BACKUP: Verb = Verb {
+pub(crate) const BACKUP: Verb = Verb {
     name: "BACKUP",
     ends: &["INTO", "TO"],
     not_all: "Name the databases: BACKUP DATABASE name, name INTO 'uri'.",
@@ -21,24 +21,43 @@ const BACKUP: Verb = Verb {
 
 const NO_HISTORY: &str = "PostgreSQL keeps no history of rows.";
 
+pub(crate) const NO_CLUSTERS: &str = "PostgreSQL has no virtual clusters.";
+
+pub(crate) const LEAVE_OUT: &str = "Leave the option out.";
+
+/// What the option and its alias are called when they are told twice.
+const ALL_CLUSTERS: &str = "include_all_virtual_clusters";
+
 /// The form that was removed, in CockroachDB's words.
 const NO_BACKUP_TO: &str =
     "The `BACKUP TO` syntax is no longer supported. Please use `BACKUP INTO` to create a backup collection.";
 
-const OPTIONS: [Known; 13] = [
+const NO_ENCRYPTION: &str = "Backhaul does not encrypt what it writes.";
+
+const NO_KMS: &str = "There is no key management service that Backhaul could ask.";
+
+/// What to do without encryption of our own.
+const LET_THE_STORE: &str = "Let the store encrypt: leave the option out, and give the bucket server-side encryption.";
+
+pub(crate) const OPTIONS: [Known; 13] = [
     Known::ours("detached", Value::Switch, "detached option"),
     Known::ours("execution locality", Value::Text, "execution locality option"),
     Known::not_yet("revision_history", Value::Condition, "revision_history option").never(
         NO_HISTORY,
         "Leave the option out; PostgreSQL's WAL archive leads to the points in time between two backups.",
     ),
-    Known::not_yet("encryption_passphrase", Value::Text, "encryption_passphrase"),
-    Known::not_yet("kms", Value::Texts, "kms"),
-    Known::not_yet("incremental_location", Value::Texts, "incremental_location option"),
-    Known::not_yet("include_all_virtual_clusters", Value::Condition, "include_all_virtual_clusters"),
-    Known::not_yet("include_all_secondary_tenants", Value::Condition, "include_all_virtual_clusters"),
-    Known::not_yet("updates_cluster_monitoring_metrics", Value::Condition, "updates_cluster_monitoring_metrics option"),
-    Known::not_yet("strict storage locality", Value::Nothing, "strict storage locality option"),
+    Known::not_yet("encryption_passphrase", Value::Text, "encryption_passphrase").advised(NO_ENCRYPTION, LET_THE_STORE),
+    Known::not_yet("kms", Value::Texts, "kms").advised(NO_KMS, LET_THE_STORE),
+    Known::not_yet("incremental_location", Value::Texts, "incremental_location option")
+        .advised("Every backup is a full one.", LEAVE_OUT),
+    Known::not_yet("include_all_virtual_clusters", Value::Condition, ALL_CLUSTERS).never(NO_CLUSTERS, LEAVE_OUT),
+    Known::not_yet("include_all_secondary_tenants", Value::Condition, ALL_CLUSTERS).never(NO_CLUSTERS, LEAVE_OUT),
+    Known::not_yet("updates_cluster_monitoring_metrics", Value::Condition, "updates_cluster_monitoring_metrics option")
+        .advised("There is no such metric yet.", LEAVE_OUT),
+    Known::not_yet("strict storage locality", Value::Nothing, "strict storage locality option").advised(
+        "A backup has one store, so nothing of it can be written to another one.",
+        "Leave the option out, and name a store of the right region.",
+    ),
     // These are ours alone.
     Known::ours("strict execution locality", Value::Nothing, "strict execution locality option"),
     Known::ours("replica", Value::Text, "replica option"),
@@ -47,6 +66,7 @@ const OPTIONS: [Known; 13] = [
 
 pub(crate) fn backup(cursor: &mut Cursor<'_>) -> Result<Backup, PgError> {
     cursor.expect_words(&["BACKUP"])?;
+    let whole = cursor.at_word("INTO");
     let databases = databases(cursor, &BACKUP)?;
     if cursor.eat_word("TO") {
         cursor.texts()?;
@@ -61,7 +81,11 @@ pub(crate) fn backup(cursor: &mut Cursor<'_>) -> Result<Backup, PgError> {
         "Leave AS OF SYSTEM TIME out: a backup shows its databases as they are when it begins.",
     )?;
     let mut chosen = BackupOptions::default();
-    for option in options(cursor, BACKUP.name, &OPTIONS)? {
+    let told = options(cursor, BACKUP.name, &OPTIONS)?;
+    if let Some(why) = contradiction(&told, whole) {
+        cursor.refuse_first(PgError::new(SqlState::UNCATEGORIZED, why));
+    }
+    for option in told {
         match option {
             ("detached", given) => chosen.detached = matches!(given, Given::Yes),
             ("execution locality", Given::Text(filter)) => chosen.execution_locality = Some(filter),
@@ -72,6 +96,17 @@ pub(crate) fn backup(cursor: &mut Cursor<'_>) -> Result<Backup, PgError> {
         }
     }
     Ok(Backup { databases, into, options: chosen })
+}
+
+/// What is wrong with these options together, or with this target, in CockroachDB's words.
+fn contradiction(told: &[(&str, Given)], whole: bool) -> Option<&'static str> {
+    let has = |name: &str| told.iter().any(|(told, given)| *told == name && !matches!(given, Given::No));
+    if has("encryption_passphrase") && has("kms") {
+        return Some("cannot have both encryption_passphrase and kms option set");
+    }
+    let all_clusters = has("include_all_virtual_clusters") || has("include_all_secondary_tenants");
+    (all_clusters && !whole)
+        .then_some("the include_all_virtual_clusters option is only supported for full cluster backups")
 }
 
 /// What follows `INTO`.

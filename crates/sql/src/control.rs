@@ -1,11 +1,11 @@
 //! `PAUSE`, `RESUME` and `CANCEL` of jobs.
 
-use std::fmt;
-
 use pgerror::PgError;
 use sqlparser::tokenizer::Token;
 
 use crate::cursor::Cursor;
+use crate::print::Literals;
+use crate::schedules;
 use crate::selection::{self, JobKind, Selection};
 use crate::statement::{Text, print_option};
 
@@ -45,20 +45,16 @@ impl ControlVerb {
     }
 }
 
-/// In canonical form: `PAUSE JOB a` is `PAUSE JOBS VALUES (a)`.
-impl fmt::Display for ControlJobs {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let verb = self.verb.tag();
-        match &self.jobs {
-            Selection::All(JobKind::Backup) => f.write_str(&verb.replace(' ', " ALL BACKUP "))?,
-            Selection::All(JobKind::Restore) => f.write_str(&verb.replace(' ', " ALL RESTORE "))?,
-            Selection::Query(query) => write!(f, "{verb} {}", query.sourced.text())?,
-            Selection::Ids(ids) => {
-                let ids: Vec<String> = ids.iter().map(|id| format!("({})", id.print())).collect();
-                write!(f, "{verb} VALUES {}", ids.join(", "))?;
-            }
-        }
-        print_option(" WITH REASON", self.reason.as_ref()).map_or(Ok(()), |reason| f.write_str(&reason))
+impl ControlJobs {
+    /// In canonical form: `PAUSE JOB a` is `PAUSE JOBS VALUES (a)`.
+    pub(crate) fn print(&self, literals: Literals) -> String {
+        let (tag, jobs) = (self.verb.tag(), self.jobs.print(literals));
+        let verb = match self.jobs {
+            Selection::All(_) => tag.trim_end_matches(" JOBS"),
+            Selection::Ids(_) | Selection::Query(_) => tag,
+        };
+        let reason = print_option(" WITH REASON", self.reason.as_ref()).unwrap_or_default();
+        format!("{verb} {jobs}{reason}")
     }
 }
 
@@ -76,7 +72,7 @@ pub(crate) fn control(cursor: &mut Cursor<'_>, verb: ControlVerb) -> Result<Cont
     }
     let jobs = if cursor.eat_word("JOBS") {
         if cursor.at_words(&["FOR", "SCHEDULE"]) || cursor.at_words(&["FOR", "SCHEDULES"]) {
-            return Err(cursor.unsupported(format!("{topic} JOBS FOR SCHEDULES is not supported yet")));
+            schedules::jobs_of(cursor, &format!("{topic} JOBS"))?;
         }
         selection::several(cursor)?
     } else {
@@ -115,7 +111,7 @@ fn reason(cursor: &mut Cursor<'_>, verb: ControlVerb) -> Result<Option<Text>, Pg
 
 #[cfg(test)]
 mod tests {
-    use crate::{Statement, parse};
+    use crate::{Literals, parse};
 
     #[test]
     fn a_control_is_printed_in_canonical_form() {
@@ -141,10 +137,7 @@ mod tests {
             ("RESUME ALL RESTORE JOBS", "RESUME ALL RESTORE JOBS"),
         ] {
             assert!(crate::is_ours(text.as_bytes()), "{text}");
-            match parse(text).expect(text).as_slice() {
-                [Statement::ControlJobs(control)] => assert_eq!(control.to_string(), printed, "{text}"),
-                other => panic!("{text}: {other:?}"),
-            }
+            assert_eq!(parse(text).expect(text)[0].print(Literals::Shown), printed, "{text}");
         }
     }
 

@@ -44,6 +44,16 @@ impl<'t> Cursor<'t> {
         self.refusal.take().map_or(Ok(()), Err)
     }
 
+    /// What a statement that cannot be had as a whole is answered with: what is wrong behind its end, else why not.
+    pub(crate) fn refused(&mut self) -> PgError {
+        self.finish().err().unwrap_or_else(|| self.unexpected())
+    }
+
+    /// Notes what contradicts itself in the statement: told before anything that it cannot have.
+    pub(crate) fn refuse_first(&mut self, refusal: PgError) {
+        self.refusal = Some(refusal);
+    }
+
     /// Notes what the statement cannot have.
     pub(crate) fn refuse(&mut self, refusal: PgError) {
         self.refusal.get_or_insert(refusal);
@@ -209,8 +219,18 @@ impl<'t> Cursor<'t> {
         found
     }
 
+    /// A number as it is written, with its sign.
+    pub(crate) fn signed_number(&mut self) -> Option<String> {
+        let sign = if self.at(&Token::Minus) { "-" } else { "" };
+        let number = if sign.is_empty() { self.peek() } else { self.second() };
+        let Token::Number(digits, _) = number else { return None };
+        self.eat(&Token::Minus);
+        self.advance();
+        Some(format!("{sign}{digits}"))
+    }
+
     /// Reads over an expression of PostgreSQL up to what cannot be part of it: a comma, a parenthesis that it did not
-    /// open, `WITH`, or the end. Returns whether it is just `FALSE`.
+    /// open, `WITH`, `RECURRING`, or the end. Returns whether it is just `FALSE`.
     pub(crate) fn expression(&mut self) -> Result<bool, PgError> {
         let no = self.at_word("FALSE");
         let (mut depth, mut count) = (0_usize, 0_usize);
@@ -221,6 +241,7 @@ impl<'t> Cursor<'t> {
                 Token::Comma | Token::RParen if depth == 0 => break,
                 // TIMESTAMP WITH TIME ZONE is one type.
                 token if depth == 0 && is_word(token, "WITH") && !is_word(self.second(), "TIME") => break,
+                token if depth == 0 && is_word(token, "RECURRING") => break,
                 Token::LParen => depth += 1,
                 Token::RParen => depth -= 1,
                 _ => {}

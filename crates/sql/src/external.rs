@@ -3,7 +3,14 @@
 use pgerror::PgError;
 
 use crate::cursor::Cursor;
+use crate::options::{Known, Value, options};
 use crate::statement::Statement;
+
+const CHECK_OPTIONS: [Known; 3] = [
+    Known::not_yet("transfer", Value::Text, "transfer option"),
+    Known::not_yet("concurrently", Value::Condition, "concurrently option"),
+    Known::not_yet("time", Value::Text, "time option"),
+];
 
 /// `CREATE EXTERNAL CONNECTION [IF NOT EXISTS] name AS uri`.
 pub(crate) fn create(cursor: &mut Cursor<'_>) -> Result<Statement, PgError> {
@@ -21,8 +28,47 @@ pub(crate) fn drop(cursor: &mut Cursor<'_>) -> Result<Statement, PgError> {
     Ok(Statement::DropExternalConnection { name: cursor.text()? })
 }
 
+/// `ALTER EXTERNAL CONNECTION name AS uri`, refused.
+pub(crate) fn alter(cursor: &mut Cursor<'_>) -> Result<Statement, PgError> {
+    let refusal = cursor.unsupported("ALTER EXTERNAL CONNECTION is not supported yet");
+    cursor.refuse(refusal.hint("Drop it and create it again; jobs that run keep what it stood for."));
+    cursor.expect_words(&["ALTER", "EXTERNAL", "CONNECTION"])?;
+    cursor.text()?;
+    cursor.expect_words(&["AS"])?;
+    cursor.text()?;
+    Err(cursor.refused())
+}
+
+/// `CHECK EXTERNAL CONNECTION uri [WITH …]`, refused.
+pub(crate) fn check(cursor: &mut Cursor<'_>) -> Result<Statement, PgError> {
+    let refusal = cursor.unsupported("CHECK EXTERNAL CONNECTION is not supported yet");
+    cursor.refuse(refusal.hint("CREATE EXTERNAL CONNECTION says which nodes reach the store."));
+    cursor.expect_words(&["CHECK", "EXTERNAL", "CONNECTION"])?;
+    cursor.text()?;
+    options(cursor, "CHECK EXTERNAL CONNECTION", &CHECK_OPTIONS)?;
+    Err(cursor.refused())
+}
+
+/// What follows `SHOW` in `SHOW CREATE EXTERNAL CONNECTION name` and `SHOW CREATE ALL EXTERNAL CONNECTIONS`, refused.
+fn show_create(cursor: &mut Cursor<'_>) -> Result<Statement, PgError> {
+    let refusal = cursor.unsupported("SHOW CREATE EXTERNAL CONNECTION is not supported");
+    let detail = "The statement would hold the keys of the store, which are shown to nobody.";
+    cursor.refuse(refusal.detail(detail).hint("SHOW EXTERNAL CONNECTIONS shows them without keys."));
+    cursor.expect_words(&["CREATE"])?;
+    if cursor.eat_word("ALL") {
+        cursor.expect_words(&["EXTERNAL", "CONNECTIONS"])?;
+    } else {
+        cursor.expect_words(&["EXTERNAL", "CONNECTION"])?;
+        cursor.text()?;
+    }
+    Err(cursor.refused())
+}
+
 /// What follows `SHOW` in `SHOW EXTERNAL CONNECTIONS` and `SHOW EXTERNAL CONNECTION name`.
 pub(crate) fn show(cursor: &mut Cursor<'_>) -> Result<Statement, PgError> {
+    if cursor.at_word("CREATE") {
+        return show_create(cursor);
+    }
     cursor.expect_words(&["EXTERNAL"])?;
     if cursor.eat_word("CONNECTIONS") {
         return Ok(Statement::ShowExternalConnections { name: None });

@@ -30,11 +30,14 @@ mod names;
 mod options;
 mod parameters;
 mod parser;
+mod print;
 mod ranges;
 mod restore;
 mod rows;
 mod scan;
+mod schedules;
 mod selection;
+mod settings;
 mod show;
 mod show_backup;
 mod statement;
@@ -45,9 +48,11 @@ mod verb;
 pub use control::{ControlJobs, ControlVerb};
 pub use parameters::ParameterType;
 pub use parser::parse;
+pub use print::Literals;
 pub use rows::{Rewritten, RowSource, Sourced, has_row_source};
 pub use scan::is_ours;
 pub use selection::{IDS_MAX, JobKind, Query, Selection};
+pub use settings::Settings;
 pub use statement::{
     Backup, BackupOptions, Number, RangesOf, Restore, RestoreOptions, ShowBackup, ShowBackupOptions, ShowBackupWhat,
     ShowJobs, ShowRanges, Statement, Subdir, Text,

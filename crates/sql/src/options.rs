@@ -39,8 +39,8 @@ pub(crate) enum Given {
 enum Support {
     Ours,
     NotYet,
-    /// Not, and it is not planned either: the DETAIL and the HINT say why and what to do.
-    Never(&'static str, &'static str),
+    /// Not, and it is not planned either.
+    Never,
 }
 
 /// An option of CockroachDB's.
@@ -51,22 +51,29 @@ pub(crate) struct Known {
     /// What it is called when it is told twice; an alias has what its option has.
     twice: &'static str,
     support: Support,
+    /// Why it cannot be had, and what to do instead: a DETAIL and a HINT.
+    advice: Option<(&'static str, &'static str)>,
 }
 
 impl Known {
     /// An option that we have.
     pub(crate) const fn ours(name: &'static str, value: Value, twice: &'static str) -> Self {
-        Self { name, value, twice, support: Support::Ours }
+        Self { name, value, twice, support: Support::Ours, advice: None }
     }
 
     /// An option that we do not have yet.
     pub(crate) const fn not_yet(name: &'static str, value: Value, twice: &'static str) -> Self {
-        Self { name, value, twice, support: Support::NotYet }
+        Self { name, value, twice, support: Support::NotYet, advice: None }
     }
 
     /// The same option, when we are never to have it.
     pub(crate) const fn never(self, detail: &'static str, hint: &'static str) -> Self {
-        Self { support: Support::Never(detail, hint), ..self }
+        Self { support: Support::Never, ..self.advised(detail, hint) }
+    }
+
+    /// The same option, with a reason and a way to do without it.
+    pub(crate) const fn advised(self, detail: &'static str, hint: &'static str) -> Self {
+        Self { advice: Some((detail, hint)), ..self }
     }
 
     fn words(&self) -> Vec<&'static str> {
@@ -75,12 +82,17 @@ impl Known {
 
     /// Why it cannot be had; its name is at `begun`.
     fn refusal(&self, cursor: &Cursor<'_>, begun: Option<usize>, statement: &str) -> Option<PgError> {
-        let what = format!("{statement} option {} is not supported", self.name);
-        match self.support {
-            Support::Ours => None,
-            Support::NotYet => Some(cursor.unsupported_at(begun, format!("{what} yet"))),
-            Support::Never(detail, hint) => Some(cursor.unsupported_at(begun, what).detail(detail).hint(hint)),
-        }
+        let yet = match self.support {
+            Support::Ours => return None,
+            Support::NotYet => " yet",
+            Support::Never => "",
+        };
+        let what = format!("{statement} option {} is not supported{yet}", self.name);
+        let refusal = cursor.unsupported_at(begun, what);
+        Some(match self.advice {
+            Some((detail, hint)) => refusal.detail(detail).hint(hint),
+            None => refusal,
+        })
     }
 }
 
@@ -109,6 +121,11 @@ pub(crate) fn options(
         cursor.expect(&Token::RParen)?;
     }
     Ok(told.into_iter().map(|(known, given)| (known.name, given)).collect())
+}
+
+/// One option, behind a word that says that it is one.
+pub(crate) fn one(cursor: &mut Cursor<'_>, statement: &str, table: &'static [Known]) -> Result<(), PgError> {
+    option(cursor, statement, table, &[]).map(drop)
 }
 
 /// One option; `told` are those before it.

@@ -10,6 +10,7 @@ use pgerror::{PgError, SqlState};
 use crate::control::ControlJobs;
 use crate::rows::Sourced;
 use crate::selection::{Query, Selection};
+use crate::settings::Settings;
 use crate::statement::{
     Backup, BackupOptions, Number, Restore, RestoreOptions, ShowBackup, ShowJobs, Statement, Subdir, Text,
 };
@@ -77,6 +78,10 @@ impl Statement {
                 let (jobs, reason) = (bind_selection(jobs, values)?, reason.map(text).transpose()?);
                 Self::ControlJobs(ControlJobs { verb, jobs, reason })
             }
+            Self::Settings(Settings::Set { name, value }) => {
+                Self::Settings(Settings::Set { name, value: value.map(text).transpose()? })
+            }
+            Self::Settings(shown) => Self::Settings(shown),
             Self::CreateExternalConnection { name, uri, if_not_exists } => {
                 Self::CreateExternalConnection { name: text(name)?, uri: text(uri)?, if_not_exists }
             }
@@ -128,6 +133,8 @@ impl Statement {
                 named(from).chain([collection]).chain(options).collect()
             }
             Self::ControlJobs(control) => control.reason.iter().collect(),
+            Self::Settings(Settings::Set { value, .. }) => value.iter().collect(),
+            Self::Settings(_) => Vec::new(),
             Self::ShowBackups { collection } => vec![collection],
             Self::ShowBackup(ShowBackup { from, collection, .. }) => named(from).chain([collection]).collect(),
             Self::CreateExternalConnection { name, uri, .. } => vec![name, uri],

@@ -9,7 +9,7 @@ use sqlparser::tokenizer::{Token, Tokenizer};
 use crate::cursor::Cursor;
 use crate::statement::Statement;
 use crate::syntax::Source;
-use crate::{backup, control, external, restore, show};
+use crate::{backup, control, external, restore, schedules, settings, show};
 
 /// Parses a text that [`crate::is_ours`] accepted into its statements, in order.
 ///
@@ -77,14 +77,28 @@ fn statement(cursor: &mut Cursor<'_>) -> Result<Statement, PgError> {
         }
         cursor.refuse(cursor.unsupported_at(begun, format!("EXPLAIN {} is not supported yet", cursor.topic())));
     }
-    if cursor.at_word("BACKUP") {
+    if schedules::is_control(cursor) {
+        schedules::control(cursor)
+    } else if cursor.at_word("BACKUP") {
         backup::backup(cursor).map(Statement::Backup)
     } else if cursor.at_word("RESTORE") {
         restore::restore(cursor).map(Statement::Restore)
     } else if let Some(verb) = control::verb(cursor) {
         control::control(cursor, verb).map(Statement::ControlJobs)
+    } else if cursor.at_words(&["CREATE", "SCHEDULE"]) {
+        schedules::create(cursor)
+    } else if cursor.at_words(&["ALTER", "BACKUP"]) {
+        schedules::alter(cursor)
     } else if cursor.at_word("CREATE") {
         external::create(cursor)
+    } else if cursor.at_word("ALTER") {
+        external::alter(cursor)
+    } else if cursor.at_word("CHECK") {
+        external::check(cursor)
+    } else if cursor.at_word("SET") {
+        settings::set(cursor)
+    } else if cursor.at_word("RESET") {
+        settings::reset(cursor)
     } else if cursor.at_word("DROP") {
         external::drop(cursor)
     } else {

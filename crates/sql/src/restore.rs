@@ -4,6 +4,7 @@
 
 use pgerror::PgError;
 
+use crate::backup::{LEAVE_OUT, NO_CLUSTERS};
 use crate::collection;
 use crate::cursor::Cursor;
 use crate::options::{Given, Known, Value, options};
@@ -26,17 +27,20 @@ const NO_RESTORE_FROM_URI: &str = "The `RESTORE <targets> FROM <backupURI>` synt
 const NO_RESTORE_ALL_FROM_URI: &str = "The `RESTORE FROM <backupURI>` syntax is no longer supported. \
                                        Please use `RESTORE FROM <subdirectory> IN <collectionURI>`.";
 
-const NO_CLUSTERS: &str = "PostgreSQL has no virtual clusters.";
 const NO_REGIONS: &str = "A database of PostgreSQL has no regions.";
-const LEAVE_OUT: &str = "Leave the option out.";
+
+const NOT_ENCRYPTED: &str = "Backhaul does not encrypt what it writes, so there is nothing to open.";
 
 const OPTIONS: [Known; 25] = [
     Known::ours("detached", Value::Nothing, "detached option"),
     Known::ours("new_db_name", Value::Text, "new_db_name"),
     Known::ours("execution locality", Value::Text, "execution locality option"),
-    Known::not_yet("encryption_passphrase", Value::Text, "encryption_passphrase"),
-    Known::not_yet("kms", Value::Texts, "kms"),
-    Known::not_yet("into_db", Value::Text, "into_db"),
+    Known::not_yet("encryption_passphrase", Value::Text, "encryption_passphrase").advised(NOT_ENCRYPTED, LEAVE_OUT),
+    Known::not_yet("kms", Value::Texts, "kms").advised(NOT_ENCRYPTED, LEAVE_OUT),
+    Known::not_yet("into_db", Value::Text, "into_db").advised(
+        "A database is restored whole, and new.",
+        "Give the database another name with new_db_name, and move tables from there.",
+    ),
     Known::not_yet("skip_missing_foreign_keys", Value::Nothing, "skip_missing_foreign_keys"),
     Known::not_yet("skip_missing_sequences", Value::Nothing, "skip_missing_sequences"),
     Known::not_yet("skip_missing_sequence_owners", Value::Nothing, "skip_missing_sequence_owners"),

@@ -3,7 +3,7 @@
 /// The first words that make a text ours, none the beginning of another. Each is rejected by a bare PostgreSQL (`SHOW`
 /// of an unknown name: 42704, all else: 42601); a test of the whole system proves it for every statement in
 /// `sql-fixtures/`.
-const OURS: [&[&str]; 28] = [
+const OURS: [&[&str]; 52] = [
     &["BACKUP"],
     &["RESTORE"],
     &["EXPLAIN", "BACKUP"],
@@ -32,6 +32,30 @@ const OURS: [&[&str]; 28] = [
     &["EXPLAIN", "PAUSE"],
     &["EXPLAIN", "RESUME"],
     &["EXPLAIN", "CANCEL"],
+    &["SHOW", "AUTOMATIC", "JOBS"],
+    &["SHOW", "ALL", "BACKHAUL"],
+    &["SHOW", "ALL", "CLUSTER"],
+    &["SHOW", "CLUSTER", "SETTING"],
+    &["SHOW", "CLUSTER", "SETTINGS"],
+    &["SET", "CLUSTER", "SETTING"],
+    &["RESET", "CLUSTER", "SETTING"],
+    &["ALTER", "EXTERNAL", "CONNECTION"],
+    &["CHECK", "EXTERNAL", "CONNECTION"],
+    &["CREATE", "SCHEDULE"],
+    &["ALTER", "BACKUP", "SCHEDULE"],
+    &["PAUSE", "SCHEDULE"],
+    &["PAUSE", "SCHEDULES"],
+    &["RESUME", "SCHEDULE"],
+    &["RESUME", "SCHEDULES"],
+    &["DROP", "SCHEDULE"],
+    &["DROP", "SCHEDULES"],
+    &["SHOW", "SCHEDULE"],
+    &["SHOW", "SCHEDULES"],
+    &["SHOW", "PAUSED", "SCHEDULES"],
+    &["SHOW", "RUNNING", "SCHEDULES"],
+    &["SHOW", "CREATE", "SCHEDULE"],
+    &["SHOW", "CREATE", "ALL"],
+    &["SHOW", "CREATE", "EXTERNAL"],
 ];
 
 /// The most words that it takes to know.
@@ -181,6 +205,27 @@ mod tests {
             ("-- SHOW LOCALITY", false),
             ("", false),
             (";SHOW LOCALITY", false),
+        ] {
+            assert_eq!(is_ours(text.as_bytes()), ours, "{text}");
+        }
+    }
+
+    #[test]
+    fn settings_and_schedules_are_ours_where_postgresql_has_none() {
+        for (text, ours) in [
+            ("SET CLUSTER SETTING a = 1", true),
+            ("SET cluster.setting = 1", false),
+            ("SET cluster TO 1", false),
+            ("RESET cluster", false),
+            ("SHOW ALL", false),
+            ("SHOW ALL;", false),
+            ("SHOW ALL BACKHAUL SETTINGS", true),
+            ("SHOW cluster.setting", false),
+            ("SHOW CLUSTER SETTINGS", true),
+            ("SHOW schedules.x", false),
+            ("SHOW CREATE TABLE x", false),
+            ("DROP SCHEDULE 1", true),
+            ("ALTER BACKUP x", false),
         ] {
             assert_eq!(is_ours(text.as_bytes()), ours, "{text}");
         }

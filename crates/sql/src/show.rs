@@ -4,7 +4,7 @@ use pgerror::PgError;
 
 use crate::cursor::Cursor;
 use crate::statement::{ShowJobs, Statement};
-use crate::{external, ranges, selection, show_backup};
+use crate::{external, ranges, schedules, selection, settings, show_backup};
 
 pub(crate) fn show(cursor: &mut Cursor<'_>) -> Result<Statement, PgError> {
     cursor.expect_words(&["SHOW"])?;
@@ -24,9 +24,26 @@ pub(crate) fn show(cursor: &mut Cursor<'_>) -> Result<Statement, PgError> {
         show_backup::backups(cursor)
     } else if cursor.eat_word("BACKUP") {
         show_backup::backup(cursor).map(Statement::ShowBackup)
-    } else {
+    } else if cursor.at_words(&["ALL"]) || cursor.at_words(&["CLUSTER"]) {
+        settings::show(cursor)
+    } else if cursor.at_word("AUTOMATIC") {
+        automatic(cursor)
+    } else if cursor.at_word("EXTERNAL") || cursor.at_words(&["CREATE", "EXTERNAL"]) || creates_connections(cursor) {
         external::show(cursor)
+    } else {
+        schedules::show(cursor)
     }
+}
+
+fn creates_connections(cursor: &Cursor<'_>) -> bool {
+    cursor.at_words(&["CREATE", "ALL", "EXTERNAL"])
+}
+
+fn automatic(cursor: &mut Cursor<'_>) -> Result<Statement, PgError> {
+    let refusal = cursor.unsupported("SHOW AUTOMATIC JOBS is not supported");
+    cursor.refuse(refusal.detail("There are no automatic jobs.").hint("SHOW JOBS lists all jobs."));
+    cursor.expect_words(&["AUTOMATIC", "JOBS"])?;
+    Err(cursor.refused())
 }
 
 /// What follows `SHOW JOB`: one id.
@@ -34,7 +51,9 @@ fn job(cursor: &mut Cursor<'_>) -> Result<ShowJobs, PgError> {
     let when_complete = when_complete(cursor)?;
     let jobs = selection::one(cursor)?;
     if !when_complete && cursor.at_words(&["WITH", "EXECUTION", "DETAILS"]) {
-        return Err(cursor.unsupported("SHOW JOB WITH EXECUTION DETAILS is not supported yet"));
+        let refusal = cursor.unsupported("SHOW JOB WITH EXECUTION DETAILS is not supported yet");
+        cursor.refuse(refusal.hint("SHOW JOB tells what has gone wrong in execution_errors."));
+        cursor.expect_words(&["WITH", "EXECUTION", "DETAILS"])?;
     }
     Ok(ShowJobs::These { jobs, when_complete })
 }
@@ -45,7 +64,7 @@ fn jobs(cursor: &mut Cursor<'_>) -> Result<ShowJobs, PgError> {
         return Ok(ShowJobs::All);
     }
     if cursor.at_words(&["FOR", "SCHEDULE"]) || cursor.at_words(&["FOR", "SCHEDULES"]) {
-        return Err(cursor.unsupported("SHOW JOBS FOR SCHEDULES is not supported yet"));
+        schedules::jobs_of(cursor, "SHOW JOBS")?;
     }
     let when_complete = when_complete(cursor)?;
     Ok(ShowJobs::These { jobs: selection::several(cursor)?, when_complete })

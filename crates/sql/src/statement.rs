@@ -9,6 +9,7 @@ use std::fmt;
 use crate::control::ControlJobs;
 use crate::names::{quoted_literal, quoted_name};
 use crate::selection::Selection;
+use crate::settings::Settings;
 
 /// One statement of ours.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -41,6 +42,8 @@ pub enum Statement {
     ShowJobs(ShowJobs),
     /// `PAUSE JOB`, `RESUME JOB`, `CANCEL JOB` and their relatives: requests that change what becomes of jobs.
     ControlJobs(ControlJobs),
+    /// `SET CLUSTER SETTING …` and its relatives: settings of the whole fleet.
+    Settings(Settings),
     /// `CREATE EXTERNAL CONNECTION name AS uri`: a name for a store.
     CreateExternalConnection {
         /// The name.
@@ -73,6 +76,7 @@ impl Statement {
             Self::Backup(_) => "BACKUP",
             Self::Restore(_) => "RESTORE",
             Self::ControlJobs(control) => control.verb.tag(),
+            Self::Settings(settings) => settings.tag(),
             Self::CreateExternalConnection { .. } => "CREATE EXTERNAL CONNECTION",
             Self::DropExternalConnection { .. } => "DROP EXTERNAL CONNECTION",
         }
@@ -105,7 +109,7 @@ impl Backup {
         self.print(&quoted_literal(uri))
     }
 
-    fn print(&self, destination: &str) -> String {
+    pub(crate) fn print(&self, destination: &str) -> String {
         let names: Vec<_> = self.databases.iter().map(|name| quoted_name(name)).collect();
         let BackupOptions { detached, execution_locality, strict, replica, skip_unreachable_shards } = &self.options;
         let options = [
@@ -179,17 +183,17 @@ impl Restore {
     ///
     /// `uri` is printed as it is given: it must be redacted already.
     pub fn description(&self, subdir: &str, uri: &str) -> String {
-        self.print(&quoted_literal(subdir), uri)
+        self.print(&quoted_literal(subdir), &quoted_literal(uri))
     }
 
     /// The statement as its user wrote it, in canonical form.
     ///
     /// `uri` is printed as it is given: it must be redacted already.
     pub fn redacted(&self, uri: &str) -> String {
-        self.print(&self.from.print(), uri)
+        self.print(&self.from.print(), &quoted_literal(uri))
     }
 
-    fn print(&self, from: &str, uri: &str) -> String {
+    pub(crate) fn print(&self, from: &str, uri: &str) -> String {
         let RestoreOptions { new_db_name, execution_locality, detached, shard_map } = &self.options;
         let options = [
             detached.then(|| "detached".to_owned()),
@@ -197,8 +201,7 @@ impl Restore {
             print_option("execution locality", execution_locality.as_ref()),
             print_option("shard_map", shard_map.as_ref()),
         ];
-        let (name, uri) = (quoted_name(&self.database), quoted_literal(uri));
-        format!("RESTORE DATABASE {name} FROM {from} IN {uri}{}", print_options(options))
+        format!("RESTORE DATABASE {} FROM {from} IN {uri}{}", quoted_name(&self.database), print_options(options))
     }
 }
 
@@ -277,7 +280,7 @@ pub(crate) fn print_option(name: &str, value: Option<&Text>) -> Option<String> {
     value.map(|value| format!("{name} = {}", value.print()))
 }
 
-fn print_options<const N: usize>(options: [Option<String>; N]) -> String {
+pub(crate) fn print_options<const N: usize>(options: [Option<String>; N]) -> String {
     let told: Vec<String> = options.into_iter().flatten().collect();
     if told.is_empty() { String::new() } else { format!(" WITH {}", told.join(", ")) }
 }
@@ -316,7 +319,7 @@ impl Text {
         }
     }
 
-    fn print(&self) -> String {
+    pub(crate) fn print(&self) -> String {
         match self {
             Self::Literal(text) => quoted_literal(text),
             Self::Placeholder(n) => format!("${n}"),

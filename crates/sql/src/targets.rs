@@ -37,7 +37,7 @@ pub(crate) fn databases(cursor: &mut Cursor<'_>, verb: &Verb) -> Result<Vec<Stri
         && !verb.ends.iter().any(|end| cursor.at_words(&["TENANT", end]));
     if cursor.eat_words(&["VIRTUAL", "CLUSTER"]) || (named_tenant && cursor.eat_word("TENANT")) {
         let refusal = cursor.unsupported_at(begun, format!("{name} VIRTUAL CLUSTER is not supported"));
-        cursor.refuse(refusal.detail("PostgreSQL has none."));
+        cursor.refuse(refusal.detail("PostgreSQL has no virtual clusters.").hint(verb.not_tables));
         if !cursor.eat_number() {
             cursor.text()?;
         }

@@ -25,6 +25,7 @@ impl Backups {
         birth: &Birth,
         on_wait: OnWait<'_>,
     ) -> anyhow::Result<Outcome> {
+        self.jobs.settings().await?.check_feature("restore", "RESTORE")?;
         let new = in_time(self.plan_restore(statement, requester)).await?;
         self.start(&new, statement.options.detached.then_some(birth), requester, on_wait).await
     }

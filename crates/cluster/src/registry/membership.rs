@@ -10,6 +10,7 @@ use uuid::Uuid;
 
 use crate::dial::spoken;
 use crate::registry::{JOIN_DEADLINE, Listed, Session};
+use crate::settings::FleetSettings;
 use crate::{Cluster, NodeId, NodeInfo};
 
 /// Why a node must not run in this fleet; whoever starts it again has to change something first.
@@ -250,6 +251,7 @@ pub(super) struct Renewed {
     pub(super) registry_time: DateTime<Utc>,
     pub(super) addresses: Vec<String>,
     pub(super) shards: Vec<(String, String)>,
+    pub(super) settings: FleetSettings,
 }
 
 /// Renews the session: one statement, sent once, that is either there or not.
@@ -267,7 +269,9 @@ pub(super) async fn renew(client: &Client, session: &Session, life: Duration) ->
                (SELECT value::bigint FROM registry.settings WHERE name = 'session_life_ms'),
                (SELECT array_agg(address) FROM registry.nodes WHERE id <> $1),
                (SELECT array_agg(name ORDER BY name) FROM registry.shards),
-               (SELECT array_agg(system_identifier ORDER BY name) FROM registry.shards)
+               (SELECT array_agg(system_identifier ORDER BY name) FROM registry.shards),
+               (SELECT array_agg(name ORDER BY name) FROM registry.settings),
+               (SELECT array_agg(value ORDER BY name) FROM registry.settings)
         FROM beat";
     let renewed = client.query_opt(beat, &[&session.node_id.0, &session.id, &milliseconds(life)]).await;
     let row = renewed.map_err(spoken).context("renew the node's session")?;
@@ -278,5 +282,6 @@ pub(super) async fn renew(client: &Client, session: &Session, life: Duration) ->
         life: life_of(row.get(1)),
         addresses: texts(2),
         shards: texts(3).into_iter().zip(texts(4)).collect(),
+        settings: FleetSettings::of_rows(texts(5).into_iter().zip(texts(6))),
     })
 }

@@ -29,6 +29,7 @@ pub use membership::Refused;
 pub use schema::{DATABASE, migrate};
 
 use crate::dial::spoken;
+use crate::settings::FleetSettings;
 use crate::{Cluster, Dialer, NodeId, PeerSession, Purpose};
 
 /// Wait between tries to reach the registry.
@@ -104,6 +105,8 @@ pub struct Listed {
 struct Shared {
     standing: watch::Sender<Standing>,
     session: watch::Sender<Option<Arc<PeerSession>>>,
+    /// As the last heartbeat brought them.
+    settings: watch::Sender<FleetSettings>,
     /// Cancelled when the node leaves for good.
     leaving: CancellationToken,
 }
@@ -116,7 +119,8 @@ impl Default for Registry {
     fn default() -> Self {
         let apart = Standing::Apart { reason: "the node has just started".to_owned() };
         let (standing, session) = (watch::Sender::new(apart), watch::Sender::new(None));
-        Self(Arc::new(Shared { standing, session, leaving: CancellationToken::new() }))
+        let settings = watch::Sender::default();
+        Self(Arc::new(Shared { standing, session, settings, leaving: CancellationToken::new() }))
     }
 }
 
@@ -124,6 +128,11 @@ impl Registry {
     /// Where this node stands.
     pub fn standing(&self) -> Standing {
         self.0.standing.borrow().clone()
+    }
+
+    /// The fleet's settings, as this node last heard of them.
+    pub fn settings(&self) -> watch::Receiver<FleetSettings> {
+        self.0.settings.subscribe()
     }
 
     /// All nodes that ever joined, by number.
@@ -228,9 +237,16 @@ impl Registry {
             report_offset(renewed.registry_time - Utc::now(), &mut reported);
             cluster.learn(renewed.addresses);
             cluster.confirm_shards(&renewed.shards);
+            // The session was renewed for the life of before: one that is longer from now on is not lived yet.
+            let lived = life.min(renewed.life);
             life = renewed.life;
+            self.0.settings.send_if_modified(|settings| {
+                let news = *settings != renewed.settings;
+                *settings = renewed.settings;
+                news
+            });
             let elsewhere = views.wait_for(|view| view.registry().is_some_and(|(node, _)| node.instance != beside));
-            if timeout(life / 4, elsewhere).await.is_ok() {
+            if timeout(lived / 4, elsewhere).await.is_ok() {
                 bail!("the registry has moved to another server");
             }
         }

@@ -239,7 +239,7 @@ fn a_job_says_how_fast_it_moves_bytes() {
     let fleet = Fleet::start(&["--rows", "500"]);
     fleet.registry(
         "CREATE TABLE public.said (job int8, status text);
-         CREATE FUNCTION public.hear() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN
+         CREATE FUNCTION public.hear() RETURNS trigger LANGUAGE plpgsql SECURITY DEFINER AS $$ BEGIN
              INSERT INTO public.said VALUES (NEW.id, NEW.running_status); RETURN NULL; END $$;
          CREATE TRIGGER hears AFTER UPDATE OF running_status ON registry.jobs
              FOR EACH ROW EXECUTE FUNCTION public.hear()",

@@ -125,7 +125,7 @@ impl Deal<'_> {
         let mut look = Instant::now();
         loop {
             if queues.is_open() || look <= Instant::now() {
-                self.deal(&mut queues, &mut servers)?;
+                self.deal(&mut queues, &mut servers, running.is_empty())?;
                 look = Instant::now() + LOOK_EVERY;
             }
             while let Some((worker, server, piece)) = queues.next(|worker| servers.free(worker, self.at_once)) {
@@ -191,13 +191,14 @@ impl Deal<'_> {
         Ok(given_up)
     }
 
-    /// Deals what is open, and what has to be dealt anew, to the nodes that match and live now.
-    fn deal<P>(&self, queues: &mut Queues<P, Failures>, servers: &mut Servers) -> anyhow::Result<()> {
+    /// Deals what is open, and what has to be dealt anew, to the nodes that match and live now. While nothing is at work
+    /// (`idle`), what waits has to be begun by somebody: nobody else will notice that there is nobody left.
+    fn deal<P>(&self, queues: &mut Queues<P, Failures>, servers: &mut Servers, idle: bool) -> anyhow::Result<()> {
         let view = self.peers.cluster().view();
         let fleet = Fleet::of(&view, self.shard);
         let mut workers = workers(&fleet, self.rules, &servers.left);
         workers.retain(|worker| !queues.is_out(worker.id));
-        if workers.is_empty() && queues.is_open() {
+        if workers.is_empty() && (queues.is_open() || idle && !queues.is_empty()) {
             let message = "no healthy sql instances available matching locality requirement";
             return Err(anyhow::Error::new(PgError::new(SqlState::UNCATEGORIZED, message)).context(Retryable));
         }

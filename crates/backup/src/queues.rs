@@ -142,7 +142,8 @@ impl<P, F> Queues<P, F> {
     pub(crate) fn lose(&mut self, node: NodeId) {
         self.among.retain(|one| *one != node);
         let queue = self.nodes.entry(node).or_default();
-        queue.losses += 1;
+        // Once, with the last of what it was doing.
+        queue.losses += u32::from(queue.at_work == 0);
         self.open.extend(queue.take_back());
     }
 }
@@ -277,6 +278,22 @@ mod tests {
     fn a_node_that_is_lost_again_and_again_is_not_asked_any_more() {
         let (both, lost) = (("take 2,3", "2:acegi 3:bdfhj"), ("lose 3", "2:acegi open:bdfhj"));
         play(&[both, lost, both, lost, both, lost, ("take 2,3", "2:acegibdfhj")]);
+    }
+
+    #[test]
+    fn a_node_that_dies_with_two_pieces_has_died_once() {
+        let mut queues: Queues<char, ()> = Queues::of(vec![('a', 10), ('b', 10)]);
+        for death in 1..=LOSSES_MAX {
+            assert!(!queues.is_out(NodeId(2)), "before death {death}");
+            queues.deal(&workers(&[2]), &anchor(), false);
+            let begun = [(); 2].map(|()| queues.next(|_| Some(NodeId(1))).unwrap());
+            for (node, _, piece) in begun {
+                queues.ended(node, piece.weight);
+                queues.again(piece);
+                queues.lose(node);
+            }
+        }
+        assert!(queues.is_out(NodeId(2)));
     }
 
     #[test]

@@ -325,6 +325,8 @@ impl Story<'_> {
                 let message = format!("the point of shard \"{shard}\" was lost with node {nodes} or its server");
                 let error = PgError::new(SqlState::CONNECTION_FAILURE, message);
                 self.run.note(&anyhow::Error::from(error).context("read at another point")).await?;
+                // Of several servers some may hold it still.
+                point::close_all(self.peers, &point).await;
                 point.tries.lost()
             }
             None => Tries::default(),

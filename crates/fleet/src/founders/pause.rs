@@ -223,14 +223,20 @@ fn step(until: Lsn) -> String {
 /// Resumes first and cancels the switch only then: in between, it would still resume if this process died.
 async fn finish(server: &Server, job: i64, control: Session, mut switch: Switch) {
     let end = CancellationToken::new();
+    let orphan = control.client.cancel_token();
     let mut session = Some(control);
     for _ in 0..RESUME_TRIES {
         let control = match session.take() {
             Some(session) => session,
-            None => match Session::open(server, server.database(), job, &end).await {
-                Ok(session) => session,
-                Err(_) => continue,
-            },
+            None => {
+                // A step that has lost its client may still run, and would end in a pause behind everything here.
+                cancel(orphan.clone()).await;
+                sleep(STEP_MAX * 2).await;
+                match Session::open(server, server.database(), job, &end).await {
+                    Ok(session) => session,
+                    Err(_) => continue,
+                }
+            }
         };
         match timeout(RESUME_DEADLINE, resume(&control, &mut switch)).await {
             Ok(Ok(())) => {

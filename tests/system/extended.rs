@@ -126,6 +126,16 @@ fn a_statement_that_was_deallocated_is_gone() {
         assert_eq!(two == "2\nC SHOW\nZ I", how.contains("one"), "{how}: {two}");
         assert!(wire.query("DEALLOCATE ALL").hear().ends_with("Z I"));
     }
+    // The name is the server's to give: to something else, or not yet.
+    wire.parse("s", "SHOW LOCALITY").sync().query("DEALLOCATE s");
+    assert_eq!((wire.hear().as_str(), wire.hear().as_str()), ("1\nZ I", "C DEALLOCATE\nZ I"));
+    wire.parse("s", "SELECT 3 AS three").bind("", "s", 0).execute("", 0).sync();
+    assert_eq!(wire.hear(), "1\n2\nD 3\nC SELECT 1\nZ I");
+    wire.parse("t", "SHOW LOCALITY").parse("t", "SELECT 3 AS three").sync();
+    assert!(wire.hear().starts_with("1\nE SERROR C42P05"));
+    let heard = wire.bind("", "t", 0).execute("", 0).sync().hear();
+    assert!(heard.starts_with("2\nD region=us-east-1"), "{heard}");
+    assert!(wire.query("DEALLOCATE ALL").hear().ends_with("Z I"));
     // Closed, and parsed again; a portal stays what it was.
     wire.parse("s", "SHOW LOCALITY").bind("p", "s", 0).close(b'S', "s").parse("s", "SELECT 3 AS three");
     wire.execute("p", 0).bind("", "s", 0).execute("", 0).close(b'P', "p").execute("p", 0).sync();

@@ -85,7 +85,9 @@ impl Session {
     /// A job is made in a transaction unless it is all that happens before the Sync, which may still be under way.
     fn depends_on_what_follows(&self, found: Header) -> bool {
         let unjudged = self.from_client.unjudged();
+        // Of a client that sends so much more without a Sync nothing further is expected.
         found.tag == b'E'
+            && unjudged.len() < BUFFER_MAX
             && !self.pipeline.is_inside()
             && unjudged.get(found.len..).is_some_and(|rest| behind(rest) == Behind::Unknown)
             && unjudged.get(5..found.len).is_some_and(|body| self.locals.runs(body, makes_job))

@@ -23,6 +23,8 @@ pub(crate) struct Locals {
     statements: HashMap<Vec<u8>, Prepared>,
     /// Parsed here, and not yet accepted under its name by the server.
     parsed: Option<(Vec<u8>, Prepared)>,
+    /// A name of ours that the client parses something of the server's under: the server decides whether it was free.
+    taken: Option<Vec<u8>>,
     portals: HashMap<Vec<u8>, Portal>,
 }
 
@@ -194,6 +196,7 @@ impl Locals {
         match (tag, cut_string(&mut body)) {
             // Of a named one the server will say that the name is taken.
             (b'P', Some(b"")) => self.forget(b""),
+            (b'P', Some(name)) if self.holds(name) => self.taken = Some(name.to_vec()),
             (b'C', Some(name)) if is_statement => self.forget(name),
             (b'B', Some(name)) => drop(self.portals.remove(name)),
             _ => {}
@@ -207,12 +210,16 @@ impl Locals {
 
     /// The server has accepted the name of the statement that was parsed last.
     pub(crate) fn confirm(&mut self) {
+        if let Some(name) = self.taken.take() {
+            self.statements.remove(&name);
+        }
         self.statements.extend(self.parsed.take());
     }
 
     /// The server has refused something, and with it the name.
     pub(crate) fn reject(&mut self) {
         self.parsed = None;
+        self.taken = None;
     }
 
     /// A transaction has ended, and its portals with it.

@@ -95,7 +95,9 @@ impl Runner {
             let rows = json(columns(&statement), &answer.rows, self.room)?;
             self.notices.extend(answer.notices);
             self.room = self.room.saturating_sub(rows.len());
-            queries.push(query(&format!("'{}'", rows.replace('\'', "''")), columns(&statement)));
+            // Whatever `standard_conforming_strings` is by the time that the server reads it.
+            let literal = format!("E'{}'", rows.replace('\\', "\\\\").replace('\'', "''"));
+            queries.push(query(&literal, columns(&statement)));
         }
         Ok(sourced.rewrite(&queries))
     }

@@ -175,17 +175,13 @@ impl Jobs {
             }
         }
         for (shard, jobs) in &shards {
-            let decided = match timeout(ASK_DEADLINE, self.ask(shard, jobs)).await {
-                Ok(Ok(decided)) => decided,
-                Ok(Err(error)) => {
-                    tracing::info!(%shard, "jobs stay undecided: {error:#}");
-                    continue;
-                }
-                Err(_) => {
-                    tracing::info!(%shard, "jobs stay undecided: the leaseholder does not answer in time");
-                    continue;
-                }
-            };
+            // What was told before the time is over counts: far from a leaseholder there may be much to ask.
+            let mut decided = Vec::new();
+            match timeout(ASK_DEADLINE, self.ask(shard, jobs, &mut decided)).await {
+                Ok(Ok(())) => {}
+                Ok(Err(error)) => tracing::info!(%shard, "jobs stay undecided: {error:#}"),
+                Err(_) => tracing::info!(%shard, "jobs stay undecided: the leaseholder does not answer in time"),
+            }
             for (id, verdict) in decided {
                 self.carry_out(id, &verdict).await?;
             }
@@ -193,14 +189,18 @@ impl Jobs {
         Ok(())
     }
 
-    async fn ask(&self, shard: &str, jobs: &[(JobId, Transaction)]) -> anyhow::Result<Vec<(JobId, Verdict)>> {
+    async fn ask(
+        &self,
+        shard: &str,
+        jobs: &[(JobId, Transaction)],
+        decided: &mut Vec<(JobId, Verdict)>,
+    ) -> anyhow::Result<()> {
         let session = self.leaseholder(shard).await?;
         let timeline = timeline_of(&session).await?;
-        let mut decided = Vec::with_capacity(jobs.len());
         for (id, transaction) in jobs {
             decided.push((*id, verdict(transaction, timeline, &told_of(&session, transaction).await?)));
         }
-        Ok(decided)
+        Ok(())
     }
 
     async fn carry_out(&self, id: JobId, verdict: &Verdict) -> anyhow::Result<()> {

@@ -92,7 +92,7 @@ pub(crate) fn starts_ours<'w>(mut next: impl FnMut() -> Option<&'w [u8]>) -> boo
 /// Cuts the next bare word off the front of `text`; `None` when something else comes first.
 fn next_word<'t>(text: &mut &'t [u8]) -> Option<&'t [u8]> {
     *text = skip_blank(text)?;
-    let end = text.iter().position(|b| !b.is_ascii_alphanumeric() && *b != b'_').unwrap_or(text.len());
+    let end = text.iter().position(|b| !b.is_ascii_alphanumeric() && !matches!(*b, b'_' | b'$')).unwrap_or(text.len());
     let (word, rest) = text.split_at(end);
     // A word that runs on in bytes above ASCII is a longer identifier, not our keyword.
     if word.is_empty() || rest.first().is_some_and(|b| !b.is_ascii()) {
@@ -107,7 +107,7 @@ fn skip_blank(mut text: &[u8]) -> Option<&[u8]> {
     loop {
         text = text.trim_ascii_start();
         if let Some(rest) = text.strip_prefix(b"--") {
-            let end = rest.iter().position(|b| *b == b'\n')?;
+            let end = rest.iter().position(|b| matches!(*b, b'\n' | b'\r'))?;
             text = &rest[end..];
         } else if let Some(rest) = text.strip_prefix(b"/*") {
             text = skip_block_comment(rest)?;
@@ -150,6 +150,9 @@ mod tests {
             ("backup;", true),
             ("BACKUP/* all */INTO('x')", true),
             ("BACKUPS", false),
+            ("SHOW jobs$a.b", false),
+            ("-- c\rSELECT\nbackup FROM t", false),
+            ("-- c\rSHOW JOBS", true),
             ("\"BACKUP\" INTO 'x'", false),
             ("(BACKUP INTO 'x')", false),
             ("EXPLAIN BACKUP DATABASE a INTO 'x'", true),

@@ -113,8 +113,9 @@ impl Backups {
     async fn look<T: DeserializeOwned>(&self, request: &Request) -> anyhow::Result<T> {
         let view = self.peers.cluster().view();
         let me = self.peers.cluster().me().node_id;
-        let mut nodes: Vec<NodeId> =
-            view.nodes.values().filter(|known| known.reachable).filter_map(|known| known.info.node_id).collect();
+        let (asked, away): (Vec<_>, Vec<_>) = view.nodes.values().partition(|known| known.reachable);
+        let [mut nodes, away] =
+            [asked, away].map(|nodes| nodes.iter().filter_map(|known| known.info.node_id).collect::<Vec<NodeId>>());
         nodes.sort_unstable_by_key(|node| (Some(*node) != me, *node));
         let mut last = anyhow::anyhow!("no node has a number yet");
         for node in nodes {
@@ -125,13 +126,42 @@ impl Backups {
                     let passing =
                         [SqlState::IO_ERROR, SqlState::CONNECTION_FAILURE, SqlState::OBJECT_NOT_IN_PREREQUISITE_STATE];
                     let elsewhere = PgError::of(&error).is_some_and(|said| passing.contains(&said.code));
-                    last = error;
                     if !elsewhere {
-                        break;
+                        return Err(error);
                     }
+                    last = error;
                 }
             }
         }
-        Err(last)
+        Err(not_asked(last, &away))
+    }
+}
+
+/// The last node's error; one of those that do not answer may have reached the store.
+fn not_asked(last: anyhow::Error, away: &[NodeId]) -> anyhow::Error {
+    let Some(mut said) = PgError::of(&last).filter(|_| !away.is_empty()).cloned() else { return last };
+    let away: Vec<String> = away.iter().map(NodeId::to_string).collect();
+    let line = format!("These nodes do not answer, and were not asked: {}.", away.join(", "));
+    said.detail = Some(said.detail.into_iter().chain([line]).collect::<Vec<_>>().join("\n"));
+    said.into()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn nodes_that_were_not_asked_are_named() {
+        let nodes = [2, 3].map(NodeId);
+        for (detail, away, expected) in [
+            (Some("Refused."), &nodes[..], Some("Refused.\nThese nodes do not answer, and were not asked: 2, 3.")),
+            (None, &nodes[..1], Some("These nodes do not answer, and were not asked: 2.")),
+            (Some("Refused."), &[], Some("Refused.")),
+        ] {
+            let mut error = PgError::new(SqlState::IO_ERROR, "the store cannot be reached");
+            error.detail = detail.map(str::to_owned);
+            let said = not_asked(error.into(), away);
+            assert_eq!(PgError::of(&said).unwrap().detail.as_deref(), expected);
+        }
     }
 }

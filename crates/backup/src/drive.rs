@@ -86,7 +86,7 @@ impl Shard<'_> {
                 // What was changed is changed on every server.
                 return Some(End::All(end()));
             }
-            let gone = said.code == SqlState::CONNECTION_FAILURE && !deal.answers(server);
+            let gone = said.code == SqlState::CONNECTION_FAILURE && !deal.has_server(server);
             (gone || is_point_lost(said)).then(|| End::Server(end()))
         };
         deal.run(open, |worker, server, span| self.one(worker, server, span), ends, &mut noted).await?;

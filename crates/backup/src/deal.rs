@@ -17,6 +17,7 @@ use tokio::time::{Instant, sleep, sleep_until};
 
 use crate::assign::Worker;
 use crate::away::{self, BLIP_MAX};
+use crate::busy::{Begun, Busy};
 use crate::patience::Patience;
 use crate::point::leaseholder;
 use crate::queues::{Piece, Queues};
@@ -49,6 +50,8 @@ pub(crate) struct Deal<'d> {
     /// So many pieces are at work at the same time on each of them, however many nodes there are: a server lends no more
     /// sessions.
     pub(crate) at_once: usize,
+    /// What the workers have at work, of other shards, too.
+    pub(crate) busy: &'d Busy,
 }
 
 /// What a failure puts an end to.
@@ -131,10 +134,13 @@ impl Deal<'_> {
                 self.deal_or_wait(&mut queues, &mut servers, running.is_empty())?;
                 look = Instant::now() + LOOK_EVERY;
             }
-            while let Some((worker, server, piece)) = queues.next(|worker| servers.free(worker, self.at_once)) {
+            let free = |servers: &Servers, worker: NodeId, mine: usize| {
+                servers.free(worker, self.at_once).filter(|_| self.busy.has_room(worker, mine))
+            };
+            while let Some((worker, server, piece)) = queues.next(|worker, mine| free(&servers, worker, mine)) {
                 servers.begin(server);
-                let work = one(worker, server, piece.what.clone());
-                running.push(self.watched((worker, server), piece, work));
+                let (work, begun) = (one(worker, server, piece.what.clone()), self.busy.begin(worker));
+                running.push(self.watched((worker, server), piece, begun, work));
             }
             if running.is_empty() && queues.is_empty() {
                 return Ok(());
@@ -238,6 +244,7 @@ impl Deal<'_> {
         &self,
         (worker, server): (NodeId, NodeId),
         piece: Piece<P, Failures>,
+        begun: Begun<'_>,
         work: impl Future<Output = anyhow::Result<R>>,
     ) -> Ended<P, R> {
         let rested = async {
@@ -257,6 +264,7 @@ impl Deal<'_> {
                 Err(PgError::new(SqlState::CONNECTION_FAILURE, message).into())
             }
         };
+        drop(begun);
         Ended { worker, server, piece, outcome }
     }
 

@@ -12,19 +12,22 @@ use cluster::{NodeId, Peers};
 use fleet::founders::{
     DatabasePlan, FOUNDERS, Request, SequencePlan, Skipped, TablePlan, is_invalidated, is_point_lost,
 };
-use futures_util::StreamExt as _;
 use futures_util::future::join_all;
+use futures_util::stream::{self, StreamExt as _, TryStreamExt as _};
 use jobs::{Resumer, Run};
 use pgerror::{PgError, SqlState};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use storage::{Store, Stores, Uri};
 use tokio::time::{Instant, sleep, timeout};
+use tokio_util::task::AbortOnDropHandle;
 
+use crate::busy::Busy;
 use crate::drive::{self, Finished, Invalidated, Shard};
 use crate::explain::crosses;
 use crate::export::sha256;
 use crate::manifest::{FORMAT, FileEntry, Manifest, NodeWork, ShardPart};
+use crate::pace::SharedPace;
 use crate::patience::Patience;
 use crate::pausepoints::{AFTER_EXPORT, AFTER_LATEST, AFTER_LOCK, AFTER_POINTS, AFTER_RECORD, AFTER_SCHEMAS};
 use crate::plan::SealSource;
@@ -47,7 +50,11 @@ const REMOVING: &str = "removing";
 const SEALED_PATIENCE: Duration = Duration::from_secs(300);
 const SEALED_LOOK: Duration = Duration::from_secs(2);
 
-/// A schema dump that is longer is not a schema.
+/// Shards that are exported at the same time; the points of further ones are held until their turn comes. What they may
+/// ask of one node together is told in [`crate::busy`]; of its server each asks for itself.
+const SHARDS_AT_ONCE: usize = 4;
+
+/// A schema dump that is longer is not a schema. One of each shard at work is held whole.
 const SCHEMA_MAX: usize = 512 * 1024 * 1024;
 
 /// The founders' node has the dump ready when it is asked for it.
@@ -104,6 +111,10 @@ struct Story<'s> {
     directory: Uri,
     /// The collection.
     root: Uri,
+    /// What is at work on the nodes, of all shards.
+    busy: Busy,
+    /// How far all shards are.
+    pace: SharedPace,
 }
 
 impl Resume {
@@ -127,6 +138,8 @@ impl Resume {
             directory: uri,
             root: collection,
             payload,
+            busy: Busy::default(),
+            pace: SharedPace::default(),
         })
     }
 }
@@ -272,8 +285,6 @@ impl Story<'_> {
     }
 
     async fn export(&self) -> anyhow::Result<Manifest> {
-        let mut shards = Vec::new();
-        let share = 1.0 / self.payload.shards.len().max(1) as f64;
         // All points first, side by side, so that they are as close to each other in time as can be; each is held until its
         // turn comes. Where one cannot be taken, the others are kept for the next run.
         let taken = self.payload.shards.iter().map(|(shard, databases)| async move {
@@ -283,17 +294,17 @@ impl Story<'_> {
         let points = join_all(taken).await.into_iter().collect::<anyhow::Result<Vec<_>>>()?;
         self.run.pausepoint(AFTER_POINTS).await?;
         // Before a row is read: whichever server is lost then, the others need nothing of it.
+        let moved: Vec<_> = points.iter().map(|(_, point)| self.schemas_or_not(point)).collect();
+        stream::iter(moved).buffer_unordered(SHARDS_AT_ONCE).try_collect::<()>().await?;
+        self.run.pausepoint(AFTER_SCHEMAS).await?;
         for (_, point) in &points {
-            match self.schemas(point).await {
-                // Another point is taken when its turn comes.
-                Err(error) if error.downcast_ref::<Invalidated>().is_some() => {}
-                done => drop(done?),
-            }
+            self.pace.expects(&point.shard, spans::weight(&spans::cut(&point.opened.databases)));
         }
-        for (index, (_alive, point)) in points.into_iter().enumerate() {
-            shards.push(self.shard(point, (share * index as f64, share)).await?);
-        }
-        let times = || shards.iter().map(|part: &ShardPart| part.point.time);
+        // The first that fails is the end of all: dropped, the others' calls end on their workers, too.
+        let exported: Vec<_> = points.into_iter().map(|(alive, point)| self.shard(point, alive)).collect();
+        let mut shards: Vec<ShardPart> = stream::iter(exported).buffer_unordered(SHARDS_AT_ONCE).try_collect().await?;
+        shards.sort_by(|one, other| one.shard.cmp(&other.shard));
+        let times = || shards.iter().map(|part| part.point.time);
         let skew = times().max().zip(times().min()).map_or(0, |(last, first)| (last - first).num_milliseconds());
         Ok(Manifest {
             format: FORMAT,
@@ -358,7 +369,7 @@ impl Story<'_> {
                 ))
                 .into());
         }
-        self.run.progress(0.0, &format!("taking a point of shard {shard}")).await?;
+        self.run.progress(self.pace.fraction(), &format!("taking a point of shard {shard}")).await?;
         let point = point::open(self.run, self.peers, (shard, databases), &self.rules, tries).await?;
         // Kept before anything is read at it: two points are never mixed.
         self.run.forget(&format!("span/{shard}/")).await?;
@@ -367,12 +378,13 @@ impl Story<'_> {
         Ok(point)
     }
 
-    /// Exports one shard, at another point when the first one is spoilt.
-    async fn shard(&self, mut point: ShardPoint, progress: (f64, f64)) -> anyhow::Result<ShardPart> {
+    /// Exports one shard, at another point when the first one is spoilt. The first one is kept `alive` until then.
+    async fn shard(&self, mut point: ShardPoint, alive: AbortOnDropHandle<()>) -> anyhow::Result<ShardPart> {
         let mut spoilt: BTreeMap<(String, u32), TablePlan> = BTreeMap::new();
         let mut _held = None;
+        let _alive = alive;
         loop {
-            let error = match self.read(&point, progress).await {
+            let error = match self.read(&point).await {
                 Ok(part) => return Ok(part),
                 Err(error) => error,
             };
@@ -408,16 +420,16 @@ impl Story<'_> {
         view.leader(shard).is_some_and(|leader| self.rules.forbid(&leader.locality))
     }
 
-    async fn read(&self, point: &ShardPoint, progress: (f64, f64)) -> anyhow::Result<ShardPart> {
+    async fn read(&self, point: &ShardPoint) -> anyhow::Result<ShardPart> {
         let _alive = point::keep_alive(self.peers, point);
         let schemas = self.schemas(point).await?;
-        self.run.pausepoint(AFTER_SCHEMAS).await?;
         let finished: Vec<Finished> = self.run.kept_under(&drive::key(point)).await?;
         let alive = point::alive(self.peers, point).await;
         // Where none answers now, reading tells why.
         let servers = if alive.is_empty() { point.nodes() } else { alive };
         let (run, peers, rules) = (self.run, self.peers, &self.rules);
-        let shard = Shard { run, peers, point, servers: &servers, uri: &self.uri, rules, progress };
+        let (uri, busy, pace) = (self.uri.as_str(), &self.busy, &self.pace);
+        let shard = Shard { run, peers, point, servers: &servers, uri, rules, busy, pace };
         let files = shard.export(&spans::cut(&point.opened.databases), finished).await?;
         let mut databases = point.opened.databases.clone();
         if !point.opened.point.in_recovery {
@@ -455,6 +467,14 @@ impl Story<'_> {
             }
         }
         Ok(())
+    }
+
+    /// The same where nothing is lost with the point: another one is taken when its turn comes.
+    async fn schemas_or_not(&self, point: &ShardPoint) -> anyhow::Result<()> {
+        match self.schemas(point).await {
+            Err(error) if error.downcast_ref::<Invalidated>().is_some() => Ok(()),
+            done => done.map(drop),
+        }
     }
 
     /// The schemas of a point. What an earlier run has moved is there, and so is what was moved from a server that is

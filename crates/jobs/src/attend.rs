@@ -124,6 +124,7 @@ impl Jobs {
             payload: claimed.payload.clone(),
             sealed: claimed.sealed.clone(),
             pausepoints: claimed.pausepoints.clone(),
+            stop: Arc::default(),
             fruits: Arc::default(),
             ledger: self.ledger().clone(),
         }

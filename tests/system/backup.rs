@@ -4,6 +4,7 @@ use std::process::{Child, Stdio};
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use crate::support::demo::{Demo, directory, psql};
+use crate::support::faults::Fleet;
 use crate::support::fleet::Server;
 use crate::support::jobs::{WEST, completed, data_files, detached, extern_dirs, relocated, succeeded};
 use crate::support::store::{LocalBackup, S3, files_in};
@@ -312,4 +313,24 @@ fn backups_of_one_moment_have_directories_of_their_own() {
         succeeded(&demo, 2, job);
     }
     assert_eq!(demo.ask(1, "SHOW BACKUPS IN 'nodelocal://1/same'").lines().count(), jobs.len());
+}
+
+#[test]
+fn what_a_sequence_gives_out_while_a_primary_is_read_is_not_given_out_again() {
+    let fleet = Fleet::start(&["--rows", "100"]);
+    let make = "CREATE SEQUENCE up; CREATE SEQUENCE down INCREMENT BY -5; SELECT nextval('up'), nextval('down')";
+    fleet.on(1, "movr", make);
+    // Its rows are not read yet.
+    let point = "backup.after_schemas";
+    let job = fleet.held("BACKUP DATABASE movr INTO 'nodelocal://1/b' WITH DETACHED", point);
+    fleet.on(1, "movr", "SELECT nextval('up'), nextval('up'), nextval('down')");
+    fleet.let_go(&job, point);
+    assert_eq!(fleet.end_of(&job), ("succeeded".to_owned(), String::new()));
+    let shard = LocalBackup::newest(&extern_dirs(&fleet.demo), "b").manifest["shards"][0].clone();
+    assert_eq!(shard["point"]["mode"], "Exported");
+    let sequences = shard["databases"][0]["sequences"].as_array().unwrap().clone();
+    for (name, value) in [("up", 3), ("down", -6)] {
+        let found = sequences.iter().find(|sequence| sequence["name"] == name).unwrap();
+        assert_eq!((&found["last_value"], &found["is_called"]), (&value.into(), &true.into()), "{name}");
+    }
 }

@@ -34,7 +34,7 @@ use crate::point::{self, ShardPoint, Tries};
 use crate::revert::Trace;
 use crate::rules::{Replicas, Rules};
 use crate::seal::{Place, Recorded, When};
-use crate::{layout, seal, spans};
+use crate::{layout, seal, sequences, spans};
 
 /// The type of these jobs.
 pub const JOB_TYPE: &str = "BACKUP";
@@ -480,18 +480,7 @@ impl Story<'_> {
         let request = Request::Sequences { lease: point.lease, database: database.name.clone() };
         let later: Vec<SequencePlan> =
             self.peers.call(point.node, FOUNDERS, &request, SCHEMA_DEADLINE).await.map_err(lost)?;
-        for sequence in &mut database.sequences {
-            let same = |other: &&SequencePlan| (&other.schema, &other.name) == (&sequence.schema, &sequence.name);
-            let Some(other) = later.iter().find(same) else { continue };
-            let ahead = if sequence.increment < 0 {
-                other.last_value < sequence.last_value
-            } else {
-                other.last_value > sequence.last_value
-            };
-            if ahead || other.last_value == sequence.last_value && other.is_called {
-                *sequence = other.clone();
-            }
-        }
+        sequences::merge(&mut database.sequences, &later);
         Ok(())
     }
 

@@ -170,6 +170,7 @@ impl Backups {
         let assigned = assign(&weights, &anchor, &workers, rules.balanced);
         let near: BTreeMap<NodeId, NodeId> =
             sharing.iter().filter_map(|worker| Some((*worker, nearest(&fleet, *worker, &servers)?))).collect();
+        let near = Near { of: near, is_told: servers.len() > 1 };
         Ok(tables(page, &view, &near, &looked.databases, spans.iter().zip(assigned)))
     }
 
@@ -321,11 +322,32 @@ impl std::fmt::Display for Sums {
     }
 }
 
+/// From which node's server each worker reads.
+struct Near {
+    of: BTreeMap<NodeId, NodeId>,
+    /// Whether there is more than one that could be meant.
+    is_told: bool,
+}
+
+impl Near {
+    fn server(&self, worker: NodeId) -> NodeId {
+        self.of.get(&worker).copied().unwrap_or(worker)
+    }
+
+    /// A worker, with the server that it reads from.
+    fn named(&self, worker: NodeId) -> String {
+        match self.is_told {
+            true => format!("node {worker} (from node {})", self.server(worker)),
+            false => format!("node {worker}"),
+        }
+    }
+}
+
 /// Tells each table's spans, and gives their sum.
 fn tables<'s>(
     page: &mut Page,
     view: &View,
-    near: &BTreeMap<NodeId, NodeId>,
+    near: &Near,
     databases: &'s [DatabasePlan],
     spans: impl Iterator<Item = (&'s Span, NodeId)>,
 ) -> Sums {
@@ -337,7 +359,7 @@ fn tables<'s>(
     let mut told: BTreeMap<String, (Sums, BTreeMap<NodeId, u64>)> = BTreeMap::new();
     let mut total = Sums::default();
     for (span, node) in spans {
-        let read = near.get(&node).copied().unwrap_or(node);
+        let read = near.server(node);
         let is_across = *across.entry(node).or_insert_with(|| crosses(&place(node), &place(read)));
         let bytes = |counts: bool| if counts { span.weight } else { 0 };
         let remote = node != read;
@@ -359,8 +381,8 @@ fn tables<'s>(
             continue;
         }
         let by: Vec<String> = match by.len() {
-            1 => by.keys().map(|node| format!("node {node}")).collect(),
-            _ => by.iter().map(|(node, spans)| format!("node {node}: {spans}")).collect(),
+            1 => by.keys().map(|node| near.named(*node)).collect(),
+            _ => by.iter().map(|(node, spans)| format!("{}: {spans}", near.named(*node))).collect(),
         };
         page.say(2, format!("{name}: {sums}; by {}", by.join(", ")));
     }

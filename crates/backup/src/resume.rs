@@ -8,7 +8,7 @@ use anyhow::Context as _;
 use bytes::{Bytes, BytesMut};
 use chrono::{DateTime, Utc};
 use cluster::service::Boxed;
-use cluster::{NodeId, Peers};
+use cluster::{NodeId, Peers, View};
 use fleet::founders::{DatabasePlan, FOUNDERS, Request, SequencePlan, Skipped, is_invalidated, is_point_lost};
 use futures_util::future::join_all;
 use futures_util::stream::{self, StreamExt as _, TryStreamExt as _};
@@ -34,7 +34,7 @@ use crate::point::{self, ShardPoint, Tries};
 use crate::revert::Trace;
 use crate::rules::{Replicas, Rules};
 use crate::seal::{Place, Recorded, When};
-use crate::{layout, seal, sequences, spans};
+use crate::{elsewhere, layout, seal, sequences, spans};
 
 /// The type of these jobs.
 pub const JOB_TYPE: &str = "BACKUP";
@@ -199,7 +199,7 @@ impl Story<'_> {
     async fn end(&self, manifest: &Manifest) -> anyhow::Result<Value> {
         self.run.pausepoint(AFTER_LATEST).await?;
         self.tidy(manifest).await?;
-        Ok(result(manifest))
+        Ok(self.result(manifest))
     }
 
     /// Where the recorded body is: another node's own directory, perhaps.
@@ -207,6 +207,10 @@ impl Story<'_> {
         let there = |uri: &Uri| recorded.node.and_then(|node| uri.on(node)).unwrap_or_else(|| uri.clone());
         let (store, collection) = (there(&self.directory), there(&self.root));
         Ok(Place { store: self.stores.open(&store).await?, collection: self.stores.open(&collection).await? })
+    }
+
+    fn result(&self, manifest: &Manifest) -> Value {
+        result(manifest, &self.peers.cluster().view())
     }
 
     fn when(&self) -> When<'_> {
@@ -246,7 +250,7 @@ impl Story<'_> {
             && let Some(manifest) = self.sealed(recorded).await?
         {
             self.tidy(&manifest).await?;
-            return Ok(Some(result(&manifest)));
+            return Ok(Some(self.result(&manifest)));
         }
         self.run.keep(REMOVING, &true).await?;
         self.trace(recorded.as_ref()).remove_all().await?;
@@ -607,12 +611,12 @@ fn lost(error: anyhow::Error) -> anyhow::Error {
     }
 }
 
-fn result(manifest: &Manifest) -> Value {
+fn result(manifest: &Manifest, view: &View) -> Value {
     let databases = manifest.shards.iter().flat_map(|shard| &shard.databases);
     let left_out = manifest.skipped_shards.iter().chain(databases.flat_map(|database| &database.skipped));
     let left_out: Vec<String> = left_out.map(crate::manifest::left_out).collect();
     json!({
         "rows": manifest.rows(), "index_entries": 0, "bytes": manifest.bytes(), "nodes": manifest.nodes,
-        "left_out": left_out,
+        "left_out": left_out, "note": elsewhere::note(manifest, view),
     })
 }

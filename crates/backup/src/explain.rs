@@ -189,8 +189,7 @@ impl Backups {
                     page.say(1, format!("read: {node}, {}", replica.role));
                     page.say(2, format!("why: {replica}"));
                     how(page, view, replica, &looked);
-                    let connections = Open::connections_for(databases.len(), READERS);
-                    page.say(2, format!("connections: at most {connections} on its server"));
+                    page.say(2, connections(databases.len(), &looked));
                     return Ok(Some((replica, looked)));
                 }
                 Err(error) => {
@@ -225,8 +224,7 @@ impl Backups {
                         "why: each node reads the closest; all stand at one position when their point is taken",
                     );
                     how(page, view, replica, &beside);
-                    let connections = Open::connections_for(databases.len(), READERS);
-                    page.say(2, format!("connections: at most {connections} on its server"));
+                    page.say(2, connections(databases.len(), &beside));
                     servers.push(replica.node);
                 }
                 Ok(_) => {
@@ -281,6 +279,21 @@ fn how(page: &mut Page, view: &View, replica: &Replica, looked: &Looked) {
     if let Some(trouble) = &looked.no_dump {
         page.say(2, format!("error: {trouble}"));
     }
+}
+
+/// What the backup opens on the server that was looked at, and what all backups together may. Where others have taken
+/// their share it opens fewer, or waits.
+fn connections(databases: usize, looked: &Looked) -> String {
+    let Some(budget) = looked.budget else {
+        // A node of an older version, which has none.
+        return format!("connections: at most {} on its server", Open::connections_for(databases, READERS));
+    };
+    let (word, count) = match Open::readers_within(databases, READERS, budget) {
+        Some(readers) => ("most", Open::connections_for(databases, readers)),
+        // So the point will be refused.
+        None => ("least", Open::connections_for(databases, 1)),
+    };
+    format!("connections: at {word} {count} on its server, where all backups together have {budget}")
 }
 
 /// Spans and bytes.

@@ -92,6 +92,28 @@ fn only_matching_nodes_reach_an_s3_store_and_its_keys_stay_secret() {
     assert_eq!(door.visitors().into_iter().collect::<Vec<_>>(), pids, "who came to the store");
     let seals = s3.keys("BACKUP_MANIFEST");
     assert_eq!(seals.len(), 2, "{seals:?}");
+    // The same nodes read it back, and remove what a canceled job has written.
+    let restore = format!("RESTORE DATABASE movr FROM LATEST IN '{uri}' WITH new_db_name = 'again', {WEST}, DETACHED");
+    succeeded(&demo, 1, &detached(&demo, 1, &restore));
+    let point = "backup.after_first_span";
+    let canceled = format!("BACKUP DATABASE movr INTO '{uri}' WITH {WEST}, DETACHED");
+    let set = format!("SET backhaul.debug_pausepoints = '{point}'");
+    let canceled = run(demo.psql(1).args(["-v", "ON_ERROR_STOP=1", "-Atqc", &set, "-c", &canceled]));
+    let is = |status: &str| {
+        until(status, || {
+            let row = demo.ask(2, &format!("SHOW JOB {canceled}"));
+            if row.split('|').nth(5) == Some(status) { Ok(()) } else { Err(row) }
+        })
+    };
+    is("paused");
+    assert!(!s3.keys(&format!("data/{}-", canceled.trim())).is_empty());
+    demo.ask(1, &format!("CANCEL JOB {canceled}"));
+    is("canceled");
+    assert_eq!(
+        (s3.keys(&format!("data/{}-", canceled.trim())), s3.keys("BACKUP_MANIFEST")),
+        (Vec::new(), seals.clone())
+    );
+    assert_eq!(door.visitors().into_iter().collect::<Vec<_>>(), pids, "who came to restore and to remove");
     let latest = s3.keys("metadata/latest/LATEST-");
     assert!(seals[0].contains(&*s3.object(&latest[0])), "{latest:?} {seals:?}");
 

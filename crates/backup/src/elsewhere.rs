@@ -67,7 +67,7 @@ mod tests {
 
     #[test]
     fn servers_are_named_with_their_bytes_and_many_are_summed_up() {
-        let place = |node: NodeId| (node != NodeId(2)).then(|| "region=east".parse().unwrap());
+        let place = |node: NodeId| (node != NodeId(2)).then(|| "region=east".parse::<Locality>().unwrap());
         let reads = |count: i32| -> BTreeMap<_, _> {
             (1..=count)
                 .map(|n| (("s1".to_owned(), NodeId(n)), Read { bytes: 100, across: 10 * (n as u64 - 1) }))

@@ -18,7 +18,7 @@ use sql::Backup;
 use crate::assign::{assign, sharers};
 use crate::manifest::left_out;
 use crate::plan::{Backups, Judged, Requester, in_time};
-use crate::point::{READERS, leaseholder};
+use crate::point::{leaseholder, readers};
 use crate::rules::{Decision, Fleet, Replica, Rules, anchor, decide, nearest, nothing_to_read, workers};
 use crate::spans::{self, Span, Tables};
 
@@ -74,6 +74,7 @@ impl Backups {
             for shard in &judged.targets.without {
                 page.say(0, format!("shard {shard}: holds none of the databases"));
             }
+            judged.targets.left_out.iter().for_each(|it| page.say(0, left_out(it)));
             match judged.targets.failure().filter(|_| !statement.options.skip_unreachable_shards) {
                 Some(failure) => page.fails(0, &failure),
                 None => judged.targets.skipped().iter().for_each(|it| page.say(0, left_out(it))),
@@ -188,7 +189,7 @@ impl Backups {
                     page.say(1, format!("read: {node}, {}", replica.role));
                     page.say(2, format!("why: {replica}"));
                     how(page, view, replica, &looked);
-                    let connections = Open::connections_for(databases.len(), READERS);
+                    let connections = Open::connections_for(databases.len(), readers(databases.len()));
                     page.say(2, format!("connections: at most {connections} on its server"));
                     return Ok(Some((replica, looked)));
                 }
@@ -224,7 +225,7 @@ impl Backups {
                         "why: each node reads the closest; all stand at one position when their point is taken",
                     );
                     how(page, view, replica, &beside);
-                    let connections = Open::connections_for(databases.len(), READERS);
+                    let connections = Open::connections_for(databases.len(), readers(databases.len()));
                     page.say(2, format!("connections: at most {connections} on its server"));
                     servers.push(replica.node);
                 }

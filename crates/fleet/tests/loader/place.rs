@@ -126,7 +126,7 @@ impl Backup {
     }
 
     pub(crate) fn create_by(&self, run: i64, job: i64, target: &str) -> Request {
-        Request::Create(Box::new(Create { job, run, target: target.to_owned(), plan: self.plan.clone() }))
+        Request::Create(Box::new(Create { job: job.into(), run, target: target.to_owned(), plan: self.plan.clone() }))
     }
 
     pub(crate) fn finish(&self, job: i64, database_oid: u32, target: &str) -> Request {
@@ -140,11 +140,11 @@ impl Backup {
             let rows = bytes.iter().filter(|byte| **byte == b'\n').count() as u64;
             Some((schema.clone(), name.clone(), rows))
         });
-        Request::Finish(Box::new(Finish { job, database_oid, run, target, plan, rows: rows.collect() }))
+        Request::Finish(Box::new(Finish { job: job.into(), database_oid, run, target, plan, rows: rows.collect() }))
     }
 
     pub(crate) fn publish(&self, run: i64, job: i64, database_oid: u32, target: &str) -> Box<Publish> {
-        Box::new(Publish { job, database_oid, run, target: target.to_owned(), plan: self.plan.clone() })
+        Box::new(Publish { job: job.into(), database_oid, run, target: target.to_owned(), plan: self.plan.clone() })
     }
 
     /// From loaded rows to the user's database.
@@ -167,13 +167,15 @@ impl Backup {
 
     pub(crate) fn load_by(&self, run: i64, job: i64, database_oid: u32, span: usize) -> Request {
         let (what, encoding) = (self.spans[span].0.clone(), self.plan.copy_encoding.clone());
-        Request::Load(Load { job, database_oid, run, span: span as u32, what, encoding })
+        Request::Load(Load { job: job.into(), database_oid, run, span: span as u32, what, encoding })
     }
 
     /// Creates the database and loads all of it but `but`.
     pub(crate) async fn load_all(&self, loader: &Arc<Loader>, job: i64, target: &str, but: Option<usize>) -> u32 {
         let created: Created = answer(loader, &self.create(job, target)).await.unwrap();
-        send(loader, &Request::PreData { job, database_oid: created.oid, run: 1 }, &self.schema).await.unwrap();
+        send(loader, &Request::PreData { job: job.into(), database_oid: created.oid, run: 1 }, &self.schema)
+            .await
+            .unwrap();
         for (span, (_, bytes)) in self.spans.iter().enumerate().filter(|(span, _)| Some(*span) != but) {
             send(loader, &self.load(job, created.oid, span), bytes).await.unwrap();
         }
@@ -226,7 +228,7 @@ pub(crate) fn said<T>(result: anyhow::Result<T>) -> PgError {
 
 /// Removes a job's database through a node that remembers nothing.
 pub(crate) async fn removed(place: &Place, job: i64) {
-    answer::<_, ()>(&place.loader(), &Request::Drop { job, run: 1 }).await.unwrap();
+    answer::<_, ()>(&place.loader(), &Request::Drop { job: job.into(), run: 1 }).await.unwrap();
 }
 
 /// Makes a directory in which the server can write.

@@ -47,7 +47,7 @@ fn image(demo: &Demo, number: usize, database: &str) -> String {
     let mut all = run(postgres_program("pg_dump")
         .args(["--schema-only", "--restrict-key=x", "--create"])
         .arg(url(demo, number, database)));
-    let relations = "SELECT c.oid::regclass FROM pg_class c WHERE relkind IN ('r', 'm') AND relpersistence = 'p'
+    let relations = "SELECT c.oid::regclass::text FROM pg_class c WHERE relkind IN ('r', 'm') AND relpersistence = 'p'
          AND relnamespace NOT IN ('pg_catalog'::regnamespace, 'information_schema'::regnamespace) ORDER BY 1";
     for relation in on(demo, number, database, relations).lines() {
         let sum = format!("SELECT '{relation}', count(*), sum(hashtext(t::text)::numeric) FROM ONLY {relation} t");

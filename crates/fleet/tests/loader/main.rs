@@ -10,7 +10,8 @@ use std::time::Duration;
 use bytes::Bytes;
 use cluster::service::Service as _;
 use fleet::loader::{
-    Created, LOADERS_MAX, Load, Loaded, Loader, Progress, RESTORE_ROLE, Request, is_already_loaded, needs_schema,
+    Created, JobDatabase, LOADERS_MAX, Load, Loaded, Loader, Progress, RESTORE_ROLE, Request, is_already_loaded,
+    needs_schema,
 };
 use futures_util::FutureExt as _;
 use pgerror::SqlState;
@@ -134,6 +135,27 @@ async fn what_comes_out_is_what_went_in() {
     place.run("_backhaul_8", late).await;
     removed(&place, 8).await;
     assert_eq!(place.ask("postgres", OURS).await, [""; 0]);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_databases_of_one_job_do_not_get_into_each_others_way() {
+    let place = Place::start(KINDS).await;
+    let (backup, loader) = (Backup::of(&place).await, place.loader());
+    let [second, third] = [1, 2].map(|nth| JobDatabase { job: 7, nth });
+    let one = backup.load_all(&loader, 7, "one", Some(0)).await;
+    let mut rows = upload(&loader, &backup.load(7, one, 0)).await.unwrap();
+    let two = backup.load_all(&loader, second, "two", None).await;
+    rows.write(backup.spans[0].1.clone()).await.unwrap();
+    rows.finish().await.unwrap();
+    backup.load_all(&loader, third, "three", None).await;
+    removed(&place, third).await;
+    let names = "SELECT datname FROM pg_database WHERE datname ~ '^_backhaul' ORDER BY 1";
+    assert_eq!(place.ask("postgres", names).await, ["_backhaul_7", "_backhaul_7_1"]);
+    backup.end(&loader, second, two, "two").await.unwrap();
+    backup.end(&loader, 7, one, "one").await.unwrap();
+    for name in ["one", "two"] {
+        assert_eq!(place.ask(name, CONTENT).await, place.ask("shop", CONTENT).await, "{name}");
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]

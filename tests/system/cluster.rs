@@ -13,7 +13,9 @@ const TWO_SHARDS: [&str; 10] = ["--nodes", "4", "--servers", "4", "--shards", "2
 const HELD: [(usize, &str); 4] = [(1, "movr"), (1, "solo"), (2, "Second one"), (2, "movr")];
 
 fn url(demo: &Demo, number: usize, database: &str) -> String {
-    demo.direct_url(number).replace("/movr?", &format!("/{}?", database.replace(' ', "%20")))
+    let direct = demo.direct_url(number);
+    let (_, options) = direct.split_once('?').unwrap();
+    format!("postgresql:///{}?{options}", database.replace(' ', "%20"))
 }
 
 /// Runs SQL on the server beside node `number`.
@@ -25,7 +27,8 @@ fn on(demo: &Demo, number: usize, database: &str, query: &str) -> String {
 
 /// What a statement through node 1 is answered, in a database that stays; `first` are statements before it.
 fn ask(demo: &Demo, first: &[&str], statement: &str) -> String {
-    let mut psql = psql(&demo.nodes[0].url.replace("/movr", "/postgres"));
+    let (node, _) = demo.nodes[0].url.rsplit_once('/').unwrap();
+    let mut psql = psql(&format!("{node}/postgres"));
     psql.args(["-Atq", "-v", "VERBOSITY=verbose"]);
     for text in first.iter().chain([&statement]) {
         psql.args(["-c", text]);
@@ -234,4 +237,28 @@ fn a_database_that_goes_before_its_point_is_named() {
     on(demo, 2, "postgres", "CREATE TABLE t AS SELECT 1 AS i");
     let default = ask(demo, &[], "BACKUP INTO 'nodelocal://1/all'");
     assert!(default.contains("|succeeded|1.0|1|"), "{default}");
+}
+
+#[test]
+fn more_databases_than_a_node_keeps_schemas_for() {
+    let demo = Demo::start(&["--nodes", "1", "--no-example-database"]);
+    let names: Vec<String> = (0..10).map(|number| format!("d{number}")).collect();
+    for name in &names {
+        on(&demo, 1, "postgres", &format!("CREATE DATABASE {name}"));
+        on(&demo, 1, name, &format!("CREATE TABLE t AS SELECT '{name}' AS name; CREATE UNIQUE INDEX ON t (name)"));
+    }
+    // Each is read by one session then, and has a spare and a guard.
+    let plan = ask(&demo, &[], "EXPLAIN BACKUP INTO 'nodelocal://1/all'");
+    assert!(plan.contains("connections: at most 34 on its server"), "{plan}");
+    let made = ask(&demo, &[], "BACKUP INTO 'nodelocal://1/all'");
+    assert!(made.contains("|succeeded|1.0|10|"), "{made}");
+    for name in &names {
+        on(&demo, 1, "postgres", &format!("DROP DATABASE {name} WITH (FORCE)"));
+    }
+    let restored = ask(&demo, &[], "RESTORE FROM LATEST IN 'nodelocal://1/all'");
+    assert!(restored.contains("|succeeded|1.0|10|"), "{restored}");
+    for name in &names {
+        let query = "SELECT name, (SELECT count(*) FROM pg_index WHERE indrelid = 't'::regclass) FROM t";
+        assert_eq!(on(&demo, 1, name, query), format!("{name}|1"));
+    }
 }

@@ -155,7 +155,8 @@ fn free(taken: &[String], is_one: bool) -> Result<(), PgError> {
     let hint = match is_one {
         true => "Restore it under another name: WITH new_db_name = '…'.",
         false => {
-            "Drop or rename what is there, or name the databases that are to come back: RESTORE DATABASE name, name FROM …."
+            "Drop or rename what is there, or name the databases that are to come back: \
+             RESTORE DATABASE name, name FROM …."
         }
     };
     Err(PgError::new(SqlState::DUPLICATE_DATABASE, message).hint(hint))

@@ -8,6 +8,7 @@ mod backup_faults; // deaths in the middle, stores that fail, statements that ca
 mod check; // what `backhaul check` finds, and that its statements mend it
 mod clients; // every client takes every node for PostgreSQL: psql and its friends
 mod closed_network; // regions that only nodes can speak across, and a store that one of them reaches
+mod cluster; // whole clusters: every database is in the backup or named, and all come back or none
 mod conflicts; // VACUUM on the primary while a standby is read
 mod control; // PAUSE, RESUME, CANCEL, and what a client that waits is told
 mod crash; // whatever dies, wherever a job is: it ends right, once, and leaves nothing

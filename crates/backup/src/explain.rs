@@ -18,7 +18,7 @@ use sql::Backup;
 use crate::assign::{assign, sharers};
 use crate::manifest::left_out;
 use crate::plan::{Backups, Judged, Requester, in_time};
-use crate::point::{READERS, leaseholder};
+use crate::point::{leaseholder, readers};
 use crate::rules::{Decision, Fleet, Replica, Rules, anchor, decide, nearest, nothing_to_read, workers};
 use crate::spans::{self, Span, Tables};
 
@@ -74,6 +74,7 @@ impl Backups {
             for shard in &judged.targets.without {
                 page.say(0, format!("shard {shard}: holds none of the databases"));
             }
+            judged.targets.left_out.iter().for_each(|it| page.say(0, left_out(it)));
             match judged.targets.failure().filter(|_| !statement.options.skip_unreachable_shards) {
                 Some(failure) => page.fails(0, &failure),
                 None => judged.targets.skipped().iter().for_each(|it| page.say(0, left_out(it))),
@@ -286,9 +287,9 @@ fn how(page: &mut Page, view: &View, replica: &Replica, looked: &Looked) {
 fn connections(databases: usize, looked: &Looked) -> String {
     let Some(budget) = looked.budget else {
         // A node of an older version, which has none.
-        return format!("connections: at most {} on its server", Open::connections_for(databases, READERS));
+        return format!("connections: at most {} on its server", Open::connections_for(databases, readers(databases)));
     };
-    let (word, count) = match Open::readers_within(databases, READERS, budget) {
+    let (word, count) = match Open::readers_within(databases, readers(databases), budget) {
         Some(readers) => ("most", Open::connections_for(databases, readers)),
         // So the point will be refused.
         None => ("least", Open::connections_for(databases, 1)),

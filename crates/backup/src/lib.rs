@@ -1,7 +1,7 @@
 //! Backups: from a statement to a sealed manifest, and back.
 //!
 //! Read in this order. [`plan`] judges a statement before anything exists: filter, databases (and the shards that hold
-//! them: [`targets`]), rights, URI. A job is made, and on whichever node coordinates it, [`resume`] tells the story step by step: the lock, a point for each
+//! them: [`targets`], [`whole`]), rights, URI. A job is made, and on whichever node coordinates it, [`resume`] tells the story step by step: the lock, a point for each
 //! shard ([`point`]) on a server that the rules choose ([`rules`]), spans cut from tables ([`spans`]) and dealt to
 //! workers ([`mod@assign`], [`queues`], [`deal`], [`busy`]) that may be [`away`] for a moment, their export watched ([`drive`]), tables that keep changing held still
 //! ([`hold`]), the manifest written and sealed ([`manifest`], [`seal`]), and what is left over removed ([`revert`]). What a worker does with one span is [`export`], and how fast [`limit`];
@@ -47,6 +47,7 @@ mod settings;
 mod spans;
 mod targets;
 mod together;
+mod whole;
 
 pub use assign::{Anchor, Share, Worker, assign, sharers};
 pub use export::{EXPORT, Export, PROBE, Probe};

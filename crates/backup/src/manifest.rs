@@ -21,8 +21,11 @@ pub struct Manifest {
     pub job: i64,
     /// The statement, without secrets.
     pub description: String,
-    /// The databases that were asked for.
+    /// The databases that were asked for, or those that there were.
     pub databases: Vec<String>,
+    /// Whether it is of the whole cluster: of all databases of all shards, but for those that are left out by name.
+    #[serde(default)]
+    pub full_cluster: bool,
     /// Which nodes took part; empty for all.
     pub filter: String,
     /// When the job was made, by its gateway's clock.
@@ -35,6 +38,9 @@ pub struct Manifest {
     /// Shards of the fleet that may hold one of the databases, too, and are left out because the statement said so.
     #[serde(default)]
     pub skipped_shards: Vec<Skipped>,
+    /// What else of the cluster is left out: databases that are not their users', and what is no database's.
+    #[serde(default)]
+    pub skipped: Vec<Skipped>,
     /// What each node did.
     pub nodes: BTreeMap<NodeId, NodeWork>,
 }

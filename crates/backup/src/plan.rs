@@ -4,6 +4,7 @@
 //! live node matches; the job's row comes last. No store is touched while planning, because the gateway may be a node
 //! that must not.
 
+use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -170,7 +171,7 @@ impl Backups {
         // Whoever cannot make a job need not plan one.
         let id = JobId::new(self.jobs.node_id()?);
         let created = Utc::now();
-        let targets = self.targets(&statement.databases, requester).await?;
+        let targets = self.targets(&statement.targets, requester).await?;
         let uri = Uri::parse(literal(&statement.into)?)?;
         let resolved = self.resolve(&uri, requester).await?;
         Ok(Judged { rules, pausepoints, id, created, targets, shown: uri.redacted(), resolved })
@@ -183,7 +184,7 @@ impl Backups {
         if let Some(failure) = targets.failure().filter(|_| !statement.options.skip_unreachable_shards) {
             return Err(failure.into());
         }
-        let (skipped_shards, shards) = (targets.skipped(), targets.shards);
+        let (skipped_shards, skipped, shards) = (targets.skipped(), targets.left_out, targets.shards);
         self.jobs.check_filter(&rules.filter).await?;
         let view = self.peers.cluster().view();
         for shard in shards.keys() {
@@ -191,9 +192,15 @@ impl Backups {
         }
         let subdir = layout::subdir(created);
         let description = format!("{}{}", statement.description(&subdir, &shown), remark(&skipped_shards));
-        let notices = skipped_shards.iter().map(crate::manifest::left_out).collect();
+        let notices = skipped_shards.iter().chain(&skipped).map(crate::manifest::left_out).collect();
+        let full_cluster = statement.targets == sql::Targets::Cluster;
+        let databases = match full_cluster {
+            true => shards.values().flatten().collect::<BTreeSet<_>>().into_iter().cloned().collect(),
+            false => statement.targets.databases().to_vec(),
+        };
         let payload = Payload {
-            databases: statement.databases.clone(),
+            databases,
+            full_cluster,
             filter: rules.filter.to_string(),
             strict: rules.strict,
             replicas: rules.replicas,
@@ -203,6 +210,7 @@ impl Backups {
             description: description.clone(),
             shards: shards.clone(),
             skipped_shards,
+            skipped,
         };
         let new = NewJob {
             id,

@@ -29,6 +29,14 @@ const LEASE_LIFE: Duration = Duration::from_secs(60);
 /// Sessions per database and server; more would not read faster, and the server has other clients.
 pub const READERS: usize = 4;
 
+/// The same for all databases of a server together; where there are more databases than that, each has one.
+const READERS_OF_ALL: usize = 16;
+
+/// Sessions per database and server, of a backup of so many databases.
+pub(crate) fn readers(databases: usize) -> usize {
+    (READERS_OF_ALL / databases.max(1)).clamp(1, READERS)
+}
+
 /// Refusals to take a point that may pass: too many leases or sessions, a pause or a lock of somebody else's.
 const PASSING: [SqlState; 5] = [
     SqlState::CONFIGURATION_LIMIT_EXCEEDED,
@@ -202,7 +210,7 @@ pub(crate) async fn ask<T: DeserializeOwned>(
 
 fn open_request(job: i64, lease: Uuid, databases: &[String], voting: bool) -> Open {
     let life_ms = u64::try_from(LEASE_LIFE.as_millis()).unwrap_or(u64::MAX);
-    Open { lease, job, databases: databases.to_vec(), readers: READERS, voting, life_ms }
+    Open { lease, job, databases: databases.to_vec(), readers: readers(databases.len()), voting, life_ms }
 }
 
 /// Says in the job why one server is read where there are several.

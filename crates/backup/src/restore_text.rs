@@ -21,7 +21,7 @@ rows() { zstd -dc -- \"$1\" | run -c \"$2\"; }
 /// The text for a backup in `subdir`.
 pub(crate) fn text(manifest: &Manifest, subdir: &str) -> String {
     let mut out = format!("# Backup {subdir}, made by job {}.\n{HEADER}", manifest.job);
-    for skipped in &manifest.skipped_shards {
+    for skipped in manifest.skipped_shards.iter().chain(&manifest.skipped) {
         out.push_str(&format!(
             "{}\n",
             comment(&format!("Left out: {} {}: {}.", skipped.kind, skipped.object, skipped.reason))

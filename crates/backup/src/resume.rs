@@ -63,6 +63,9 @@ const SCHEMA_DEADLINE: Duration = Duration::from_secs(60);
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub(crate) struct Payload {
     pub(crate) databases: Vec<String>,
+    /// Whether these are all that there were.
+    #[serde(default)]
+    pub(crate) full_cluster: bool,
     pub(crate) filter: String,
     pub(crate) subdir: String,
     pub(crate) created: DateTime<Utc>,
@@ -72,6 +75,9 @@ pub(crate) struct Payload {
     /// The shards that are left out, and why.
     #[serde(default)]
     pub(crate) skipped_shards: Vec<Skipped>,
+    /// What else of the cluster is left out, and why.
+    #[serde(default)]
+    pub(crate) skipped: Vec<Skipped>,
     /// Whether a server outside the filter may not even be read.
     #[serde(default)]
     pub(crate) strict: bool,
@@ -321,12 +327,14 @@ impl Story<'_> {
             job: self.run.id.0,
             description: self.payload.description.clone(),
             databases: self.payload.databases.clone(),
+            full_cluster: self.payload.full_cluster,
             filter: self.payload.filter.clone(),
             created: self.payload.created,
             skew_ms: skew,
             nodes: self.work(&shards),
             shards,
             skipped_shards: self.payload.skipped_shards.clone(),
+            skipped: self.payload.skipped.clone(),
         })
     }
 
@@ -613,7 +621,8 @@ fn lost(error: anyhow::Error) -> anyhow::Error {
 
 fn result(manifest: &Manifest, view: &View) -> Value {
     let databases = manifest.shards.iter().flat_map(|shard| &shard.databases);
-    let left_out = manifest.skipped_shards.iter().chain(databases.flat_map(|database| &database.skipped));
+    let left_out =
+        manifest.skipped_shards.iter().chain(&manifest.skipped).chain(databases.flat_map(|database| &database.skipped));
     let left_out: Vec<String> = left_out.map(crate::manifest::left_out).collect();
     json!({
         "rows": manifest.rows(), "index_entries": 0, "bytes": manifest.bytes(), "nodes": manifest.nodes,

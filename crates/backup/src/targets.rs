@@ -1,4 +1,4 @@
-//! Which shards hold the databases that a backup is of.
+//! Which shards hold the databases that a backup is of, and which these are when none is named (`whole`).
 //!
 //! Every shard that ever joined is asked, all at once: a database may be in some of them or in all, and only the shard
 //! itself knows. So one that cannot be reached is an error that names it, never a shorter backup, unless the statement
@@ -13,9 +13,11 @@ use cluster::spoken;
 use fleet::founders::Skipped;
 use futures_util::future::join_all;
 use pgerror::{PgError, SqlState};
+use sql::Targets as Named;
 use tokio::time::timeout;
 
 use crate::plan::{Backups, Requester, leaseholder_session};
+use crate::whole::{Holding, server_wide};
 
 /// A shard that has not told by then what it holds cannot be reached: a server that froze keeps its connections open.
 const SHARD_DEADLINE: Duration = Duration::from_secs(20);
@@ -29,41 +31,51 @@ pub(crate) struct Targets {
     pub(crate) without: Vec<String>,
     /// The shards that have told nothing, and why.
     pub(crate) unreachable: BTreeMap<String, PgError>,
+    /// What a backup of the whole cluster leaves out of the shards that it holds.
+    pub(crate) left_out: Vec<Skipped>,
 }
 
 impl Backups {
-    /// Asks every shard for these databases; the requester may read all that are found.
+    /// Asks every shard for these databases, or for all that it has; the requester may read all that are found.
     ///
     /// # Errors
     ///
-    /// A database is named twice, or is nowhere, or may not be read.
-    pub(crate) async fn targets(&self, databases: &[String], requester: &Requester) -> anyhow::Result<Targets> {
-        for (index, name) in databases.iter().enumerate() {
-            if databases[..index].contains(name) {
-                let message = format!("database \"{name}\" is named more than once");
-                return Err(PgError::new(SqlState::DUPLICATE_ALIAS, message).into());
-            }
-        }
+    /// A database is named twice, or is nowhere, or may not be read; nothing is named, and there is nothing.
+    pub(crate) async fn targets(&self, named: &Named, requester: &Requester) -> anyhow::Result<Targets> {
+        once_each(named.databases())?;
         let shards = self.shards().await?;
-        let answers = join_all(shards.iter().map(|shard| self.ask_shard(shard, databases, requester))).await;
+        let answers = join_all(shards.iter().map(|shard| self.ask_shard(shard, named, requester))).await;
         let mut targets = Targets::default();
         for (shard, answer) in shards.into_iter().zip(answers) {
             match answer {
-                Ok(found) if found.is_empty() => targets.without.push(shard),
-                Ok(found) => drop(targets.shards.insert(shard, found)),
+                Ok(Holding { databases, skipped }) => {
+                    targets.left_out.extend(skipped);
+                    if databases.is_empty() {
+                        targets.without.push(shard);
+                    } else {
+                        targets.shards.insert(shard, databases);
+                    }
+                }
                 Err(error) => match PgError::of(&error).filter(|said| said.code == SqlState::CONNECTION_FAILURE) {
                     Some(said) => drop(targets.unreachable.insert(shard, said.clone())),
                     None => return Err(error),
                 },
             }
         }
-        targets.check(databases)?;
+        targets.check(named)?;
+        if *named == Named::Cluster {
+            targets.left_out.push(server_wide());
+        }
         Ok(targets)
     }
 
     /// Which of these databases the shard holds.
-    async fn ask_shard(&self, shard: &str, databases: &[String], requester: &Requester) -> anyhow::Result<Vec<String>> {
+    async fn ask_shard(&self, shard: &str, named: &Named, requester: &Requester) -> anyhow::Result<Holding> {
         let asked = async {
+            let databases = match named {
+                Named::Cluster => return self.holding(shard, requester).await,
+                Named::Databases(databases) => databases,
+            };
             let session = leaseholder_session(&self.peers, shard, "postgres").await?;
             let query = "SELECT datname FROM pg_catalog.pg_database WHERE datname = ANY($1) AND datallowconn";
             let found = session.query(query, &[&databases]).await.map_err(spoken).context("look for the databases")?;
@@ -71,7 +83,7 @@ impl Backups {
             for database in &found {
                 self.check_rights(shard, database, requester).await?;
             }
-            Ok(found)
+            Ok(Holding { databases: found, skipped: Vec::new() })
         };
         timeout(SHARD_DEADLINE, Box::pin(asked)).await.unwrap_or_else(|_| {
             let seconds = SHARD_DEADLINE.as_secs();
@@ -82,13 +94,34 @@ impl Backups {
     }
 }
 
+/// Sees to it that no database is named twice.
+///
+/// # Errors
+///
+/// 42712 naming the first that is.
+pub(crate) fn once_each(databases: &[String]) -> Result<(), PgError> {
+    let mut seen = databases.iter().enumerate();
+    match seen.find(|(index, name)| databases[..*index].contains(name)) {
+        None => Ok(()),
+        Some((_, name)) => {
+            Err(PgError::new(SqlState::DUPLICATE_ALIAS, format!("database \"{name}\" is named more than once")))
+        }
+    }
+}
+
 impl Targets {
-    /// Sees to it that every database was found.
-    fn check(&self, databases: &[String]) -> Result<(), PgError> {
+    /// Sees to it that every database was found, or any at all where none is named.
+    fn check(&self, named: &Named) -> Result<(), PgError> {
         let is_missing = |name: &&String| !self.shards.values().flatten().any(|found| found == *name);
-        let Some(missing) = databases.iter().find(is_missing) else { return Ok(()) };
-        let message =
-            format!("failed to resolve targets specified in the BACKUP stmt: database \"{missing}\" does not exist");
+        let what = match named {
+            Named::Cluster if self.shards.is_empty() => "there is no database to back up".to_owned(),
+            Named::Cluster => return Ok(()),
+            Named::Databases(databases) => match databases.iter().find(is_missing) {
+                Some(missing) => format!("database \"{missing}\" does not exist"),
+                None => return Ok(()),
+            },
+        };
+        let message = format!("failed to resolve targets specified in the BACKUP stmt: {what}");
         let error = PgError::new(SqlState::UNDEFINED_DATABASE, message);
         match self.unreachable.is_empty() {
             true => Err(error),
@@ -158,6 +191,7 @@ mod tests {
             shards: shards.iter().map(|shard| ((*shard).to_owned(), vec!["db".to_owned()])).collect(),
             without: Vec::new(),
             unreachable: unreachable.iter().map(lost).collect(),
+            left_out: Vec::new(),
         }
     }
 
@@ -175,12 +209,15 @@ mod tests {
 
     #[test]
     fn a_database_that_was_not_found_may_be_where_nobody_could_look() {
-        let asked = ["db".to_owned(), "other".to_owned()];
-        assert_eq!(targets(&["s1"], &["s2"]).check(&asked[..1]), Ok(()));
+        let asked = Named::Databases(vec!["db".to_owned(), "other".to_owned()]);
+        assert_eq!(targets(&["s1"], &["s2"]).check(&Named::Databases(vec!["db".to_owned()])), Ok(()));
         let nowhere = targets(&["s1"], &[]).check(&asked).unwrap_err();
         assert_eq!((nowhere.code.as_str(), nowhere.detail), ("3D000", None));
         let perhaps = targets(&["s1"], &["s2"]).check(&asked).unwrap_err();
         assert_eq!(perhaps.detail.as_deref(), Some("It may be in what cannot be reached: shard \"s2\"."));
+        // Where none is named there has to be one all the same.
+        assert_eq!(targets(&["s1"], &["s2"]).check(&Named::Cluster), Ok(()));
+        assert_eq!(targets(&[], &[]).check(&Named::Cluster).unwrap_err().code.as_str(), "3D000");
     }
 
     #[test]

@@ -94,7 +94,9 @@ pub(crate) async fn show(gateway: &Gateway, statement: &ShowBackup, requester: &
         what => {
             let statements = (what == ShowBackupWhat::Schemas).then(|| by_object(&created));
             let shards = manifest.shards.iter();
-            shards.flat_map(|part| objects(part, statement.options.check_files, statements.as_ref())).collect()
+            shards
+                .flat_map(|part| objects(&manifest, part, statement.options.check_files, statements.as_ref()))
+                .collect()
         }
     };
     let databases = manifest.shards.iter().flat_map(|part| &part.databases);
@@ -103,8 +105,9 @@ pub(crate) async fn show(gateway: &Gateway, statement: &ShowBackup, requester: &
         let message = format!("{} {} of database {} is left out: {}", it.kind, it.object, database.name, it.reason);
         PgError::new(SqlState::SUCCESSFUL_COMPLETION, message)
     };
-    let shard = |it| PgError::new(SqlState::SUCCESSFUL_COMPLETION, backup::left_out(it));
-    let notices = manifest.skipped_shards.iter().map(shard).chain(left_out.map(notice)).collect();
+    let whole = |it| PgError::new(SqlState::SUCCESSFUL_COMPLETION, backup::left_out(it));
+    let notices =
+        manifest.skipped_shards.iter().chain(&manifest.skipped).map(whole).chain(left_out.map(notice)).collect();
     Ok(Answer { notices, ..Answer::of(rows) })
 }
 
@@ -127,7 +130,12 @@ fn by_object(created: &[Created]) -> Statements<'_> {
     all
 }
 
-fn objects(part: &ShardPart, with_files: bool, statements: Option<&Statements<'_>>) -> Vec<Vec<Value>> {
+fn objects(
+    manifest: &Manifest,
+    part: &ShardPart,
+    with_files: bool,
+    statements: Option<&Statements<'_>>,
+) -> Vec<Vec<Value>> {
     let mut rows = Vec::new();
     for database in &part.databases {
         let row = |schema: Option<&str>, name: &str, kind: &str, files: &[&FileEntry]| {
@@ -142,7 +150,7 @@ fn objects(part: &ShardPart, with_files: bool, statements: Option<&Statements<'_
                 Value::UtcTime(Some(part.point.time)),
                 sum(|file| file.bytes),
                 sum(|file| file.rows),
-                Value::Bool(Some(false)),
+                Value::Bool(Some(manifest.full_cluster)),
                 Value::Text(None),
             ];
             if let Some(statements) = statements {

@@ -10,12 +10,11 @@ use crate::collection;
 use crate::cursor::Cursor;
 use crate::options::{Given, Known, Value, options};
 use crate::statement::{Backup, BackupOptions, Text};
-use crate::targets::{Verb, as_of, databases};
+use crate::targets::{Targets, Verb, as_of, targets};
 
 pub(crate) const BACKUP: Verb = Verb {
     name: "BACKUP",
     ends: &["INTO", "TO"],
-    not_all: "Name the databases: BACKUP DATABASE name, name INTO 'uri'.",
     not_tables: "Back up the whole database: BACKUP DATABASE name INTO 'uri'.",
 };
 
@@ -66,8 +65,7 @@ pub(crate) const OPTIONS: [Known; 13] = [
 
 pub(crate) fn backup(cursor: &mut Cursor<'_>) -> Result<Backup, PgError> {
     cursor.expect_words(&["BACKUP"])?;
-    let whole = cursor.at_word("INTO");
-    let databases = databases(cursor, &BACKUP)?;
+    let targets = targets(cursor, &BACKUP)?;
     if cursor.eat_word("TO") {
         cursor.texts()?;
         return Err(cursor.wrong_before(NO_BACKUP_TO));
@@ -82,7 +80,7 @@ pub(crate) fn backup(cursor: &mut Cursor<'_>) -> Result<Backup, PgError> {
     )?;
     let mut chosen = BackupOptions::default();
     let told = options(cursor, BACKUP.name, &OPTIONS)?;
-    if let Some(why) = contradiction(&told, whole) {
+    if let Some(why) = contradiction(&told, targets == Targets::Cluster) {
         cursor.refuse_first(PgError::new(SqlState::UNCATEGORIZED, why));
     }
     for option in told {
@@ -95,7 +93,7 @@ pub(crate) fn backup(cursor: &mut Cursor<'_>) -> Result<Backup, PgError> {
             _ => {}
         }
     }
-    Ok(Backup { databases, into, options: chosen })
+    Ok(Backup { targets, into, options: chosen })
 }
 
 /// What is wrong with these options together, or with this target, in CockroachDB's words.
@@ -184,11 +182,20 @@ mod tests {
             ),
         ] {
             let databases = databases.into_iter().map(str::to_owned).collect();
-            let expected = Backup { databases, into, options: options.clone() };
+            let expected = Backup { targets: Targets::Databases(databases), into, options: options.clone() };
             assert!(crate::is_ours(text.as_bytes()), "{text}");
             assert!(parse(text) == Ok(vec![Statement::Backup(expected.clone())]), "{text}");
             let explained = format!("EXPLAIN {text}");
             assert!(parse(&explained) == Ok(vec![Statement::ExplainBackup(expected)]), "{explained}");
+        }
+    }
+
+    #[test]
+    fn a_backup_of_nothing_that_is_named_is_of_all() {
+        for text in ["BACKUP INTO 'x' WITH detached", "backup into ('x') with options (DETACHED)"] {
+            let options = BackupOptions { detached: true, ..BackupOptions::default() };
+            let expected = Backup { targets: Targets::Cluster, into: literal("x"), options };
+            assert!(parse(text) == Ok(vec![Statement::Backup(expected)]), "{text}");
         }
     }
 
@@ -286,7 +293,6 @@ mod tests {
     #[test]
     fn what_cannot_run_is_refused_by_name() {
         for (text, message, position) in [
-            ("BACKUP INTO 'bar'", "BACKUP of a whole cluster is not supported yet", 8),
             ("BACKUP TABLE foo INTO 'bar'", "BACKUP TABLE is not supported yet", 8),
             ("BACKUP foo.foo, bar.*, a.b.c INTO 'bar'", "BACKUP TABLE is not supported yet", 8),
             ("BACKUP *, \"X\" INTO 'bar'", "BACKUP TABLE is not supported yet", 8),

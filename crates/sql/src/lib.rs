@@ -57,4 +57,5 @@ pub use statement::{
     Backup, BackupOptions, Number, RangesOf, Restore, RestoreOptions, ShowBackup, ShowBackupOptions, ShowBackupWhat,
     ShowJobs, ShowRanges, Statement, Subdir, Text,
 };
+pub use targets::Targets;
 pub use verb::Verb;

@@ -235,18 +235,18 @@ fn bind_subdir(subdir: Subdir, values: &[Option<String>]) -> Result<Subdir, PgEr
 }
 
 fn bind_backup(backup: Backup, values: &[Option<String>]) -> Result<Backup, PgError> {
-    let Backup { databases, into, options } = backup;
+    let Backup { targets, into, options } = backup;
     let text = |text| bind_text(text, values);
     let options = BackupOptions {
         execution_locality: options.execution_locality.map(text).transpose()?,
         replica: options.replica.map(text).transpose()?,
         ..options
     };
-    Ok(Backup { databases, into: text(into)?, options })
+    Ok(Backup { targets, into: text(into)?, options })
 }
 
 fn bind_restore(restore: Restore, values: &[Option<String>]) -> Result<Restore, PgError> {
-    let Restore { database, from, collection, options } = restore;
+    let Restore { targets, from, collection, options } = restore;
     let text = |text| bind_text(text, values);
     let options = RestoreOptions {
         new_db_name: options.new_db_name.map(text).transpose()?,
@@ -254,7 +254,7 @@ fn bind_restore(restore: Restore, values: &[Option<String>]) -> Result<Restore, 
         shard_map: options.shard_map.map(text).transpose()?,
         ..options
     };
-    Ok(Restore { database, from: bind_subdir(from, values)?, collection: text(collection)?, options })
+    Ok(Restore { targets, from: bind_subdir(from, values)?, collection: text(collection)?, options })
 }
 
 fn bind_selection(jobs: Selection, values: &[Option<String>]) -> Result<Selection, PgError> {

@@ -2,19 +2,18 @@
 //!
 //! As with `BACKUP`, what it can say and we cannot do is read first and refused by its name then.
 
-use pgerror::PgError;
+use pgerror::{PgError, SqlState};
 
 use crate::backup::{LEAVE_OUT, NO_CLUSTERS};
 use crate::collection;
 use crate::cursor::Cursor;
 use crate::options::{Given, Known, Value, options};
 use crate::statement::{Restore, RestoreOptions};
-use crate::targets::{Verb, as_of, databases};
+use crate::targets::{Targets, Verb, as_of, targets};
 
 const RESTORE: Verb = Verb {
     name: "RESTORE",
     ends: &["FROM"],
-    not_all: "Name the database: RESTORE DATABASE name FROM LATEST IN 'uri'.",
     not_tables: "Restore the whole database, under another name if need be: \
                  RESTORE DATABASE name FROM LATEST IN 'uri' WITH new_db_name = 'other'.",
 };
@@ -26,6 +25,9 @@ const NO_RESTORE_FROM_URI: &str = "The `RESTORE <targets> FROM <backupURI>` synt
 /// The same without targets.
 const NO_RESTORE_ALL_FROM_URI: &str = "The `RESTORE FROM <backupURI>` syntax is no longer supported. \
                                        Please use `RESTORE FROM <subdirectory> IN <collectionURI>`.";
+
+/// CockroachDB's words.
+const ONE_NEW_NAME: &str = "new_db_name can only be used for RESTORE DATABASE with a single target database";
 
 const NO_REGIONS: &str = "A database of PostgreSQL has no regions.";
 
@@ -66,7 +68,7 @@ const OPTIONS: [Known; 25] = [
 pub(crate) fn restore(cursor: &mut Cursor<'_>) -> Result<Restore, PgError> {
     cursor.expect_words(&["RESTORE"])?;
     let removed = if cursor.at_word("FROM") { NO_RESTORE_ALL_FROM_URI } else { NO_RESTORE_FROM_URI };
-    let database = target(cursor)?;
+    let targets = if cursor.at_words(&["SYSTEM", "USERS"]) { users(cursor)? } else { targets(cursor, &RESTORE)? };
     cursor.expect_words(&["FROM"])?;
     let (from, collection) = collection::backup(cursor, "RESTORE from", removed)?;
     as_of(
@@ -85,23 +87,17 @@ pub(crate) fn restore(cursor: &mut Cursor<'_>) -> Result<Restore, PgError> {
             _ => {}
         }
     }
-    Ok(Restore { database, from, collection, options: chosen })
+    if chosen.new_db_name.is_some() && targets.databases().len() != 1 {
+        cursor.refuse_first(PgError::new(SqlState::UNCATEGORIZED, ONE_NEW_NAME));
+    }
+    Ok(Restore { targets, from, collection, options: chosen })
 }
 
-/// The one database; any name where something else is wanted, which is refused.
-fn target(cursor: &mut Cursor<'_>) -> Result<String, PgError> {
-    if cursor.at_words(&["SYSTEM", "USERS"]) {
-        cursor.refuse(cursor.unsupported("RESTORE SYSTEM USERS is not supported yet"));
-        cursor.expect_words(&["SYSTEM", "USERS"])?;
-        return Ok(String::new());
-    }
-    let begun = cursor.here();
-    let names = databases(cursor, &RESTORE)?;
-    if names.len() > 1 {
-        let refusal = cursor.unsupported_at(begun, "RESTORE of several databases is not supported yet");
-        cursor.refuse(refusal.hint("Restore each with a statement of its own."));
-    }
-    Ok(names.into_iter().next().unwrap_or_default())
+/// `SYSTEM USERS`, refused.
+fn users(cursor: &mut Cursor<'_>) -> Result<Targets, PgError> {
+    cursor.refuse(cursor.unsupported("RESTORE SYSTEM USERS is not supported yet"));
+    cursor.expect_words(&["SYSTEM", "USERS"])?;
+    Ok(Targets::Databases(Vec::new()))
 }
 
 #[cfg(test)]
@@ -111,6 +107,10 @@ mod tests {
 
     fn literal(text: &str) -> Text {
         Text::Literal(text.to_owned())
+    }
+
+    fn of(database: &str) -> Targets {
+        Targets::Databases(vec![database.to_owned()])
     }
 
     #[test]
@@ -158,9 +158,23 @@ mod tests {
                 &bound,
             ),
         ] {
-            let expected = Restore { database: database.to_owned(), from, collection, options: options.clone() };
+            let expected = Restore { targets: of(database), from, collection, options: options.clone() };
             assert!(crate::is_ours(text.as_bytes()), "{text}");
             assert!(parse(text) == Ok(vec![Statement::Restore(expected)]), "{text}");
+        }
+    }
+
+    #[test]
+    fn several_databases_or_all_are_read_and_keep_their_names() {
+        let two = Targets::Databases(vec!["a".to_owned(), "B".to_owned()]);
+        for (text, targets) in
+            [("RESTORE DATABASE a, \"B\" FROM LATEST IN x", two), ("restore FROM latest IN ('x')", Targets::Cluster)]
+        {
+            let options = RestoreOptions::default();
+            let expected = Restore { targets, from: Subdir::Latest, collection: literal("x"), options };
+            assert!(parse(text) == Ok(vec![Statement::Restore(expected)]), "{text}");
+            let error = parse(&format!("{text} WITH new_db_name = $1")).expect_err(text);
+            assert_eq!((error.code.as_str(), error.message.as_str()), ("XXUUU", ONE_NEW_NAME), "{text}");
         }
     }
 
@@ -239,11 +253,10 @@ mod tests {
     #[test]
     fn what_cannot_run_is_refused_by_name() {
         for (text, message, position) in [
-            ("RESTORE FROM LATEST IN 'bar'", "RESTORE of a whole cluster is not supported yet", 9),
             (
                 "RESTORE FROM LATEST IN 'bar' WITH unsafe_restore_incompatible_version, execution locality = 'abc'",
-                "RESTORE of a whole cluster is not supported yet",
-                9,
+                "RESTORE option unsafe_restore_incompatible_version is not supported yet",
+                35,
             ),
             ("RESTORE TABLE foo FROM LATEST IN 'bar'", "RESTORE TABLE is not supported yet", 9),
             ("RESTORE abc.xzy, a.* FROM 'a' IN 'b' WITH into_db = 'foo'", "RESTORE TABLE is not supported yet", 9),
@@ -253,7 +266,6 @@ mod tests {
             ("RESTORE SYSTEM USERS FROM 'a' IN 'b'", "RESTORE SYSTEM USERS is not supported yet", 9),
             ("RESTORE TENANT 36 FROM LATEST IN ($1, $2)", "RESTORE VIRTUAL CLUSTER is not supported", 9),
             ("RESTORE VIRTUAL CLUSTER a FROM LATEST IN b", "RESTORE VIRTUAL CLUSTER is not supported", 9),
-            ("RESTORE DATABASE foo, baz FROM LATEST IN 'bar'", "RESTORE of several databases is not supported yet", 9),
             ("RESTORE DATABASE a FROM $1 IN ($2, $3)", "RESTORE from several URIs is not supported yet", 31),
             (
                 "RESTORE DATABASE a FROM LATEST IN 'b' AS OF SYSTEM TIME '1' WITH detached",

@@ -8,7 +8,7 @@ use crate::cursor::Cursor;
 use crate::options::{one, options};
 use crate::selection;
 use crate::statement::Statement;
-use crate::targets::databases;
+use crate::targets::targets;
 
 /// What to do meanwhile.
 const HINT: &str = "Let cron, or a timer of systemd, send the BACKUP through any node.";
@@ -29,7 +29,7 @@ pub(crate) fn create(cursor: &mut Cursor<'_>) -> Result<Statement, PgError> {
         cursor.text()?;
     }
     cursor.expect_words(&["FOR", "BACKUP"])?;
-    databases(cursor, &BACKUP)?;
+    targets(cursor, &BACKUP)?;
     cursor.expect_words(&["INTO"])?;
     cursor.texts()?;
     options(cursor, BACKUP.name, &OPTIONS)?;

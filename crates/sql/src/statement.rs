@@ -7,9 +7,10 @@
 use std::fmt;
 
 use crate::control::ControlJobs;
-use crate::names::{quoted_literal, quoted_name};
+use crate::names::quoted_literal;
 use crate::selection::Selection;
 use crate::settings::Settings;
+use crate::targets::Targets;
 
 /// One statement of ours.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -18,7 +19,7 @@ pub enum Statement {
     ShowLocality,
     /// `SHOW NODES`: every node that the fleet knows.
     ShowNodes,
-    /// `BACKUP DATABASE … INTO …`: a job that writes a backup.
+    /// `BACKUP … INTO …`: a job that writes a backup.
     Backup(Backup),
     /// `EXPLAIN BACKUP …`: where that backup would run, and what it would read. Nothing runs.
     ExplainBackup(Backup),
@@ -29,7 +30,7 @@ pub enum Statement {
         /// Whether databases are told.
         databases: bool,
     },
-    /// `RESTORE DATABASE … FROM … IN …`: a job that makes a database from a backup.
+    /// `RESTORE … FROM … IN …`: a job that makes databases from a backup.
     Restore(Restore),
     /// `SHOW BACKUPS IN uri`: the backups of a collection.
     ShowBackups {
@@ -83,11 +84,11 @@ impl Statement {
     }
 }
 
-/// `BACKUP DATABASE a, b INTO uri WITH …`.
+/// `BACKUP INTO uri WITH …`, `BACKUP DATABASE a, b INTO uri WITH …`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Backup {
-    /// The databases, as named: folded to lower case unless quoted, in order, repetitions kept.
-    pub databases: Vec<String>,
+    /// What it is of.
+    pub targets: Targets,
     /// The URI of the collection.
     pub into: Text,
     /// What stands after `WITH`.
@@ -110,7 +111,6 @@ impl Backup {
     }
 
     pub(crate) fn print(&self, destination: &str) -> String {
-        let names: Vec<_> = self.databases.iter().map(|name| quoted_name(name)).collect();
         let BackupOptions { detached, execution_locality, strict, replica, skip_unreachable_shards } = &self.options;
         let options = [
             detached.then(|| "detached".to_owned()),
@@ -119,7 +119,7 @@ impl Backup {
             print_option("replica", replica.as_ref()),
             skip_unreachable_shards.then(|| "skip_unreachable_shards".to_owned()),
         ];
-        format!("BACKUP DATABASE {} INTO {destination}{}", names.join(", "), print_options(options))
+        format!("BACKUP{} INTO {destination}{}", self.targets.print(), print_options(options))
     }
 }
 
@@ -165,11 +165,11 @@ pub enum RangesOf {
     },
 }
 
-/// `RESTORE DATABASE a FROM subdir IN uri WITH …`.
+/// `RESTORE FROM subdir IN uri WITH …`, `RESTORE DATABASE a, b FROM subdir IN uri WITH …`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Restore {
-    /// The database, as named in the backup: folded to lower case unless quoted.
-    pub database: String,
+    /// What of the backup is restored, by the names that it has there.
+    pub targets: Targets,
     /// Which backup of the collection.
     pub from: Subdir,
     /// The URI of the collection.
@@ -201,7 +201,7 @@ impl Restore {
             print_option("execution locality", execution_locality.as_ref()),
             print_option("shard_map", shard_map.as_ref()),
         ];
-        format!("RESTORE DATABASE {} FROM {from} IN {uri}{}", quoted_name(&self.database), print_options(options))
+        format!("RESTORE{} FROM {from} IN {uri}{}", self.targets.print(), print_options(options))
     }
 }
 
@@ -368,7 +368,7 @@ mod tests {
     #[test]
     fn a_backup_is_printed_in_canonical_form() {
         let mut backup = Backup {
-            databases: vec!["a".to_owned(), "B b".to_owned()],
+            targets: Targets::Databases(vec!["a".to_owned(), "B b".to_owned()]),
             into: literal("nodelocal://1/x"),
             options: BackupOptions::default(),
         };
@@ -388,12 +388,14 @@ mod tests {
         );
         backup.options = BackupOptions { execution_locality: Some(Text::Placeholder(2)), ..BackupOptions::default() };
         assert_eq!(backup.redacted("u"), "BACKUP DATABASE a, \"B b\" INTO 'u' WITH execution locality = $2");
+        backup.targets = Targets::Cluster;
+        assert_eq!(backup.description("/d", "u"), "BACKUP INTO '/d' IN 'u' WITH execution locality = $2");
     }
 
     #[test]
     fn a_restore_is_printed_in_canonical_form() {
         let mut restore = Restore {
-            database: "B b".to_owned(),
+            targets: Targets::Databases(vec!["B b".to_owned()]),
             from: Subdir::Latest,
             collection: literal("nodelocal://1/x"),
             options: RestoreOptions::default(),
@@ -413,6 +415,8 @@ mod tests {
         restore.from = Subdir::Named(Text::Placeholder(1));
         restore.options = RestoreOptions { new_db_name: Some(Text::Placeholder(2)), ..RestoreOptions::default() };
         assert_eq!(restore.redacted("u"), "RESTORE DATABASE \"B b\" FROM $1 IN 'u' WITH new_db_name = $2");
+        (restore.targets, restore.options) = (Targets::Cluster, RestoreOptions::default());
+        assert_eq!(restore.redacted("u"), "RESTORE FROM $1 IN 'u'");
     }
 
     #[test]

@@ -1,9 +1,40 @@
-//! What a `BACKUP` or a `RESTORE` is of: databases, or something that is refused.
+//! What a `BACKUP` or a `RESTORE` is of: everything, databases, or something that is refused.
 
 use pgerror::PgError;
 use sqlparser::tokenizer::Token;
 
 use crate::cursor::Cursor;
+use crate::names::quoted_name;
+
+/// What a `BACKUP` or a `RESTORE` is of.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Targets {
+    /// Nothing is named: all databases of the fleet, or of the backup.
+    Cluster,
+    /// `DATABASE a, b`, as named: folded to lower case unless quoted, in order, repetitions kept.
+    Databases(Vec<String>),
+}
+
+impl Targets {
+    /// The databases that are named.
+    pub fn databases(&self) -> &[String] {
+        match self {
+            Self::Cluster => &[],
+            Self::Databases(names) => names,
+        }
+    }
+
+    /// What stands between the verb and the next word, with a blank before it.
+    pub(crate) fn print(&self) -> String {
+        match self {
+            Self::Cluster => String::new(),
+            Self::Databases(names) => {
+                let names: Vec<_> = names.iter().map(|name| quoted_name(name)).collect();
+                format!(" DATABASE {}", names.join(", "))
+            }
+        }
+    }
+}
 
 /// A statement that has targets.
 pub(crate) struct Verb {
@@ -11,26 +42,22 @@ pub(crate) struct Verb {
     pub(crate) name: &'static str,
     /// What may follow the targets.
     pub(crate) ends: &'static [&'static str],
-    /// What to do instead of naming nothing.
-    pub(crate) not_all: &'static str,
     /// What to do instead of naming tables.
     pub(crate) not_tables: &'static str,
 }
 
-/// The databases; none where something else is named, which is refused.
-pub(crate) fn databases(cursor: &mut Cursor<'_>, verb: &Verb) -> Result<Vec<String>, PgError> {
+/// The targets; no databases where something else is named, which is refused.
+pub(crate) fn targets(cursor: &mut Cursor<'_>, verb: &Verb) -> Result<Targets, PgError> {
     let name = verb.name;
     if verb.ends.iter().any(|end| cursor.at_word(end)) {
-        let refusal = cursor.unsupported(format!("{name} of a whole cluster is not supported yet"));
-        cursor.refuse(refusal.hint(verb.not_all));
-        return Ok(Vec::new());
+        return Ok(Targets::Cluster);
     }
     if cursor.eat_word("DATABASE") {
         let mut names = vec![cursor.name()?];
         while cursor.eat(&Token::Comma) {
             names.push(cursor.name()?);
         }
-        return Ok(names);
+        return Ok(Targets::Databases(names));
     }
     let begun = cursor.here();
     let named_tenant = !matches!(cursor.second(), Token::Comma | Token::Period)
@@ -41,10 +68,10 @@ pub(crate) fn databases(cursor: &mut Cursor<'_>, verb: &Verb) -> Result<Vec<Stri
         if !cursor.eat_number() {
             cursor.text()?;
         }
-        return Ok(Vec::new());
+        return Ok(Targets::Databases(Vec::new()));
     }
     tables(cursor, verb)?;
-    Ok(Vec::new())
+    Ok(Targets::Databases(Vec::new()))
 }
 
 /// `[TABLE] a, b.*`, refused.

@@ -4,8 +4,6 @@
 //! return, and that it may have been passed is noted before: from then on the job can only go forward, also when it is
 //! canceled or its backup cannot be read any more. So what the step needs is noted with it.
 
-use std::collections::BTreeMap;
-
 use cluster::{NodeId, Peers, View};
 use fleet::loader::{LOADER, Publish, Request};
 use jobs::Run;
@@ -18,10 +16,10 @@ use super::story::{ASK_DEADLINE, passing};
 /// Under which key it stands that databases may have been given to their user.
 const GIVING: &str = "giving";
 
-/// Whole databases, by shard, and what the job gives back when they are their user's.
+/// Whole databases, each with its shard, and what the job gives back when they are their user's.
 #[derive(Clone, Serialize, Deserialize)]
 pub(crate) struct Giving {
-    pub(crate) databases: BTreeMap<String, Publish>,
+    pub(crate) databases: Vec<(String, Publish)>,
     pub(crate) result: Value,
 }
 

@@ -4,12 +4,14 @@ use anyhow::Context as _;
 use cluster::{Peers, spoken};
 use jobs::{Birth, JobId, NewJob};
 use pgerror::{PgError, SqlState};
-use sql::{Restore, Subdir};
+use sql::{Restore, Subdir, Targets};
 use storage::Uri;
 
+use super::parts::check_names;
 use super::shard_map::ShardMap;
 use super::story::{Payload, RESTORE_TYPE};
 use crate::plan::{Backups, OnWait, Outcome, Requester, filter_of, in_time, leaseholder_session, literal};
+use crate::targets::once_each;
 
 impl Backups {
     /// Runs a RESTORE statement for `requester`; see [`Backups::run`].
@@ -42,14 +44,19 @@ impl Backups {
         shard_map.check_targets(&fleet)?;
         let shards = shard_map.possible_targets(&fleet);
         superuser_of(&self.peers, shards.iter().copied(), &requester.user).await?;
-        let target = match &statement.options.new_db_name {
-            Some(name) => literal(name)?.to_owned(),
-            None => statement.database.clone(),
-        };
+        let databases = statement.targets.databases();
+        once_each(databases)?;
+        let new_name = statement.options.new_db_name.as_ref().map(literal).transpose()?.map(str::to_owned);
         let uri = Uri::parse(literal(&statement.collection)?)?;
         let shown = uri.redacted();
         let resolved = self.resolve(&uri, requester).await?;
-        self.check_target(&target, &shards).await?;
+        // Into which of the shards the backup has rows to bring is not known before it is read, nor what is in it.
+        let wanted: Vec<&str> = match &new_name {
+            Some(name) => vec![name],
+            None => databases.iter().map(String::as_str).collect(),
+        };
+        let wanted_in = shards.iter().map(|shard| (*shard, wanted.clone())).collect();
+        check_names(&self.peers, &wanted_in, databases.len() == 1).await?;
         self.jobs.check_filter(&filter).await?;
         let subdir = match &statement.from {
             Subdir::Latest => None,
@@ -60,8 +67,9 @@ impl Backups {
         let around = statement.description("\u{1}", &shown);
         let around = around.split_once('\u{1}').map(|(before, behind)| (before.to_owned(), behind.to_owned()));
         let payload = Payload {
-            database: statement.database.clone(),
-            target,
+            databases: databases.to_vec(),
+            full_cluster: statement.targets == Targets::Cluster,
+            new_name,
             subdir,
             filter: filter.to_string(),
             user: requester.user.clone(),
@@ -82,26 +90,6 @@ impl Backups {
             exclusive: None,
             pausepoints,
         })
-    }
-
-    /// The name must be free in every one of these shards: into which of them the backup has rows to bring is not known
-    /// before it is read.
-    async fn check_target(&self, target: &str, shards: &[&str]) -> anyhow::Result<()> {
-        let view = self.peers.cluster().view();
-        for shard in shards {
-            if view.leader(shard).is_none() {
-                continue;
-            }
-            let session = leaseholder_session(&self.peers, shard, "postgres").await?;
-            let query = "SELECT 1 FROM pg_catalog.pg_database WHERE datname = $1";
-            if session.query_opt(query, &[&target]).await.map_err(spoken).context("look for the target")?.is_some() {
-                let message = format!("database \"{target}\" already exists");
-                return Err(PgError::new(SqlState::DUPLICATE_DATABASE, message)
-                    .hint("Restore it under another name: WITH new_db_name = '…'.")
-                    .into());
-            }
-        }
-        Ok(())
     }
 }
 

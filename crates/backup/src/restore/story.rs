@@ -4,15 +4,17 @@
 //! goes on is refused where a later one has been. Whatever is written to the job's row says whether the claim is still
 //! this run's; it is asked for once more before databases get their names.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::Context as _;
 use cluster::service::Boxed;
 use cluster::{Filter, NodeId, Peers};
-use fleet::founders::{DatabasePlan, What};
-use fleet::loader::{Create, Created, Finish, LOADER, Load, Loaded, Publish, Request, is_superseded, needs_schema};
+use fleet::founders::What;
+use fleet::loader::{
+    Create, Created, Finish, JobDatabase, LOADER, Load, Loaded, Publish, Request, is_superseded, needs_schema,
+};
 use futures_util::future::try_join_all;
 use jobs::{LostClaim, Resumer, Retryable, Run};
 use pgerror::{PgError, SqlState};
@@ -23,12 +25,13 @@ use tokio::time::Instant;
 
 use super::giving::{Giving, leader_of};
 use super::import::{IMPORT, Task};
+use super::parts::{self, Part};
 use super::plan::superuser_of;
 use super::shard_map::ShardMap;
 use super::source::Source;
 use crate::busy::Busy;
 use crate::deal::{AsyncDone, Deal, End};
-use crate::manifest::{FileEntry, ShardPart, left_out};
+use crate::manifest::FileEntry;
 use crate::pace::Pace;
 use crate::pausepoints;
 use crate::plan::{SealSource, in_time};
@@ -61,14 +64,18 @@ const LOAD_SHARE: f64 = 0.7;
 /// Where on the way only names are left to be given.
 const NAMED_AT: f64 = 0.99;
 
-/// Under which key it stands that all rows are in: its value has the OIDs of the databases by shard.
+/// Under which key it stands that all rows are in: its value has the OIDs of the databases, in the order of the parts.
 const FINISHING: &str = "finishing";
 
 /// What a restore job was made with, for everybody to read.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub(crate) struct Payload {
-    pub(crate) database: String,
-    pub(crate) target: String,
+    /// The databases, by the names that they have in the backup.
+    pub(crate) databases: Vec<String>,
+    /// Whether none is named, and all come back that the backup of a whole cluster holds.
+    pub(crate) full_cluster: bool,
+    /// What the only one is called instead.
+    pub(crate) new_name: Option<String>,
     /// None is the newest.
     pub(crate) subdir: Option<String>,
     pub(crate) filter: String,
@@ -103,16 +110,6 @@ struct Story<'s> {
     number: i64,
 }
 
-/// A shard's part, and where it goes.
-struct Part<'p> {
-    part: &'p ShardPart,
-    database: &'p DatabasePlan,
-    /// The shard that it goes into.
-    shard: String,
-    /// The node beside that shard's primary.
-    node: NodeId,
-}
-
 impl ResumeRestore {
     /// A resumer for jobs of [`RESTORE_TYPE`]; `seal` opens what only nodes may read.
     pub fn new(peers: Peers, stores: Stores, seal: SealSource) -> Arc<Self> {
@@ -129,10 +126,10 @@ impl ResumeRestore {
         }
         let view = self.peers.cluster().view();
         let mut failed = None;
-        for shard in run.kept_under::<String>("made/").await? {
+        for (shard, nth) in run.kept_under::<(String, u32)>("made/").await? {
             let removed = async {
                 let node = leader_of(&view, &shard, "A database that was not finished may be there.")?;
-                let request = Request::Drop { job: run.id.0, run: number };
+                let request = Request::Drop { job: JobDatabase { job: run.id.0, nth }, run: number };
                 self.peers.call::<()>(node, LOADER, &request, ASK_DEADLINE).await.map_err(passing)
             };
             if let Err(error) = removed.await {
@@ -193,7 +190,7 @@ impl Story<'_> {
         {
             self.run.describe(&format!("{before}{}{behind}{}", source.subdir, remark(skipped))).await?;
         }
-        let parts = self.parts(&source)?;
+        let parts = parts::parts(&source, &self.payload, self.run.id.0, &self.peers.cluster().view())?;
         self.check_rights(&parts).await?;
         self.run.pausepoint(pausepoints::AFTER_SOURCE).await?;
         self.restore(&source, &parts).await
@@ -202,8 +199,8 @@ impl Story<'_> {
     /// What is in a backup runs as SQL with all rights, so its user has to have them where it runs, and to have them
     /// still.
     async fn check_rights(&self, parts: &[Part<'_>]) -> anyhow::Result<()> {
-        let shards = parts.iter().map(|part| part.shard.as_str());
-        in_time(superuser_of(self.peers, shards, &self.payload.user)).await
+        let shards: BTreeSet<&str> = parts.iter().map(|part| part.shard.as_str()).collect();
+        in_time(superuser_of(self.peers, shards.into_iter(), &self.payload.user)).await
     }
 
     async fn restore(&self, source: &Source, parts: &[Part<'_>]) -> anyhow::Result<Value> {
@@ -211,16 +208,17 @@ impl Story<'_> {
         source.check(self.stores, &files).await?;
         // An earlier run had all rows in, and some of the databases may have their names already: then nothing but the
         // end of it can be repeated.
-        let oids = match self.run.kept::<BTreeMap<String, u32>>(FINISHING).await? {
+        let oids = match self.run.kept::<Vec<u32>>(FINISHING).await? {
             Some(oids) => oids,
             None => self.fill(source, parts).await?,
         };
         self.complete(source, parts, &oids).await?;
-        Ok(result(source, parts))
+        Ok(self.result(source, parts))
     }
 
-    /// Makes the databases and loads all rows; gives their OIDs by shard.
-    async fn fill(&self, source: &Source, parts: &[Part<'_>]) -> anyhow::Result<BTreeMap<String, u32>> {
+    /// Makes the databases and loads all rows; gives their OIDs.
+    async fn fill(&self, source: &Source, parts: &[Part<'_>]) -> anyhow::Result<Vec<u32>> {
+        parts::check(self.peers, parts, &self.payload).await?;
         let mut made = Vec::new();
         for part in parts {
             made.push(self.create(source, part).await?);
@@ -230,7 +228,7 @@ impl Story<'_> {
         for (part, created) in parts.iter().zip(&mut made) {
             self.load(source, part, created, &mut noted).await?;
         }
-        let oids = parts.iter().zip(&made).map(|(part, created)| (part.shard.clone(), created.oid)).collect();
+        let oids = made.iter().map(|created| created.oid).collect();
         self.run.keep(FINISHING, &oids).await?;
         self.run.pausepoint(pausepoints::AFTER_LOAD).await?;
         Ok(oids)
@@ -238,68 +236,48 @@ impl Story<'_> {
 
     /// Makes all of them whole; then gives all their names; then gives all of them to their user. So when it ends in
     /// between, either none is anybody's, or what is left takes a moment and is repeated.
-    async fn complete(&self, source: &Source, parts: &[Part<'_>], oids: &BTreeMap<String, u32>) -> anyhow::Result<()> {
+    async fn complete(&self, source: &Source, parts: &[Part<'_>], oids: &[u32]) -> anyhow::Result<()> {
         self.run.progress(LOAD_SHARE, "building indexes, constraints and views").await?;
-        let oid = |part: &Part<'_>| oids.get(&part.shard).copied().context("find the database of a shard");
-        try_join_all(parts.iter().map(|part| async move { self.finish(source, part, oid(part)?).await })).await?;
+        // One after the other on each server: what a database needs is built by several sessions already.
+        let mut servers: BTreeMap<&str, Vec<(&Part<'_>, u32)>> = BTreeMap::new();
+        for (part, oid) in parts.iter().zip(oids) {
+            servers.entry(&part.shard).or_default().push((part, *oid));
+        }
+        let finished = servers.into_values().map(|parts| async move {
+            for (part, oid) in parts {
+                self.finish(source, part, oid).await?;
+            }
+            anyhow::Ok(())
+        });
+        try_join_all(finished).await?;
         self.run.bears_fruit();
         self.run.pausepoint(pausepoints::AFTER_FINISH).await?;
-        self.run.progress(NAMED_AT, "giving the database its name").await?;
-        let mut databases = BTreeMap::new();
-        for part in parts {
+        self.run.progress(NAMED_AT, "giving databases their names").await?;
+        let named = parts.iter().zip(oids).map(|(part, oid)| {
             let database = Publish {
-                job: self.run.id.0,
-                database_oid: oid(part)?,
+                job: part.which,
+                database_oid: *oid,
                 run: self.number,
-                target: self.payload.target.clone(),
+                target: part.target.clone(),
                 plan: part.database.clone(),
             };
-            databases.insert(part.shard.clone(), database);
-        }
-        let giving = Giving { databases, result: result(source, parts) };
+            (part.shard.clone(), database)
+        });
+        let giving = Giving { databases: named.collect(), result: self.result(source, parts) };
         giving.name(self.run, self.peers, self.number).await?;
         self.run.pausepoint(pausepoints::AFTER_PUBLISH).await?;
         giving.give(self.run, self.peers, self.number).await?;
         self.run.pausepoint(pausepoints::AFTER_RELEASE).await
     }
 
-    /// The shards' parts that hold the database, each with the shard that it goes into and the node beside the primary
-    /// of that now.
-    fn parts<'p>(&self, source: &'p Source) -> anyhow::Result<Vec<Part<'p>>> {
-        let (view, manifest) = (self.peers.cluster().view(), &source.manifest);
-        let Payload { database: name, shard_map, fleet, .. } = &self.payload;
-        let skipped = manifest.skipped_shards.iter().map(|it| it.object.as_str());
-        let sources: Vec<&str> = manifest.shards.iter().map(|part| part.shard.as_str()).chain(skipped).collect();
-        shard_map.check_sources(&sources)?;
-        let holding =
-            |part: &'p ShardPart| Some((part, part.databases.iter().find(|database| database.name == *name)?));
-        let holding: Vec<_> = manifest.shards.iter().filter_map(holding).collect();
-        if holding.is_empty() {
-            let message = format!("database \"{name}\" is not in the backup {}", source.subdir);
-            let left_out: Vec<String> = manifest.skipped_shards.iter().map(left_out).collect();
-            let left_out = if left_out.is_empty() { String::new() } else { format!(" Note: {}.", left_out.join("; ")) };
-            return Err(PgError::new(SqlState::UNDEFINED_DATABASE, message)
-                .detail(format!("It holds: {}.{left_out}", manifest.databases.join(", ")))
-                .into());
-        }
-        if !fleet.is_empty() {
-            let sources: Vec<&str> = holding.iter().map(|(part, _)| part.shard.as_str()).collect();
-            shard_map.check_parts(name, &sources, fleet)?;
-        }
-        let placed = holding.into_iter().map(|(part, database)| {
-            let shard = shard_map.target(&part.shard).to_owned();
-            let node = leader_of(&view, &shard, "The backup has rows for it.")?;
-            Ok(Part { part, database, shard, node })
-        });
-        placed.collect()
-    }
-
     async fn create(&self, source: &Source, part: &Part<'_>) -> anyhow::Result<Created> {
-        self.run.progress(0.0, &format!("making the database in shard {}", part.shard)).await?;
+        let database = format!("making database {} in shard {}", part.target, part.shard);
+        self.run.progress(0.0, &database).await?;
         // Where there may be something to remove, should the job fail.
-        self.run.keep(&format!("made/{}", part.shard), &part.shard).await?;
-        let target = self.payload.target.clone();
-        let (job, run, plan) = (self.run.id.0, self.number, part.database.clone());
+        let nth = part.which.nth;
+        self.run.keep(&format!("made/{nth}/{}", part.shard), &(&part.shard, nth)).await?;
+        let target = part.target.clone();
+        let (job, run, plan) = (part.which, self.number, part.database.clone());
         let request = Request::Create(Box::new(Create { job, run, target, plan }));
         let created: Created = self.peers.call(part.node, LOADER, &request, ASK_DEADLINE).await.map_err(passing)?;
         self.run.pausepoint(pausepoints::AFTER_CREATE).await?;
@@ -314,7 +292,7 @@ impl Story<'_> {
     async fn schema(&self, source: &Source, part: &Part<'_>, oid: u32) -> anyhow::Result<()> {
         let file = part.schemas().next().context("find the schema in the manifest")?;
         let dump = source.read(self.stores, file).await?;
-        let request = Request::PreData { job: self.run.id.0, database_oid: oid, run: self.number };
+        let request = Request::PreData { job: part.which, database_oid: oid, run: self.number };
         let made = async {
             let mut upload = self.peers.upload(part.node, LOADER, &request, ASK_DEADLINE).await?;
             upload.write(dump).await?;
@@ -335,7 +313,7 @@ impl Story<'_> {
         for _ in 0..ROUNDS_MAX {
             noted.pace.back_to(before);
             self.load_missing(source, part, created, noted).await?;
-            let request = Request::Progress { job: self.run.id.0 };
+            let request = Request::Progress { job: part.which };
             created.progress = self.peers.call(part.node, LOADER, &request, ASK_DEADLINE).await.map_err(passing)?;
             if created.progress.whole
                 || part.files().zip(0..).all(|(_, number)| created.progress.spans.contains(&number))
@@ -404,7 +382,7 @@ impl Story<'_> {
             What::LargeObjectData => Loaded::LargeObjectData,
         };
         let encoding = part.database.copy_encoding.clone();
-        Ok(Load { job: self.run.id.0, database_oid: created.oid, run: self.number, span, what, encoding })
+        Ok(Load { job: part.which, database_oid: created.oid, run: self.number, span, what, encoding })
     }
 
     async fn finish(&self, source: &Source, part: &Part<'_>, oid: u32) -> anyhow::Result<()> {
@@ -420,10 +398,10 @@ impl Story<'_> {
             Some((table.schema.clone(), table.name.clone(), *rows))
         });
         let request = Request::Finish(Box::new(Finish {
-            job: self.run.id.0,
+            job: part.which,
             database_oid: oid,
             run: self.number,
-            target: self.payload.target.clone(),
+            target: part.target.clone(),
             plan: part.database.clone(),
             rows: rows.collect(),
         }));
@@ -436,18 +414,17 @@ impl Story<'_> {
             done => done.map_err(passing),
         }
     }
-}
 
-impl<'p> Part<'p> {
-    /// The files of rows, in the manifest's order: a file's place is its number in the target's own book.
-    fn files(&self) -> impl Iterator<Item = &'p FileEntry> + use<'p> {
-        let (part, name) = (self.part, &self.database.name);
-        part.files.iter().filter(move |file| file.database == *name)
-    }
-
-    fn schemas(&self) -> impl Iterator<Item = &'p FileEntry> + use<'p> {
-        let (part, name) = (self.part, &self.database.name);
-        part.schemas.iter().filter(move |file| file.database == *name)
+    fn result(&self, source: &Source, parts: &[Part<'_>]) -> Value {
+        let rows: u64 = parts.iter().flat_map(Part::files).map(|file| file.rows).sum();
+        let bytes: u64 = parts.iter().flat_map(Part::files).map(|file| file.bytes).sum();
+        let manifest = &source.manifest;
+        let of_cluster = manifest.skipped.iter().filter(|_| self.payload.full_cluster);
+        let whole = manifest.skipped_shards.iter().chain(of_cluster);
+        let left_out = whole.chain(parts.iter().flat_map(|part| &part.database.skipped));
+        let left_out: Vec<String> =
+            left_out.map(|it| format!("{} {} was left out of the backup: {}", it.kind, it.object, it.reason)).collect();
+        json!({ "rows": rows, "index_entries": 0, "bytes": bytes, "left_out": left_out })
     }
 }
 
@@ -474,16 +451,6 @@ async fn next_number(run: &Run) -> anyhow::Result<i64> {
     let number = run.kept::<i64>("run").await?.unwrap_or(0) + 1;
     run.keep("run", &number).await?;
     Ok(number)
-}
-
-fn result(source: &Source, parts: &[Part<'_>]) -> Value {
-    let rows: u64 = parts.iter().flat_map(Part::files).map(|file| file.rows).sum();
-    let bytes: u64 = parts.iter().flat_map(Part::files).map(|file| file.bytes).sum();
-    let shards = source.manifest.skipped_shards.iter();
-    let left_out = shards.chain(parts.iter().flat_map(|part| &part.database.skipped));
-    let left_out: Vec<String> =
-        left_out.map(|it| format!("{} {} was left out of the backup: {}", it.kind, it.object, it.reason)).collect();
-    json!({ "rows": rows, "index_entries": 0, "bytes": bytes, "left_out": left_out })
 }
 
 /// How far it is.

@@ -47,7 +47,7 @@ impl Session {
     pub(crate) async fn open(
         server: &Server,
         database: &str,
-        job: i64,
+        job: impl std::fmt::Display,
         end: &CancellationToken,
     ) -> anyhow::Result<Self> {
         let opening = async {

@@ -9,7 +9,8 @@ use anyhow::Context as _;
 use pgerror::{PgError, SqlState};
 use tokio_util::sync::CancellationToken;
 
-use super::found::{Found, gone, own_name};
+use super::JobDatabase;
+use super::found::{Found, gone};
 use super::types::{RESTORE_ROLE, superseded};
 use crate::Server;
 use crate::founders::session::{Session, has_code, quoted, within};
@@ -39,7 +40,7 @@ impl Acting {
     pub(super) async fn open(
         server: &Server,
         database: &str,
-        job: i64,
+        job: JobDatabase,
         end: &CancellationToken,
     ) -> anyhow::Result<Self> {
         let session = Session::open(server, database, job, end).await?;
@@ -62,7 +63,7 @@ impl Acting {
     }
 
     /// Opens one where the node logs in when it has no reason for another database.
-    pub(super) async fn outside(server: &Server, job: i64) -> anyhow::Result<Self> {
+    pub(super) async fn outside(server: &Server, job: JobDatabase) -> anyhow::Result<Self> {
         let acting = Self::open(server, server.database(), job, &CancellationToken::new()).await?;
         let row = acting.session.row("SELECT pg_catalog.pg_is_in_recovery()", &[]).await?;
         if row.get(0) {
@@ -75,12 +76,12 @@ impl Acting {
     /// Opens one in the database of `job`, which must be the one with this OID, for a run that must not be an old one.
     pub(super) async fn inside(
         server: &Server,
-        job: i64,
+        job: JobDatabase,
         oid: u32,
         run: i64,
         end: &CancellationToken,
     ) -> anyhow::Result<Self> {
-        let opened = Self::open(server, &own_name(job), job, end).await;
+        let opened = Self::open(server, &job.own_name(), job, end).await;
         let acting =
             opened.map_err(
                 |error| {
@@ -109,11 +110,11 @@ fn may_not(server: &Server) -> PgError {
 }
 
 /// Ends what earlier requests for the job still do outside its database: one that makes it, say, whose node has died.
-pub(super) async fn end_others(session: &Session, job: i64) -> anyhow::Result<()> {
+pub(super) async fn end_others(session: &Session, job: JobDatabase) -> anyhow::Result<()> {
     let query = "SELECT pg_catalog.pg_terminate_backend(pid, $3) FROM pg_catalog.pg_stat_activity
                  WHERE application_name = $1 AND datname IS DISTINCT FROM $2 AND pid <> pg_catalog.pg_backend_pid()";
     let name = format!("backhaul job {job}");
-    session.rows(query, &[&name, &own_name(job), &END_WAIT_MS]).await.context("end earlier requests").map(drop)
+    session.rows(query, &[&name, &job.own_name(), &END_WAIT_MS]).await.context("end earlier requests").map(drop)
 }
 
 /// Ends all other sessions in a database, or only those under one name, and waits for their end.

@@ -10,10 +10,10 @@ use pgerror::{PgError, SqlState};
 use tokio_util::sync::CancellationToken;
 
 use super::acting::{Acting, end_others, has_done, literal};
-use super::found::{Found, Mark, Stage, gone, own_name};
+use super::found::{Found, Mark, Stage, gone};
 use super::remove::remove_unmarked;
 use super::schema::PRE_DATA;
-use super::{Create, Created, Loader, Progress};
+use super::{Create, Created, JobDatabase, Loader, Progress};
 use crate::founders::DatabasePlan;
 use crate::founders::session::{Session, quoted};
 
@@ -44,7 +44,7 @@ const IS_SET_UP: &str = "SELECT pg_catalog.to_regclass('backhaul_restore.state')
 
 /// Makes the database, or takes up the one that was made.
 pub(super) async fn create(loader: &Loader, request: &Create) -> anyhow::Result<Created> {
-    let (job, name) = (request.job, own_name(request.job));
+    let (job, name) = (request.job, request.job.own_name());
     let outside = Acting::outside(&loader.server, job).await?;
     if request.target.starts_with("_backhaul_") {
         let message = format!("a database cannot be restored under the name \"{}\"", request.target);
@@ -54,7 +54,7 @@ pub(super) async fn create(loader: &Loader, request: &Create) -> anyhow::Result<
     if Found::by_name(&outside.session, &request.target).await?.is_some() {
         return Err(taken(&request.target).into());
     }
-    complete(&outside.session, &request.plan).await?;
+    incomplete(&missing(&outside.session, &request.plan).await?)?;
     end_others(&outside.session, job).await?;
     let found = match Found::by_name(&outside.session, &name).await? {
         Some(found) if found.stage(job).is_some() => found,
@@ -78,8 +78,8 @@ pub(super) fn taken(name: &str) -> PgError {
     PgError::new(SqlState::DUPLICATE_DATABASE, format!("database \"{name}\" already exists"))
 }
 
-/// Whether all is there that the database will refer to.
-async fn complete(session: &Session, plan: &DatabasePlan) -> anyhow::Result<()> {
+/// What the database will refer to and the server does not have.
+pub(super) async fn missing(session: &Session, plan: &DatabasePlan) -> anyhow::Result<Vec<String>> {
     let mut roles = plan.roles.clone();
     let tablespaces: Vec<&String> = plan.tablespaces.iter().chain(&plan.tablespace).collect();
     roles.push(plan.owner.clone());
@@ -97,7 +97,15 @@ async fn complete(session: &Session, plan: &DatabasePlan) -> anyhow::Result<()> 
         WHERE NOT EXISTS (SELECT FROM pg_catalog.pg_available_extension_versions a WHERE a.name = e.name)
         ORDER BY 1, 2";
     let rows = session.rows(query, &[&roles, &tablespaces, &extensions, &versions]).await;
-    let missing: Vec<String> = rows.context("look for what is missing")?.iter().map(|row| row.get(1)).collect();
+    Ok(rows.context("look for what is missing")?.iter().map(|row| row.get(1)).collect())
+}
+
+/// Says that these things are missing, if there are any; nothing is made without them.
+///
+/// # Errors
+///
+/// 42704 naming them.
+pub fn incomplete(missing: &[String]) -> Result<(), PgError> {
     if missing.is_empty() {
         return Ok(());
     }
@@ -106,14 +114,13 @@ async fn complete(session: &Session, plan: &DatabasePlan) -> anyhow::Result<()> 
     let told = missing[..missing.len().min(MISSING_TOLD)].join(", ");
     Err(PgError::new(SqlState::UNDEFINED_OBJECT, "objects that the database needs do not exist")
         .detail(format!("Missing: {told}{more}."))
-        .hint("Create the roles and tablespaces, and install the extensions on the server's host.")
-        .into())
+        .hint("Create the roles and tablespaces, and install the extensions on the server's host."))
 }
 
 async fn make(outside: &Acting, request: &Create) -> anyhow::Result<Found> {
     let (job, plan) = (request.job, &request.plan);
     let version = outside.session.row("SELECT current_setting('server_version_num')::int", &[]).await?.get(0);
-    let name = own_name(job);
+    let name = job.own_name();
     let statement = create_statement(&name, plan, version);
     outside.run_long(&statement).await.context("create the database")?;
     let mark = Mark { job, run: request.run, stage: Stage::Filling };
@@ -151,9 +158,9 @@ fn create_statement(name: &str, plan: &DatabasePlan, server_version: i32) -> Str
 }
 
 /// How far the job is.
-pub(super) async fn progress(loader: &Loader, job: i64) -> anyhow::Result<Progress> {
+pub(super) async fn progress(loader: &Loader, job: JobDatabase) -> anyhow::Result<Progress> {
     let outside = Acting::outside(&loader.server, job).await?;
-    let found = Found::by_name(&outside.session, &own_name(job)).await?.ok_or_else(|| gone(job))?;
+    let found = Found::by_name(&outside.session, &job.own_name()).await?.ok_or_else(|| gone(job))?;
     let stage = found.stage(job).ok_or_else(|| gone(job))?;
     let inside = Acting::inside(&loader.server, job, found.oid, i64::MAX, &CancellationToken::new()).await?;
     read_progress(&inside, stage).await

@@ -13,7 +13,7 @@ use pgerror::{PgError, SqlState};
 use tokio_util::sync::CancellationToken;
 
 use super::acting::{Acting, LONG, end_sessions, has_done, note_done};
-use super::found::{Found, Mark, Stage, gone, own_name};
+use super::found::{Found, Mark, Stage, gone};
 use super::post_data::{POST_DATA, build};
 use super::{Finish, Loader, no_schema, views};
 use crate::founders::session::{quoted, within};
@@ -76,7 +76,7 @@ async fn make_whole(loader: &Loader, inside: &Acting, request: &Finish) -> anyho
         inside.run_long("ANALYZE").await.context("analyze the tables")?;
         note_done(session, ANALYZED).await?;
     }
-    let mark = Mark { job, run: request.run, stage: Stage::Whole }.statement(&own_name(job));
+    let mark = Mark { job, run: request.run, stage: Stage::Whole }.statement(&job.own_name());
     let seal =
         format!("BEGIN; DROP EVENT TRIGGER backhaul_restore; DROP SCHEMA backhaul_restore CASCADE; {mark}; COMMIT");
     session.run(&seal).await.context("remove what the restore needed")

@@ -11,13 +11,8 @@ use pgerror::{PgError, SqlState};
 use tokio_postgres::types::ToSql;
 
 use super::acting::literal;
-use super::superseded;
+use super::{JobDatabase, superseded};
 use crate::founders::session::{Session, quoted};
-
-/// The name of a job's database until it gets its own.
-pub(super) fn own_name(job: i64) -> String {
-    format!("_backhaul_{job}")
-}
 
 /// How far a database is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -33,7 +28,7 @@ pub(super) enum Stage {
 /// What the comment on a database of ours says.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Mark {
-    pub(super) job: i64,
+    pub(super) job: JobDatabase,
     pub(super) run: i64,
     pub(super) stage: Stage,
 }
@@ -52,7 +47,7 @@ impl fmt::Display for Mark {
 impl Mark {
     fn parse(comment: &str) -> Option<Self> {
         let mut parts = comment.strip_prefix("backhaul restore of job ")?.split(", ");
-        let (job, run) = (parts.next()?.parse().ok()?, parts.next()?.strip_prefix("run ")?.parse().ok()?);
+        let (job, run) = (JobDatabase::parse(parts.next()?)?, parts.next()?.strip_prefix("run ")?.parse().ok()?);
         let stage = match parts.next() {
             None => Stage::Filling,
             Some("whole") => Stage::Whole,
@@ -69,7 +64,7 @@ impl Mark {
 }
 
 /// The database of a job is not there, or it is another one.
-pub(super) fn gone(job: i64) -> PgError {
+pub(super) fn gone(job: JobDatabase) -> PgError {
     PgError::new(SqlState::UNDEFINED_DATABASE, format!("the database of restore job {job} does not exist"))
 }
 
@@ -86,9 +81,9 @@ pub(super) struct Found {
 impl Found {
     /// How far it is, if it is of `job`: whoever else may make databases could have made one with name and mark
     /// beforehand, so the role that restores must own it, too.
-    pub(super) fn stage(&self, job: i64) -> Option<Stage> {
+    pub(super) fn stage(&self, job: JobDatabase) -> Option<Stage> {
         let mark = self.mark.filter(|mark| self.is_mine && mark.job == job)?;
-        (mark.stage == Stage::Named || self.name == own_name(job)).then_some(mark.stage)
+        (mark.stage == Stage::Named || self.name == job.own_name()).then_some(mark.stage)
     }
 
     /// Whether its user has it under this name.
@@ -102,7 +97,7 @@ impl Found {
     }
 
     /// Notes on it that this run works on it, unless a newer one does.
-    pub(super) async fn admit(&self, session: &Session, job: i64, run: i64) -> anyhow::Result<Stage> {
+    pub(super) async fn admit(&self, session: &Session, job: JobDatabase, run: i64) -> anyhow::Result<Stage> {
         let stage = self.stage(job).ok_or_else(|| gone(job))?;
         if !self.admits(run) {
             return Err(superseded(job).into());
@@ -123,7 +118,7 @@ impl Found {
     }
 
     /// The database of `job` that has its name already and was not given to its user.
-    pub(super) async fn named(session: &Session, job: i64) -> anyhow::Result<Option<Self>> {
+    pub(super) async fn named(session: &Session, job: JobDatabase) -> anyhow::Result<Option<Self>> {
         let condition = "pg_catalog.starts_with(pg_catalog.shobj_description(oid, 'pg_database'), $1)";
         let prefix = format!("backhaul restore of job {job}, ");
         let found = Self::all(session, condition, &prefix).await?;
@@ -168,15 +163,17 @@ mod tests {
             ("_backhaul_7", "mine", None),
             ("_backhaul_8", "backhaul restore of job 7, run 3", None),
             ("_backhaul_7", "backhaul restore of job 77, run 3", None),
+            ("_backhaul_7_1", "backhaul restore of job 7.1, run 3", None),
+            ("_backhaul_7", "backhaul restore of job 7.1, run 3", None),
         ] {
             let mark = Mark::parse(comment);
             let mut found = Found { oid: 1, name: name.to_owned(), mark, is_mine: true };
-            assert_eq!(found.stage(7), expected, "{name} {comment}");
+            assert_eq!(found.stage(7.into()), expected, "{name} {comment}");
             assert_eq!(found.admits(2), mark.is_none(), "{name} {comment}");
             assert!(found.admits(3) && found.is_released(name) == mark.is_none(), "{name} {comment}");
             assert!(mark.is_none_or(|mark| mark.to_string() == comment), "{comment}");
             found.is_mine = false;
-            assert_eq!(found.stage(7), None, "{name} {comment}");
+            assert_eq!(found.stage(7.into()), None, "{name} {comment}");
         }
     }
 }

@@ -4,13 +4,13 @@
 
 use pgerror::{PgError, SqlState};
 
-use super::found::own_name;
+use super::JobDatabase;
 use crate::Server;
 use crate::founders::session::has_code;
 
 /// An error, or in its place that a disk is full.
-pub(super) fn told(error: anyhow::Error, server: &Server, job: i64) -> anyhow::Error {
-    let name = own_name(job);
+pub(super) fn told(error: anyhow::Error, server: &Server, job: JobDatabase) -> anyhow::Error {
+    let name = job.own_name();
     if has_code(&error, &[SqlState::DISK_FULL]) {
         let Some(said) = PgError::of(&error) else { return error };
         // Told once, by whoever was nearest to it.
@@ -48,15 +48,15 @@ mod tests {
     fn a_full_disk_says_whose_it_is() {
         let server = Server::from_conninfo("host=/tmp/s user=svc").unwrap();
         let said = PgError::new(SqlState::DISK_FULL, "could not extend file \"base/5/1\": No space left on device");
-        let error = told(anyhow::Error::from(said).context("load"), &server, 7);
-        let error = told(error, &server, 7);
+        let error = told(anyhow::Error::from(said).context("load"), &server, 7.into());
+        let error = told(error, &server, 7.into());
         let full = PgError::of(&error).unwrap();
         let expected = format!("no space left on device on server {} for database \"_backhaul_7\"", server.address());
         assert_eq!((full.code, full.message.as_str()), (SqlState::DISK_FULL, expected.as_str()));
         assert!(full.detail.as_ref().unwrap().contains("could not extend file"));
         let own = Err::<(), _>(std::io::Error::from(std::io::ErrorKind::StorageFull)).context("keep").unwrap_err();
-        assert_eq!(PgError::of(&told(own, &server, 7)).unwrap().code, SqlState::DISK_FULL);
-        let other = told(PgError::new(SqlState::IO_ERROR, "x").into(), &server, 7);
+        assert_eq!(PgError::of(&told(own, &server, 7.into())).unwrap().code, SqlState::DISK_FULL);
+        let other = told(PgError::new(SqlState::IO_ERROR, "x").into(), &server, 7.into());
         assert_eq!(PgError::of(&other).unwrap().message, "x");
     }
 }

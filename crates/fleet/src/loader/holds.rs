@@ -11,14 +11,14 @@ use anyhow::Context as _;
 use pgerror::{PgError, SqlState};
 use tokio_util::sync::CancellationToken;
 
-use super::{Load, superseded};
+use super::{JobDatabase, Load, superseded};
 use crate::founders::session::Session;
 
 /// An earlier session that has not ended by then is left to the INSERT of the number, which waits for its transaction.
 const END_WAIT_MS: i64 = 10_000;
 
 /// A job and a span of it.
-type Key = (i64, u32);
+type Key = (JobDatabase, u32);
 
 /// The process that serves a session, and when it was started: the server may give its number to another one.
 type Backend = (i32, String);
@@ -130,7 +130,7 @@ mod tests {
     fn the_later_one_has_the_span() {
         let of = |run, span| {
             let (what, encoding) = (Loaded::LargeObjects, String::new());
-            Load { job: 7, database_oid: 1, run, span, what, encoding }
+            Load { job: 7.into(), database_oid: 1, run, span, what, encoding }
         };
         let holds = Holds::default();
         let take = |span| holds.take(&of(3, span)).unwrap();

@@ -15,6 +15,7 @@ mod finish;
 mod found;
 mod full;
 mod holds;
+mod job_database;
 mod load;
 mod pg_restore;
 mod post_data;
@@ -36,6 +37,8 @@ use serde_json::Value;
 use tokio::sync::Semaphore;
 
 use self::acting::Acting;
+pub use self::create::incomplete;
+pub use self::job_database::JobDatabase;
 pub(crate) use self::pg_restore::find as find_pg_restore;
 pub use self::post_data::BUILDERS_MAX;
 pub use self::publish::properties;
@@ -53,7 +56,7 @@ pub const SCHEMAS_MAX: usize = 8;
 pub struct Loader {
     server: Server,
     sessions: Arc<Semaphore>,
-    schemas: Mutex<VecDeque<(i64, Arc<File>)>>,
+    schemas: Mutex<VecDeque<(JobDatabase, Arc<File>)>>,
     turns: Turns,
     holds: holds::Holds,
     me: Weak<Self>,
@@ -117,11 +120,15 @@ impl Loader {
                 Box::pin(remove::remove(self, job, run)).await?;
                 null
             }
+            Request::Missing { job, plan } => {
+                let outside = Acting::outside(&self.server, job).await?;
+                Ok(Reply::Answer(serde_json::to_value(create::missing(&outside.session, &plan).await?)?))
+            }
             Request::Progress { job } => Ok(Reply::Answer(serde_json::to_value(create::progress(self, job).await?)?)),
         }
     }
 
-    fn keep_schema(&self, job: i64, file: Arc<File>) {
+    fn keep_schema(&self, job: JobDatabase, file: Arc<File>) {
         let mut schemas = self.schemas.lock().unwrap_or_else(PoisonError::into_inner);
         schemas.retain(|(kept, _)| *kept != job);
         schemas.push_back((job, file));
@@ -130,12 +137,12 @@ impl Loader {
         }
     }
 
-    fn schema(&self, job: i64) -> Option<Arc<File>> {
+    fn schema(&self, job: JobDatabase) -> Option<Arc<File>> {
         let schemas = self.schemas.lock().unwrap_or_else(PoisonError::into_inner);
         schemas.iter().find(|(kept, _)| *kept == job).map(|(_, file)| file.clone())
     }
 
-    fn forget_schema(&self, job: i64) {
+    fn forget_schema(&self, job: JobDatabase) {
         self.schemas.lock().unwrap_or_else(PoisonError::into_inner).retain(|(kept, _)| *kept != job);
     }
 }

@@ -16,9 +16,8 @@ use tokio::io::AsyncReadExt as _;
 use tokio::process::Command;
 use tokio::time::timeout;
 
-use super::Loader;
 use super::acting::{Acting, LONG, end_sessions, has_done, note_done};
-use super::found::own_name;
+use super::{JobDatabase, Loader};
 use crate::private::Installation;
 
 /// What is kept of what `pg_restore` says on standard error.
@@ -48,7 +47,7 @@ pub(super) enum What<'w> {
 pub(super) struct Restorer<'l> {
     loader: &'l Loader,
     inside: &'l Acting,
-    job: i64,
+    job: JobDatabase,
     oid: u32,
     program: PathBuf,
     schema: &'l File,
@@ -59,7 +58,7 @@ impl<'l> Restorer<'l> {
     pub(super) async fn new(
         loader: &'l Loader,
         inside: &'l Acting,
-        job: i64,
+        job: JobDatabase,
         oid: u32,
         schema: &'l File,
     ) -> anyhow::Result<Self> {
@@ -81,7 +80,7 @@ impl<'l> Restorer<'l> {
         }
         let (mut command, mut entries) = (self.command()?, None);
         command.args(["--single-transaction", "--exit-on-error", "--no-password"]);
-        command.arg(format!("--dbname={}", own_name(self.job)));
+        command.arg(format!("--dbname={}", self.job.own_name()));
         match what {
             What::Section(section) => command.arg(format!("--section={section}")),
             What::Entries(ids) => command.arg("--use-list").arg(entries.insert(listed(ids)?).path()),
@@ -89,7 +88,7 @@ impl<'l> Restorer<'l> {
         if let Some(role) = self.inside.role {
             command.arg(format!("--role={role}"));
         }
-        command.envs(self.loader.server.environment(&own_name(self.job))).env("PGAPPNAME", name);
+        command.envs(self.loader.server.environment(&self.job.own_name())).env("PGAPPNAME", name);
         command.stdout(Stdio::null());
         let ended = timeout(LONG, run(command, self.job)).await.map_err(|_| failed(self.job, "It took too long."))?;
         drop(entries);
@@ -149,7 +148,7 @@ pub(crate) async fn find(release: u32) -> anyhow::Result<PathBuf> {
     if program.is_file() { Ok(program) } else { Err(missing().into()) }
 }
 
-async fn run(mut command: Command, job: i64) -> anyhow::Result<()> {
+async fn run(mut command: Command, job: JobDatabase) -> anyhow::Result<()> {
     let mut child = command.spawn().context("start pg_restore")?;
     let mut err = child.stderr.take().context("read from pg_restore")?;
     let mut said = Vec::new();
@@ -188,7 +187,7 @@ fn code_of(said: &str) -> SqlState {
     }
 }
 
-fn failed(job: i64, detail: &str) -> PgError {
+fn failed(job: JobDatabase, detail: &str) -> PgError {
     let message = format!("pg_restore for restore job {job} failed");
     PgError::new(SqlState::OBJECT_NOT_IN_PREREQUISITE_STATE, message).detail(detail)
 }

@@ -13,10 +13,10 @@ use anyhow::Context as _;
 use futures_util::stream::{FuturesUnordered, StreamExt as _};
 use pgerror::SqlState;
 
-use super::Loader;
 use super::acting::{Acting, has_done, note_done};
 use super::pg_restore::{Restorer, What};
 use super::toc::{self, Group, Stage};
+use super::{JobDatabase, Loader};
 use crate::founders::DatabasePlan;
 use crate::founders::session::{has_code, quoted};
 
@@ -33,7 +33,7 @@ const TRIES: usize = 5;
 pub(super) async fn build(
     loader: &Loader,
     inside: &Acting,
-    (job, oid): (i64, u32),
+    (job, oid): (JobDatabase, u32),
     schema: &File,
     plan: &DatabasePlan,
 ) -> anyhow::Result<()> {

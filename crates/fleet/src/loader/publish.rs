@@ -11,9 +11,9 @@ use anyhow::Context as _;
 use pgerror::{PgError, SqlState};
 use tokio::time::sleep;
 
-use super::Publish;
 use super::acting::{Acting, end_sessions, literal};
-use super::found::{Found, Mark, Stage, gone, own_name};
+use super::found::{Found, Mark, Stage, gone};
+use super::{JobDatabase, Publish};
 use crate::founders::DatabasePlan;
 use crate::founders::session::{Session, has_code, quoted};
 
@@ -45,7 +45,7 @@ pub(super) async fn publish(outside: &Acting, request: &Publish) -> anyhow::Resu
             return Err(PgError::new(SqlState::OBJECT_NOT_IN_PREREQUISITE_STATE, message).into());
         }
     }
-    let name = own_name(job);
+    let name = job.own_name();
     // What would be refused later, when another shard's database has been given to its user, is refused now.
     let rehearsed = outside.run_long(&format!("{} ROLLBACK", given(session, &name, &request.plan).await?)).await;
     rehearsed.context("try to give the database its properties")?;
@@ -73,16 +73,16 @@ pub(super) async fn release(outside: &Acting, request: &Publish) -> anyhow::Resu
 
 /// Takes the name of a job's database back, so that it can be removed as any other. PostgreSQL renames by name only; if
 /// somebody has put another database under it meanwhile, nothing is done.
-pub(super) async fn take_back(session: &Session, found: &Found, job: i64, run: i64) -> anyhow::Result<()> {
-    let own = quoted(&own_name(job));
+pub(super) async fn take_back(session: &Session, found: &Found, job: JobDatabase, run: i64) -> anyhow::Result<()> {
+    let own = quoted(&job.own_name());
     let mark = Mark { job, run, stage: Stage::Whole };
     let statements = format!(
         "BEGIN; ALTER DATABASE {} RENAME TO {own}; {}; ALTER DATABASE {own} ALLOW_CONNECTIONS true",
         quoted(&found.name),
-        mark.statement(&own_name(job))
+        mark.statement(&job.own_name())
     );
     session.run(&statements).await.context("take the database's name back")?;
-    let is_it = Found::by_name(session, &own_name(job)).await?.is_some_and(|renamed| renamed.oid == found.oid);
+    let is_it = Found::by_name(session, &job.own_name()).await?.is_some_and(|renamed| renamed.oid == found.oid);
     session.run(if is_it { "COMMIT" } else { "ROLLBACK" }).await.context("take the database's name back")
 }
 

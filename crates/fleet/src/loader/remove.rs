@@ -6,20 +6,20 @@ use anyhow::Context as _;
 use pgerror::SqlState;
 use tokio_util::sync::CancellationToken;
 
-use super::Loader;
 use super::acting::{Acting, end_others};
 use super::create::taken;
 use super::finish::QUIET;
-use super::found::{Found, Stage, own_name};
+use super::found::{Found, Stage};
 use super::publish::take_back;
 use super::turns::Order;
+use super::{JobDatabase, Loader};
 use crate::founders::session::{has_code, quoted};
 
 /// A job that is being worked on is waited for this long before its database is removed all the same.
 const DROP_WAIT: Duration = Duration::from_secs(30);
 
 /// Whether a database that has the job's name can only be one that was made for it and never marked.
-async fn is_unmarked(loader: &Loader, found: &Found, job: i64) -> anyhow::Result<bool> {
+async fn is_unmarked(loader: &Loader, found: &Found, job: JobDatabase) -> anyhow::Result<bool> {
     if !found.is_mine {
         return Ok(false);
     }
@@ -34,7 +34,12 @@ async fn is_unmarked(loader: &Loader, found: &Found, job: i64) -> anyhow::Result
 }
 
 /// Removes such a database, so that the job's own can be made.
-pub(super) async fn remove_unmarked(loader: &Loader, outside: &Acting, found: &Found, job: i64) -> anyhow::Result<()> {
+pub(super) async fn remove_unmarked(
+    loader: &Loader,
+    outside: &Acting,
+    found: &Found,
+    job: JobDatabase,
+) -> anyhow::Result<()> {
     if !is_unmarked(loader, found, job).await? {
         let detail = "It does not bear the mark of this restore, and is not an empty one of the node's.";
         return Err(taken(&found.name).detail(detail).into());
@@ -43,7 +48,7 @@ pub(super) async fn remove_unmarked(loader: &Loader, outside: &Acting, found: &F
 }
 
 /// Removes the job's database with all that is in it, and whoever works in it, unless a newer run does.
-pub(super) async fn remove(loader: &Loader, job: i64, run: i64) -> anyhow::Result<()> {
+pub(super) async fn remove(loader: &Loader, job: JobDatabase, run: i64) -> anyhow::Result<()> {
     let turn = loader.turns.of(job);
     if turn.admit(Order(run, true)).is_err() {
         return Ok(());
@@ -60,7 +65,7 @@ pub(super) async fn remove(loader: &Loader, job: i64, run: i64) -> anyhow::Resul
         }
         take_back(&outside.session, &named, job, run).await?;
     }
-    let found = Found::by_name(&outside.session, &own_name(job)).await?;
+    let found = Found::by_name(&outside.session, &job.own_name()).await?;
     let Some(found) = found.filter(|found| found.admits(run)) else { return Ok(()) };
     let stage = found.stage(job);
     if stage.is_some() {
@@ -71,7 +76,7 @@ pub(super) async fn remove(loader: &Loader, job: i64, run: i64) -> anyhow::Resul
     remove_found(&outside, &found, job, stage).await
 }
 
-async fn remove_found(outside: &Acting, found: &Found, job: i64, stage: Option<Stage>) -> anyhow::Result<()> {
+async fn remove_found(outside: &Acting, found: &Found, job: JobDatabase, stage: Option<Stage>) -> anyhow::Result<()> {
     // PostgreSQL drops by name only. Nobody but a restore gives this name, and only after it is free again.
     let still = Found::by_name(&outside.session, &found.name).await?;
     if !still.is_some_and(|still| still.oid == found.oid && still.is_mine && still.stage(job) == stage) {
@@ -85,7 +90,7 @@ async fn remove_found(outside: &Acting, found: &Found, job: i64, stage: Option<S
 }
 
 /// A database with subscriptions cannot be dropped. Those that were restored have never been connected to anything.
-async fn remove_subscriptions(loader: &Loader, found: &Found, job: i64) -> anyhow::Result<()> {
+async fn remove_subscriptions(loader: &Loader, found: &Found, job: JobDatabase) -> anyhow::Result<()> {
     let inside = Acting::inside(&loader.server, job, found.oid, i64::MAX, &CancellationToken::new()).await?;
     inside.session.run(QUIET).await?;
     let query = "SELECT subname::text FROM pg_catalog.pg_subscription WHERE subdbid = $1";

@@ -10,11 +10,11 @@ use pgerror::{PgError, SqlState};
 use tokio::io::AsyncWriteExt as _;
 use tokio_util::sync::CancellationToken;
 
-use super::Loader;
 use super::acting::Acting;
 use super::full::told;
 use super::pg_restore::{Restorer, What};
 use super::turns::Order;
+use super::{JobDatabase, Loader};
 
 /// A longer schema is refused.
 const SCHEMA_BYTES_MAX: u64 = 512 * 1024 * 1024;
@@ -25,7 +25,7 @@ pub(super) const PRE_DATA: &str = "backhaul pre-data";
 /// A schema as it comes in.
 pub(super) struct SchemaUpload {
     loader: Arc<Loader>,
-    job: i64,
+    job: JobDatabase,
     oid: u32,
     run: i64,
     file: tokio::fs::File,
@@ -34,7 +34,7 @@ pub(super) struct SchemaUpload {
 
 impl SchemaUpload {
     /// Begins to take one, for a database that must exist.
-    pub(super) async fn begin(loader: Arc<Loader>, job: i64, oid: u32, run: i64) -> anyhow::Result<Self> {
+    pub(super) async fn begin(loader: Arc<Loader>, job: JobDatabase, oid: u32, run: i64) -> anyhow::Result<Self> {
         Acting::inside(&loader.server, job, oid, run, &CancellationToken::new()).await?;
         let file = tokio::task::spawn_blocking(tempfile::tempfile).await?.context("make a file for the schema")?;
         Ok(Self { loader, job, oid, run, file: tokio::fs::File::from_std(file), bytes: 0 })
@@ -65,7 +65,7 @@ impl Upload for SchemaUpload {
     }
 }
 
-async fn pre_data(loader: &Loader, job: i64, oid: u32, run: i64, schema: Arc<File>) -> anyhow::Result<()> {
+async fn pre_data(loader: &Loader, job: JobDatabase, oid: u32, run: i64, schema: Arc<File>) -> anyhow::Result<()> {
     loader.keep_schema(job, schema.clone());
     let inside = Acting::inside(&loader.server, job, oid, run, &CancellationToken::new()).await?;
     Restorer::new(loader, &inside, job, oid, &schema).await?.make(PRE_DATA, &What::Section("pre-data")).await

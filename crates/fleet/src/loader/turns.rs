@@ -14,7 +14,7 @@ use pgerror::{PgError, SqlState};
 use tokio::sync::{OwnedMutexGuard, watch};
 use tokio::time::timeout;
 
-use super::superseded;
+use super::{JobDatabase, superseded};
 
 /// A job that somebody else works on for longer is not worked on by this request.
 const TURN_WAIT: Duration = Duration::from_secs(600);
@@ -29,19 +29,19 @@ pub(super) struct Order(pub(super) i64, pub(super) bool);
 /// The jobs that are worked on through this node.
 #[derive(Default)]
 pub(super) struct Turns {
-    known: Mutex<HashMap<i64, Weak<Turn>>>,
+    known: Mutex<HashMap<JobDatabase, Weak<Turn>>>,
     removed: Mutex<VecDeque<Arc<Turn>>>,
 }
 
 /// One job.
 pub(super) struct Turn {
-    job: i64,
+    job: JobDatabase,
     newest: watch::Sender<Order>,
     lock: Arc<tokio::sync::Mutex<()>>,
 }
 
 impl Turns {
-    pub(super) fn of(&self, job: i64) -> Arc<Turn> {
+    pub(super) fn of(&self, job: JobDatabase) -> Arc<Turn> {
         let mut known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
         known.retain(|_, turn| turn.strong_count() > 0);
         let made = || Arc::new(Turn { job, newest: watch::Sender::default(), lock: Arc::default() });
@@ -111,11 +111,11 @@ mod tests {
     #[tokio::test]
     async fn the_newest_wins_and_removing_is_the_last_word() {
         let turns = Turns::default();
-        let turn = turns.of(7);
+        let turn = turns.of(7.into());
         let old = turn.take(Order(1, false), std::future::pending::<anyhow::Result<()>>());
         let new = async {
             tokio::task::yield_now().await;
-            turns.of(7).take(Order(2, false), async { Ok(5) }).await
+            turns.of(7.into()).take(Order(2, false), async { Ok(5) }).await
         };
         let (old, new) = tokio::join!(old, new);
         assert!(is_superseded(PgError::of(&old.unwrap_err()).unwrap()));
@@ -123,7 +123,9 @@ mod tests {
         assert!(turn.admit(Order(1, true)).is_err() && turn.admit(Order(2, false)).is_ok());
         assert!(turn.admit(Order(2, true)).is_ok() && turn.admit(Order(2, false)).is_err());
         turns.remember(turn);
-        assert!(turns.of(7).admit(Order(2, false)).is_err() && turns.of(7).admit(Order(3, false)).is_ok());
-        assert!(turns.of(8).admit(Order(1, false)).is_ok());
+        assert!(
+            turns.of(7.into()).admit(Order(2, false)).is_err() && turns.of(7.into()).admit(Order(3, false)).is_ok()
+        );
+        assert!(turns.of(8.into()).admit(Order(1, false)).is_ok());
     }
 }

@@ -8,6 +8,7 @@
 use pgerror::{PgError, SqlState};
 use serde::{Deserialize, Serialize};
 
+use super::JobDatabase;
 use crate::founders::DatabasePlan;
 
 /// The name under which a node offers its loader.
@@ -30,8 +31,8 @@ pub enum Request {
     ///
     /// All of it runs as a superuser. The caller has verified that it is what the backup wrote.
     PreData {
-        /// The job.
-        job: i64,
+        /// Which of a job's databases.
+        job: JobDatabase,
         /// Its database.
         database_oid: u32,
         /// The number of the coordinator's run.
@@ -48,27 +49,37 @@ pub enum Request {
     /// Remove what the job made, unless its user has it already. Answered with null, also when there is nothing, or a
     /// newer run works on it.
     Drop {
-        /// The job.
-        job: i64,
+        /// Which of a job's databases.
+        job: JobDatabase,
         /// The number of the coordinator's run.
         run: i64,
     },
+    /// What a database needs and the server does not have: roles, tablespaces, versions of extensions. Answered with a
+    /// list of names, of which [`incomplete`](super::incomplete) makes an error.
+    Missing {
+        /// Which of a job's databases.
+        job: JobDatabase,
+        /// What the database is to be like.
+        plan: Box<DatabasePlan>,
+    },
     /// How far the job is. Answered with [`Progress`].
     Progress {
-        /// The job.
-        job: i64,
+        /// Which of a job's databases.
+        job: JobDatabase,
     },
 }
 
 impl Request {
-    /// The job that it is about.
-    pub fn job(&self) -> i64 {
+    /// The database that it is about.
+    pub fn job(&self) -> JobDatabase {
         match self {
             Self::Create(request) => request.job,
             Self::Load(request) => request.job,
             Self::Finish(request) => request.job,
             Self::Publish(request) | Self::Release(request) => request.job,
-            Self::PreData { job, .. } | Self::Drop { job, .. } | Self::Progress { job } => *job,
+            Self::PreData { job, .. } | Self::Drop { job, .. } | Self::Missing { job, .. } | Self::Progress { job } => {
+                *job
+            }
         }
     }
 }
@@ -76,8 +87,8 @@ impl Request {
 /// Makes the database of a job, under a name of the job's own.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Create {
-    /// The job.
-    pub job: i64,
+    /// Which of a job's databases.
+    pub job: JobDatabase,
     /// The number of the coordinator's run.
     pub run: i64,
     /// The name that the database gets when it is whole. It must be free now, and then. Who repeats a job whose
@@ -110,8 +121,8 @@ pub struct Progress {
 /// Loads one span.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Load {
-    /// The job.
-    pub job: i64,
+    /// Which of a job's databases.
+    pub job: JobDatabase,
     /// Its database.
     pub database_oid: u32,
     /// The number of the coordinator's run.
@@ -146,8 +157,8 @@ pub enum Loaded {
 /// Makes a database whole.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Finish {
-    /// The job.
-    pub job: i64,
+    /// Which of a job's databases.
+    pub job: JobDatabase,
     /// Its database.
     pub database_oid: u32,
     /// The number of the coordinator's run.
@@ -163,8 +174,8 @@ pub struct Finish {
 /// Gives a whole database its name, or what else its user knows it by.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Publish {
-    /// The job.
-    pub job: i64,
+    /// Which of a job's databases.
+    pub job: JobDatabase,
     /// Its database.
     pub database_oid: u32,
     /// The number of the coordinator's run.
@@ -179,15 +190,15 @@ const ALREADY_LOADED: &str = "has been loaded already";
 const NO_SCHEMA: &str = "is not kept on this node";
 const SUPERSEDED: &str = "is run by somebody else now";
 
-pub(super) fn already_loaded(job: i64, span: u32) -> PgError {
+pub(super) fn already_loaded(job: JobDatabase, span: u32) -> PgError {
     PgError::new(SqlState::DUPLICATE_OBJECT, format!("span {span} of restore job {job} {ALREADY_LOADED}"))
 }
 
-pub(super) fn superseded(job: i64) -> PgError {
+pub(super) fn superseded(job: JobDatabase) -> PgError {
     PgError::new(SqlState::OBJECT_NOT_IN_PREREQUISITE_STATE, format!("restore job {job} {SUPERSEDED}"))
 }
 
-pub(super) fn no_schema(job: i64) -> PgError {
+pub(super) fn no_schema(job: JobDatabase) -> PgError {
     PgError::new(SqlState::OBJECT_NOT_IN_PREREQUISITE_STATE, format!("the schema of restore job {job} {NO_SCHEMA}"))
         .detail("The node was started anew, or another node was asked before.")
 }
@@ -213,10 +224,10 @@ mod tests {
 
     #[test]
     fn the_refusals_are_told_apart() {
-        let (loaded, schema) = (already_loaded(7, 3), no_schema(7));
+        let (loaded, schema) = (already_loaded(7.into(), 3), no_schema(7.into()));
         assert_eq!((is_already_loaded(&loaded), needs_schema(&loaded)), (true, false));
         assert_eq!((is_already_loaded(&schema), needs_schema(&schema)), (false, true));
-        assert_eq!((is_superseded(&schema), is_superseded(&superseded(7))), (false, true));
+        assert_eq!((is_superseded(&schema), is_superseded(&superseded(7.into()))), (false, true));
         assert_eq!(loaded.message, "span 3 of restore job 7 has been loaded already");
     }
 
@@ -224,7 +235,7 @@ mod tests {
     fn requests_survive_the_wire() {
         let what = Loaded::Table { schema: "s".to_owned(), name: "t".to_owned(), columns: Vec::new() };
         let request =
-            Request::Load(Load { job: 7, database_oid: 16384, run: 1, span: 3, what, encoding: String::new() });
+            Request::Load(Load { job: 7.into(), database_oid: 16384, run: 1, span: 3, what, encoding: String::new() });
         let text = serde_json::to_string(&request).unwrap();
         assert_eq!(serde_json::from_str::<Request>(&text).unwrap(), request);
     }

@@ -46,7 +46,7 @@ async fn a_coordinator_that_comes_too_late_is_refused() {
     let late = |run: i64| {
         [
             backup.create_by(run, 7, "new"),
-            Request::PreData { job: 7, database_oid: oid, run },
+            Request::PreData { job: 7.into(), database_oid: oid, run },
             backup.load_by(run, 7, oid, 1),
             backup.finish_by(run, 7, oid, "new"),
             Request::Publish(backup.publish(run, 7, oid, "new")),
@@ -59,11 +59,11 @@ async fn a_coordinator_that_comes_too_late_is_refused() {
             let error = said(call(loader, &request).await);
             assert!(is_superseded(&error), "{request:?}: {error:?}");
         }
-        answer::<_, ()>(loader, &Request::Drop { job: 7, run: 1 }).await.unwrap();
+        answer::<_, ()>(loader, &Request::Drop { job: 7.into(), run: 1 }).await.unwrap();
         assert_eq!(place.ask("postgres", OURS).await, ["1"]);
     }
     // Whoever is at work when a newer one comes ends; what it has made is taken up.
-    send(&loader, &Request::PreData { job: 7, database_oid: oid, run: 2 }, &backup.schema).await.unwrap();
+    send(&loader, &Request::PreData { job: 7.into(), database_oid: oid, run: 2 }, &backup.schema).await.unwrap();
     let newer = async {
         let building = "SELECT 1 FROM pg_stat_activity WHERE application_name LIKE 'backhaul post-data%'";
         while place.ask("postgres", building).await.is_empty() {
@@ -78,7 +78,7 @@ async fn a_coordinator_that_comes_too_late_is_refused() {
     answer::<_, ()>(&loader, &Request::Publish(backup.publish(3, 7, oid, "new"))).await.unwrap();
     let error = said(call(&place.loader(), &Request::Release(backup.publish(2, 7, oid, "new"))).await);
     assert!(is_superseded(&error), "{error:?}");
-    answer::<_, ()>(&loader, &Request::Drop { job: 7, run: 4 }).await.unwrap();
+    answer::<_, ()>(&loader, &Request::Drop { job: 7.into(), run: 4 }).await.unwrap();
     assert_eq!(place.ask("postgres", "SELECT 1 FROM pg_database WHERE datname ~ '^(_backhaul|new)'").await, [""; 0]);
     let error = said(call(&loader, &backup.create_by(4, 7, "new")).await);
     assert!(is_superseded(&error), "{error:?}");

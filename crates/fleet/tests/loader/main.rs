@@ -10,7 +10,8 @@ use std::time::Duration;
 use bytes::Bytes;
 use cluster::service::Service as _;
 use fleet::loader::{
-    Created, LOADERS_MAX, Load, Loaded, Loader, Progress, RESTORE_ROLE, Request, is_already_loaded, needs_schema,
+    Created, JobDatabase, LOADERS_MAX, Load, Loaded, Loader, Progress, RESTORE_ROLE, Request, is_already_loaded,
+    needs_schema,
 };
 use futures_util::FutureExt as _;
 use pgerror::SqlState;
@@ -86,10 +87,10 @@ async fn what_comes_out_is_what_went_in() {
     let oid = created.oid;
     assert_eq!(created.progress, Progress::default());
     // An upload that is dropped leaves nothing.
-    let mut dropped = upload(&loader, &Request::PreData { job: 7, database_oid: oid, run: 1 }).await.unwrap();
+    let mut dropped = upload(&loader, &Request::PreData { job: 7.into(), database_oid: oid, run: 1 }).await.unwrap();
     dropped.write(backup.schema.slice(..100)).await.unwrap();
     drop(dropped);
-    send(&loader, &Request::PreData { job: 7, database_oid: oid, run: 1 }, &backup.schema).await.unwrap();
+    send(&loader, &Request::PreData { job: 7.into(), database_oid: oid, run: 1 }, &backup.schema).await.unwrap();
     let largest = backup.spans.iter().position(|(_, bytes)| !bytes.is_empty()).unwrap();
     let mut dropped = upload(&loader, &backup.load(7, oid, largest)).await.unwrap();
     dropped.write(backup.spans[largest].1.clone()).await.unwrap();
@@ -97,7 +98,7 @@ async fn what_comes_out_is_what_went_in() {
     assert_eq!(backup.load_all(&loader, 7, "again", None).await, oid);
     let error = said(send(&loader, &backup.load(7, oid, 1), &Bytes::new()).await);
     assert!(is_already_loaded(&error), "{error:?}");
-    let progress: Progress = answer(&loader, &Request::Progress { job: 7 }).await.unwrap();
+    let progress: Progress = answer(&loader, &Request::Progress { job: 7.into() }).await.unwrap();
     assert_eq!(progress, Progress { pre_data: true, spans: (0..backup.spans.len() as u32).collect(), whole: false });
 
     // The node is started anew.
@@ -105,7 +106,7 @@ async fn what_comes_out_is_what_went_in() {
     let error = said(call(&loader, &backup.finish(7, oid, "again")).await);
     assert!(needs_schema(&error), "{error:?}");
     assert_eq!(answer::<_, Created>(&loader, &backup.create(7, "again")).await.unwrap(), Created { oid, progress });
-    send(&loader, &Request::PreData { job: 7, database_oid: oid, run: 1 }, &backup.schema).await.unwrap();
+    send(&loader, &Request::PreData { job: 7.into(), database_oid: oid, run: 1 }, &backup.schema).await.unwrap();
     for _ in 0..2 {
         // A session of somebody's own is in the way of the last step.
         let _session = place.server("root").session_in("_backhaul_7").await;
@@ -134,6 +135,27 @@ async fn what_comes_out_is_what_went_in() {
     place.run("_backhaul_8", late).await;
     removed(&place, 8).await;
     assert_eq!(place.ask("postgres", OURS).await, [""; 0]);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_databases_of_one_job_do_not_get_into_each_others_way() {
+    let place = Place::start(KINDS).await;
+    let (backup, loader) = (Backup::of(&place).await, place.loader());
+    let [second, third] = [1, 2].map(|nth| JobDatabase { job: 7, nth });
+    let one = backup.load_all(&loader, 7, "one", Some(0)).await;
+    let mut rows = upload(&loader, &backup.load(7, one, 0)).await.unwrap();
+    let two = backup.load_all(&loader, second, "two", None).await;
+    rows.write(backup.spans[0].1.clone()).await.unwrap();
+    rows.finish().await.unwrap();
+    backup.load_all(&loader, third, "three", None).await;
+    removed(&place, third).await;
+    let names = "SELECT datname FROM pg_database WHERE datname ~ '^_backhaul' ORDER BY 1";
+    assert_eq!(place.ask("postgres", names).await, ["_backhaul_7", "_backhaul_7_1"]);
+    backup.end(&loader, second, two, "two").await.unwrap();
+    backup.end(&loader, 7, one, "one").await.unwrap();
+    for name in ["one", "two"] {
+        assert_eq!(place.ask(name, CONTENT).await, place.ask("shop", CONTENT).await, "{name}");
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -197,7 +219,7 @@ async fn nothing_is_made_where_something_is_missing_or_in_the_way() {
     let release = Request::Release(backup.publish(1, 7, oid, "new"));
     assert_eq!(said(call(&loader, &release).await).message, "the database of restore job 7 has no name yet");
     assert_eq!(said(call(&loader, &publish()).await).code, SqlState::DUPLICATE_DATABASE);
-    let progress: Progress = answer(&loader, &Request::Progress { job: 7 }).await.unwrap();
+    let progress: Progress = answer(&loader, &Request::Progress { job: 7.into() }).await.unwrap();
     assert!(progress.whole);
     place.run("postgres", "DROP DATABASE new").await;
     // Between its name and its user nobody is let in, and it is removed by its mark.
@@ -278,7 +300,7 @@ async fn a_restore_that_died_is_repeated_and_a_wrong_one_is_refused() {
         call(
             &loader,
             &Request::Load(Load {
-                job: 7,
+                job: 7.into(),
                 database_oid: oid,
                 run: 1,
                 span: 99,
@@ -302,7 +324,7 @@ async fn a_restore_that_died_is_repeated_and_a_wrong_one_is_refused() {
     assert!(error.detail.unwrap().contains("violates foreign key constraint"));
     assert_eq!(place.ask("_backhaul_8", "SELECT count(*) FROM pg_constraint WHERE contype = 'f'").await, ["0"]);
     removed(&place, 8).await;
-    assert_eq!(said(call(&loader, &Request::Progress { job: 8 }).await).code, SqlState::UNDEFINED_DATABASE);
+    assert_eq!(said(call(&loader, &Request::Progress { job: 8.into() }).await).code, SqlState::UNDEFINED_DATABASE);
 }
 
 #[tokio::test(flavor = "multi_thread")]

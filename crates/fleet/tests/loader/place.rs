@@ -9,7 +9,7 @@ use bytes::Bytes;
 use cluster::service::{Reply, Upload};
 use fleet::Server;
 use fleet::founders::{self, DatabasePlan, Founders, Open, Opened, SpanRequest, What};
-use fleet::loader::{Create, Created, Finish, Load, Loaded, Loader, Publish, RESTORE_ROLE, Request};
+use fleet::loader::{Create, Created, Finish, JobDatabase, Load, Loaded, Loader, Publish, RESTORE_ROLE, Request};
 use fleet::private::{Installation, Instance, RunAs};
 use futures_util::StreamExt as _;
 use nix::sys::signal::{Signal, kill};
@@ -121,37 +121,49 @@ impl Backup {
         Self { plan, schema, spans }
     }
 
-    pub(crate) fn create(&self, job: i64, target: &str) -> Request {
+    pub(crate) fn create(&self, job: impl Into<JobDatabase> + Copy, target: &str) -> Request {
         self.create_by(1, job, target)
     }
 
-    pub(crate) fn create_by(&self, run: i64, job: i64, target: &str) -> Request {
-        Request::Create(Box::new(Create { job, run, target: target.to_owned(), plan: self.plan.clone() }))
+    pub(crate) fn create_by(&self, run: i64, job: impl Into<JobDatabase> + Copy, target: &str) -> Request {
+        Request::Create(Box::new(Create { job: job.into(), run, target: target.to_owned(), plan: self.plan.clone() }))
     }
 
-    pub(crate) fn finish(&self, job: i64, database_oid: u32, target: &str) -> Request {
+    pub(crate) fn finish(&self, job: impl Into<JobDatabase> + Copy, database_oid: u32, target: &str) -> Request {
         self.finish_by(1, job, database_oid, target)
     }
 
-    pub(crate) fn finish_by(&self, run: i64, job: i64, database_oid: u32, target: &str) -> Request {
+    pub(crate) fn finish_by(
+        &self,
+        run: i64,
+        job: impl Into<JobDatabase> + Copy,
+        database_oid: u32,
+        target: &str,
+    ) -> Request {
         let (target, plan) = (target.to_owned(), self.plan.clone());
         let rows = self.spans.iter().filter_map(|(loaded, bytes)| {
             let Loaded::Table { schema, name, .. } = loaded else { return None };
             let rows = bytes.iter().filter(|byte| **byte == b'\n').count() as u64;
             Some((schema.clone(), name.clone(), rows))
         });
-        Request::Finish(Box::new(Finish { job, database_oid, run, target, plan, rows: rows.collect() }))
+        Request::Finish(Box::new(Finish { job: job.into(), database_oid, run, target, plan, rows: rows.collect() }))
     }
 
-    pub(crate) fn publish(&self, run: i64, job: i64, database_oid: u32, target: &str) -> Box<Publish> {
-        Box::new(Publish { job, database_oid, run, target: target.to_owned(), plan: self.plan.clone() })
+    pub(crate) fn publish(
+        &self,
+        run: i64,
+        job: impl Into<JobDatabase> + Copy,
+        database_oid: u32,
+        target: &str,
+    ) -> Box<Publish> {
+        Box::new(Publish { job: job.into(), database_oid, run, target: target.to_owned(), plan: self.plan.clone() })
     }
 
     /// From loaded rows to the user's database.
     pub(crate) async fn end(
         &self,
         loader: &Arc<Loader>,
-        job: i64,
+        job: impl Into<JobDatabase> + Copy,
         database_oid: u32,
         target: &str,
     ) -> anyhow::Result<()> {
@@ -161,19 +173,33 @@ impl Backup {
         answer(loader, &Request::Release(publish())).await
     }
 
-    pub(crate) fn load(&self, job: i64, database_oid: u32, span: usize) -> Request {
+    pub(crate) fn load(&self, job: impl Into<JobDatabase> + Copy, database_oid: u32, span: usize) -> Request {
         self.load_by(1, job, database_oid, span)
     }
 
-    pub(crate) fn load_by(&self, run: i64, job: i64, database_oid: u32, span: usize) -> Request {
+    pub(crate) fn load_by(
+        &self,
+        run: i64,
+        job: impl Into<JobDatabase> + Copy,
+        database_oid: u32,
+        span: usize,
+    ) -> Request {
         let (what, encoding) = (self.spans[span].0.clone(), self.plan.copy_encoding.clone());
-        Request::Load(Load { job, database_oid, run, span: span as u32, what, encoding })
+        Request::Load(Load { job: job.into(), database_oid, run, span: span as u32, what, encoding })
     }
 
     /// Creates the database and loads all of it but `but`.
-    pub(crate) async fn load_all(&self, loader: &Arc<Loader>, job: i64, target: &str, but: Option<usize>) -> u32 {
+    pub(crate) async fn load_all(
+        &self,
+        loader: &Arc<Loader>,
+        job: impl Into<JobDatabase> + Copy,
+        target: &str,
+        but: Option<usize>,
+    ) -> u32 {
         let created: Created = answer(loader, &self.create(job, target)).await.unwrap();
-        send(loader, &Request::PreData { job, database_oid: created.oid, run: 1 }, &self.schema).await.unwrap();
+        send(loader, &Request::PreData { job: job.into(), database_oid: created.oid, run: 1 }, &self.schema)
+            .await
+            .unwrap();
         for (span, (_, bytes)) in self.spans.iter().enumerate().filter(|(span, _)| Some(*span) != but) {
             send(loader, &self.load(job, created.oid, span), bytes).await.unwrap();
         }
@@ -225,8 +251,8 @@ pub(crate) fn said<T>(result: anyhow::Result<T>) -> PgError {
 }
 
 /// Removes a job's database through a node that remembers nothing.
-pub(crate) async fn removed(place: &Place, job: i64) {
-    answer::<_, ()>(&place.loader(), &Request::Drop { job, run: 1 }).await.unwrap();
+pub(crate) async fn removed(place: &Place, job: impl Into<JobDatabase> + Copy) {
+    answer::<_, ()>(&place.loader(), &Request::Drop { job: job.into(), run: 1 }).await.unwrap();
 }
 
 /// Makes a directory in which the server can write.

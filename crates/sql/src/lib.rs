@@ -25,6 +25,7 @@ mod collection;
 mod control;
 mod cursor;
 mod external;
+mod grant;
 mod lexer;
 mod names;
 mod options;
@@ -46,6 +47,7 @@ mod targets;
 mod verb;
 
 pub use control::{ControlJobs, ControlVerb};
+pub use grant::{Grant, Privilege};
 pub use parameters::ParameterType;
 pub use parser::parse;
 pub use print::Literals;

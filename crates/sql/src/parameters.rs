@@ -8,6 +8,7 @@ use std::num::IntErrorKind;
 use pgerror::{PgError, SqlState};
 
 use crate::control::ControlJobs;
+use crate::grant::Grant;
 use crate::rows::Sourced;
 use crate::selection::{Query, Selection};
 use crate::settings::Settings;
@@ -86,6 +87,10 @@ impl Statement {
                 Self::CreateExternalConnection { name: text(name)?, uri: text(uri)?, if_not_exists }
             }
             Self::DropExternalConnection { name } => Self::DropExternalConnection { name: text(name)? },
+            Self::Grant(Grant { gives, privilege, connections, roles }) => {
+                let connections = connections.into_iter().map(text).collect::<Result<_, _>>()?;
+                Self::Grant(Grant { gives, privilege, connections, roles })
+            }
             Self::ShowExternalConnections { name } => {
                 Self::ShowExternalConnections { name: name.map(text).transpose()? }
             }
@@ -139,6 +144,7 @@ impl Statement {
             Self::ShowBackup(ShowBackup { from, collection, .. }) => named(from).chain([collection]).collect(),
             Self::CreateExternalConnection { name, uri, .. } => vec![name, uri],
             Self::DropExternalConnection { name } => vec![name],
+            Self::Grant(grant) => grant.connections.iter().collect(),
             Self::ShowExternalConnections { name } => name.iter().collect(),
         };
         let ids: &[Number] = match self.selection() {

@@ -9,7 +9,7 @@ use sqlparser::tokenizer::{Token, Tokenizer};
 use crate::cursor::Cursor;
 use crate::statement::Statement;
 use crate::syntax::Source;
-use crate::{backup, control, external, restore, schedules, settings, show};
+use crate::{backup, control, external, grant, restore, schedules, settings, show};
 
 /// Parses a text that [`crate::is_ours`] accepted into its statements, in order.
 ///
@@ -97,6 +97,8 @@ fn statement(cursor: &mut Cursor<'_>) -> Result<Statement, PgError> {
         external::check(cursor)
     } else if cursor.at_word("SET") {
         settings::set(cursor)
+    } else if cursor.at_word("GRANT") || cursor.at_word("REVOKE") {
+        grant::grant(cursor)
     } else if cursor.at_word("RESET") {
         settings::reset(cursor)
     } else if cursor.at_word("DROP") {
@@ -233,6 +235,8 @@ mod tests {
             ("SHOW BACKUP LATEST IN 'x'", "SHOW"),
             ("CREATE EXTERNAL CONNECTION a AS 'x'", "CREATE EXTERNAL CONNECTION"),
             ("DROP EXTERNAL CONNECTION a", "DROP EXTERNAL CONNECTION"),
+            ("GRANT USAGE ON EXTERNAL CONNECTION a TO b", "GRANT"),
+            ("REVOKE ALL ON EXTERNAL CONNECTION a FROM b", "REVOKE"),
         ] {
             assert!(crate::is_ours(text.as_bytes()), "{text}");
             assert_eq!(parse(text).expect(text)[0].tag(), tag);

@@ -10,6 +10,7 @@ use pgerror::{PgError, SqlState};
 use crate::control::ControlJobs;
 use crate::grant::Grant;
 use crate::rows::Sourced;
+use crate::script::PartWork;
 use crate::selection::{Query, Selection};
 use crate::settings::Settings;
 use crate::statement::{
@@ -192,6 +193,20 @@ impl Sourced {
 
     fn of_server(&self) -> Vec<usize> {
         self.placeholders().chain(self.sources().iter().flat_map(|source| source.statement.of_server())).collect()
+    }
+}
+
+impl PartWork {
+    /// The statement of a text, which has no values: a placeholder in it is refused.
+    ///
+    /// # Errors
+    ///
+    /// As [`Statement::bind`].
+    pub fn bind(self, values: &[Option<String>]) -> Result<Self, PgError> {
+        match self {
+            Self::Ours(statement) => statement.bind(values).map(Self::Ours),
+            Self::Theirs(sourced) => sourced.bind(values).map(Self::Theirs),
+        }
     }
 }
 

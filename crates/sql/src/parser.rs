@@ -14,9 +14,9 @@ use crate::{backup, control, external, grant, restore, schedules, settings, show
 /// Parses a text that [`crate::is_ours`] accepted into its statements, in order.
 ///
 /// A text may hold several of our statements, which then run one by one. A statement of PostgreSQL among them is
-/// refused (0A000): its server would have to run it as part of one implicit transaction that it never sees whole. So is
+/// refused (0A000): whoever takes such texts reads them with [`crate::read_mixed`]. So is
 /// a `BACKUP` or a `RESTORE` among several statements of whoever (XXUUU), unless it is detached: its job would run while
-/// that transaction is open.
+/// their transaction is open.
 ///
 /// # Errors
 ///
@@ -115,7 +115,7 @@ fn mixed(cursor: &Cursor<'_>) -> PgError {
 }
 
 /// Whether a statement is answered only when its job has ended.
-fn waits(statement: &Statement) -> bool {
+pub(crate) fn waits(statement: &Statement) -> bool {
     match statement {
         Statement::Backup(backup) => !backup.options.detached,
         Statement::Restore(restore) => !restore.options.detached,
@@ -123,7 +123,7 @@ fn waits(statement: &Statement) -> bool {
     }
 }
 
-fn needs_detached(tag: &str, position: usize) -> PgError {
+pub(crate) fn needs_detached(tag: &str, position: usize) -> PgError {
     let text = format!("{tag} cannot be used inside a multi-statement transaction without DETACHED option");
     PgError::new(SqlState::UNCATEGORIZED, text)
         .hint(format!("Send the {tag} on its own, or add WITH DETACHED."))

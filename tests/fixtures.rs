@@ -131,7 +131,7 @@ impl Session {
     /// A bare server must refuse a statement of ours, as one that it does not know.
     async fn check_is_not_theirs(&self, statement: &str) -> Result<(), Told> {
         let text = statement.as_bytes();
-        let is_ours = sql::is_ours(text) || sql::has_row_source(text);
+        let is_ours = sql::is_ours(text) || sql::has_row_source(text) || sql::is_mixed(text);
         let Some(bare) = self.bare.as_ref().filter(|_| is_ours) else { return Ok(()) };
         let code = match connect(bare).await?.simple_query(statement).await {
             Ok(_) => return Err(Told::own("a bare PostgreSQL accepts this statement".to_owned())),

@@ -1,6 +1,6 @@
 //! What a reader may rely on, checked: the size of files, the edges between crates, the words of the documents.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
@@ -90,6 +90,21 @@ fn libraries_stay_in_their_rooms() {
     let names: Vec<String> =
         with_pgwire.map(|(path, _)| path.file_name().unwrap_or_default().to_string_lossy().into_owned()).collect();
     assert_eq!(names, ["answer.rs", "peer.rs"], "messages are built in one place, peers are proven in another");
+}
+
+/// What our list of CockroachDB's behaviour numbers is shown by a case, or said there to differ on purpose.
+#[test]
+fn every_number_of_the_list_has_its_case() {
+    let numbers = "A1 A2 A3 A5 A6 A8 A10 A11 A13 A15 A19 A21 A22 A24 A25 B1 B3 B6 B7 B10 B11 B12 B13 C1 C2 C4 C5 C7 C8 \
+                   E1 E2 E3 E6 E7 E13 E14 E15 E17 E18 E19 E20 G1 G2 G4 G5 G7 G9 G12 G13 G14 G16 I1 I2 I3 I4 I6 I9 I11 \
+                   I12 K1 K2 K3 K6";
+    let cases = ["sql-fixtures", "tests/system"].map(|folder| root().join(folder));
+    let texts = files().into_iter().filter(|path| cases.iter().any(|folder| path.starts_with(folder)));
+    let text: String = texts.map(|path| read(&path)).collect();
+    let said: BTreeSet<&str> = text.split(|char: char| !char.is_ascii_alphanumeric()).collect();
+    for number in numbers.split_ascii_whitespace() {
+        assert!(said.contains(number), "{number} has no case in sql-fixtures or tests/system");
+    }
 }
 
 #[test]

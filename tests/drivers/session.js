@@ -22,6 +22,9 @@ async function main() {
     const done = await client.query("SHOW JOB WHEN COMPLETE $1", [made.rows[0].job_id]);
     console.log(done.rows[0].job_type, done.rows[0].status, done.rows[0].fraction_completed);
     await client.query(into, where).catch((e) => console.log(e.code, /^execution of job \d+ relocated to [34]$/.test(e.message)));
+    const text = "BEGIN; BACKUP DATABASE movr INTO 'nodelocal://1/d' WITH DETACHED; COMMIT; SELECT 1 AS one";
+    const results = await client.query(text);
+    console.log(results.map((result) => result.command).join(" "), results[1].rows[0].job_id.length, results[3].rows[0].one);
     return client.end();
   }
   show(await client.query("SELECT $1::int + 1 AS n, $2::text AS t", [41, "é'\\"]));

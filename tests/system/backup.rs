@@ -10,6 +10,7 @@ use crate::support::jobs::{WEST, completed, data_files, detached, extern_dirs, r
 use crate::support::store::{LocalBackup, S3, files_in};
 use crate::support::{both, postgres_program, run, until};
 
+/// G13
 #[test]
 fn a_detached_backup_runs_in_the_chosen_region_only() {
     let demo = Demo::start(&[]);

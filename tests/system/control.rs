@@ -37,6 +37,7 @@ fn until_status(demo: &Demo, job: &str, status: &str) {
     });
 }
 
+/// I9: a running job is paused; and as it is then, canceled (below).
 #[test]
 fn a_job_pauses_and_goes_on() {
     let demo = fleet();
@@ -87,6 +88,38 @@ fn a_cancelled_job_leaves_no_backup() {
         let left = files_in(&demo.node_dir(1).join("extern"));
         if left.is_empty() { Ok(()) } else { Err(format!("{left:?}")) }
     });
+}
+
+/// E18: a job that goes on is not stopped by its own lock, and has one only. E17: by another's it is.
+#[test]
+fn a_directory_has_one_lock() {
+    let demo = Demo::start(&["--nodes", "2", "--rows", "300"]);
+    let locks = || {
+        let files = files_in(&demo.node_dir(1).join("extern"));
+        files.into_iter().filter(|file| file.to_string_lossy().contains("/BACKUP-LOCK-")).collect::<Vec<_>>()
+    };
+    let make = |number: usize| {
+        let points = "SET backhaul.debug_pausepoints = 'backup.after_lock,backup.after_points'";
+        let statement = "BACKUP DATABASE movr INTO 'nodelocal://1/locks' WITH DETACHED";
+        let job = run(demo.psql(number).args(["-qAt", "-c", points, "-c", statement])).trim().to_owned();
+        until_status(&demo, &job, "paused");
+        job
+    };
+    let job = make(1);
+    let lock = locks();
+    assert!(lock.len() == 1 && lock[0].to_string_lossy().ends_with(&job), "{lock:?}");
+    for (status, number) in [("paused", 1), ("succeeded", 2)] {
+        assert_eq!(tag(&demo, number, &format!("RESUME JOB {job}")), "RESUME JOBS 1");
+        until_status(&demo, &job, status);
+        assert_eq!(locks(), lock, "{status}");
+    }
+    let other = make(2);
+    let lock = locks().into_iter().find(|file| file.to_string_lossy().ends_with(&other)).unwrap();
+    std::fs::write(lock.with_file_name("BACKUP-LOCK-7"), "").unwrap();
+    assert_eq!(tag(&demo, 2, &format!("RESUME JOB {other}")), "RESUME JOBS 1");
+    let row = demo.ask(1, &format!("SHOW JOB WHEN COMPLETE {other}"));
+    let text = "already contains a `BACKUP-LOCK` file written by job 7";
+    assert!(row.contains("|failed|") && row.contains(text), "{row}");
 }
 
 #[test]
@@ -200,6 +233,9 @@ fn a_client_that_waits_is_told_how_far_its_job_is() {
     write(&demo, "UPDATE registry.jobs SET status = 'reverting', running_status = NULL WHERE id = 77");
     let line = said.next().unwrap();
     assert!(line.starts_with("NOTICE:  job 77: reverting, 42% done"), "{line}");
+    // I4
+    let told = tag(&demo, 1, "CANCEL JOB 77");
+    assert!(told.starts_with("ERROR:  XXUUU: job with status reverting cannot be requested to be canceled"), "{told}");
     write(&demo, ENDS);
     let mut row = String::new();
     client.0.stdout.take().unwrap().read_to_string(&mut row).unwrap();

@@ -26,6 +26,7 @@ canceled
 usable
 ";
 
+/// G5: the filter is a parameter.
 const BACKUP: &str = "BACKUP DATABASE movr INTO $1 WITH EXECUTION LOCALITY = $2";
 
 /// What takes the steps through one driver, given a collection, and gives what was printed.

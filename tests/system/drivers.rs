@@ -76,6 +76,7 @@ fn drivers_back_up_with_parameters() {
                'float', 'str', 'int', 'NoneType', 'datetime', 'NoneType', 'int', 'list']
 True BACKUP succeeded 1.0 True True []
 ";
+    // E20: one column.
     let detached = format!("['job_id'] BACKUP\nint 19\n{row}");
     let columns = "['job_id', 'status', 'fraction_completed', 'rows', 'index_entries', 'bytes']";
     let expected = format!(
@@ -93,7 +94,7 @@ succeeded INTRANS
         assert_eq!(python(binding, "backup.py", &demo.nodes[0].url), expected, "{binding}");
     }
     let printed = node_js(&demo.nodes[1].url, &["backup"]);
-    let expected = "[\"job_id\"] BACKUP\nBACKUP succeeded 1\nXXUUU true\n";
+    let expected = "[\"job_id\"] BACKUP\nBACKUP succeeded 1\nXXUUU true\nBEGIN BACKUP COMMIT SELECT 19 1\n";
     assert_eq!(printed, expected);
 }
 

@@ -136,6 +136,25 @@ fn a_statement_that_was_deallocated_is_gone() {
     let heard = wire.bind("", "t", 0).execute("", 0).sync().hear();
     assert!(heard.starts_with("2\nD region=us-east-1"), "{heard}");
     assert!(wire.query("DEALLOCATE ALL").hear().ends_with("Z I"));
+    // Given to something else by SQL, in one text or two.
+    for how in [
+        ["DEALLOCATE one", "PREPARE one AS SELECT 3 AS three"],
+        ["DEALLOCATE one; PREPARE one AS SELECT 3 AS three", "SELECT 1"],
+    ] {
+        wire.parse("one", "SHOW LOCALITY").parse("two", "SHOW LOCALITY").sync();
+        assert_eq!(wire.hear(), "1\n1\nZ I", "{how:?}");
+        how.iter().for_each(|text| assert!(wire.query(text).hear().ends_with("Z I")));
+        let one = wire.bind("", "one", 0).describe(b'P', "").execute("", 0).describe(b'S', "one").sync().hear();
+        assert_eq!(one, "2\nT three:23:0\nD 3\nC SELECT 1\nt 0\nT three:23:0\nZ I", "{how:?}");
+        let two = wire.bind("", "two", 0).execute("", 0).sync().hear();
+        assert_eq!(two, "2\nD region=us-east-1,zone=a\nC SHOW\nZ I", "{how:?}");
+        assert!(wire.query("DEALLOCATE ALL").hear().ends_with("Z I"));
+    }
+    // One that stands alone still does: the question about its name was not the client's.
+    wire.parse("set", "SET CLUSTER SETTING feature.backup.enabled = true").sync().query("PREPARE p AS SELECT 1");
+    assert_eq!((wire.hear().as_str(), wire.hear().as_str()), ("1\nZ I", "C PREPARE\nZ I"));
+    assert_eq!(wire.bind("", "set", 0).execute("", 0).sync().hear(), "2\nC SET CLUSTER SETTING\nZ I");
+    assert!(wire.query("DEALLOCATE ALL").hear().ends_with("Z I"));
     // Closed, and parsed again; a portal stays what it was.
     wire.parse("s", "SHOW LOCALITY").bind("p", "s", 0).close(b'S', "s").parse("s", "SELECT 3 AS three");
     wire.execute("p", 0).bind("", "s", 0).execute("", 0).close(b'P', "p").execute("p", 0).sync();

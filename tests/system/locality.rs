@@ -51,8 +51,10 @@ fn files_are_written_where_the_filter_says_and_each_shard_s_by_its_own_closest_n
     assert!(rows.iter().all(|rows| *rows > 0), "{rows:?}");
     for (gateway, filter, writers) in [
         // The leaseholders of s1 and s3 match; nobody who matches shares the first tier of s2's, so both help.
+        // G1
         (3, "tier=0", [&[1][..], &[1, 3], &[3]]),
         // n4 shares tier=1 with the leaseholder of s2, and nobody shares tier=0 with that of s1 but n3.
+        // G2
         (4, "region=east", [&[3], &[4], &[3]]),
         (4, "tier=1,region=east", [&[4], &[4], &[4]]),
         // The order of a filter's tiers is no matter.
@@ -78,6 +80,7 @@ fn files_are_written_where_the_filter_says_and_each_shard_s_by_its_own_closest_n
     bytes_from_elsewhere_are_counted(&demo);
     bytes_from_elsewhere_are_told(&demo);
 
+    // G4
     let restore = "RESTORE DATABASE movr FROM LATEST IN 'nodelocal://self/tier-1-region-east'
                    WITH EXECUTION LOCALITY = 'tier=1,region=east', NEW_DB_NAME = 'restored', DETACHED";
     let columns = succeeded(&demo, 1, &detached(&demo, 4, restore));

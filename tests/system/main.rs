@@ -22,6 +22,7 @@ mod mistakes; // wrong secrets, shards, stores and addresses
 mod plan; // EXPLAIN BACKUP tells what is done; options, ranges and regions; docs/locality.md
 mod restore; // everything comes back the same, once, and damage is noticed
 mod rows; // SHOW as a row source: prepared, in pipelines, with positions, cancelled
+mod scripts; // texts of several statements, ours among PostgreSQL's
 mod security; // passwords, TLS, open doors
 mod settings; // what is set for the fleet holds on every node, without a restart
 mod shards; // several shards: each by its own rules, into others by shard_map, and left out only by name

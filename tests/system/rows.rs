@@ -78,9 +78,11 @@ fn an_error_points_at_the_client_s_own_text() {
     let inner = "SELECT 1 FROM [SHOW JOBS SELECT x FROM [SHOW JOBS] j WHERE nothing = 1]";
     let expected = format!("E SERROR C42703 Mcolumn \"x\" does not exist P{}", place(inner, "x FROM"));
     assert_eq!(wire.query(inner).hear(), format!("{expected}\nZ I"));
-    // What a shape holds in a source's place is told as the source.
-    let expected = format!("E SERROR C42703 Mcolumn \"x\" does not exist P{}", place(inner, "SHOW JOBS SELECT"));
     assert_eq!(wire.parse("", inner).sync().hear(), format!("{expected}\nZ I"));
+    let deeper = "WITH é AS (SHOW JOBS SELECT job_id FROM [SHOW JOBS SELECT 1 AS é FROM pg_class c, y]) TABLE é";
+    let expected = format!("E SERROR C42P01 Mrelation \"y\" does not exist P{}\nZ I", place(deeper, "y]"));
+    assert_eq!(wire.parse("", deeper).sync().hear(), expected);
+    assert_eq!(wire.query(deeper).hear(), expected);
     let named = "SHOW JOBS SELECT nothing";
     let expected = format!("E SERROR C42703 Mcolumn \"nothing\" does not exist P{}\nZ I", place(named, "nothing"));
     assert_eq!(wire.query(named).hear(), expected);
@@ -155,7 +157,23 @@ fn transactions_pipelines_and_encodings_are_the_server_s() {
     assert!(not_utf8.starts_with("E SERROR C22021") && not_utf8.ends_with("Z I"), "{not_utf8}");
     let theirs = wire.send(&query(b"SELECT '\xe9 FROM [SHOW LOCALITY] x'")).hear();
     assert!(theirs.contains("D \\xe9 FROM [SHOW LOCALITY] x"), "{theirs}");
+    // In this encoding the letter's second byte is a backslash, which would hide the end of the literal.
+    assert_eq!(wire.query("SET client_encoding = SJIS").hear(), "C SET\nZ I");
+    let theirs = wire.send(&query(b"SELECT E'\x83\\' AS so -- ' FROM [SHOW LOCALITY] x; BACKUP")).hear();
+    assert_eq!(theirs, "T so:25:0\nD \\x83\\\\\nC SELECT 1\nZ I");
+    let theirs = wire.send(&query(b"SELECT E'\x83\\' AS so; SELECT 2 -- '; SHOW LOCALITY")).hear();
+    assert!(theirs.starts_with("T so:25:0\n") && theirs.ends_with("D 2\nC SELECT 1\nZ I"), "{theirs}");
+    assert_eq!(wire.query(locality).hear(), format!("{row}\nZ I"));
+    assert_eq!(wire.query("SET client_encoding = UTF8").hear(), "C SET\nZ I");
+    // What was read when a backslash was one.
+    let slash = r"SELECT locality || '\' AS l FROM [SHOW LOCALITY]";
+    assert_eq!(wire.parse("slash", slash).parse("plain", locality).sync().hear(), "1\n1\nZ I");
+    let l = "2\nD region=us-east-1,zone=a\\\\\nC SELECT 1\nZ I";
+    assert_eq!(wire.bind("", "slash", 0).execute("", 0).sync().hear(), l);
     assert_eq!(wire.query("SET standard_conforming_strings = off").hear(), "C SET\nZ I");
+    assert!(wire.bind("", "slash", 0).execute("", 0).sync().hear().starts_with("E SERROR C0A000"));
+    let plain = wire.bind("", "plain", 0).execute("", 0).sync().hear();
+    assert_eq!(plain, "2\nD region=us-east-1,zone=a\nC SELECT 1\nZ I");
     assert!(wire.query(locality).hear().contains("C42601"), "texts cannot be read safely now");
 }
 

@@ -200,6 +200,43 @@ fn a_pipeline_is_one_transaction_up_to_its_sync() {
     }
 }
 
+/// A difference from CockroachDB, where requests are written in the transaction.
+#[test]
+fn a_request_takes_effect_at_once_whatever_becomes_of_its_transaction() {
+    let demo = Demo::start(&["--nodes", "2", "--rows", "100"]);
+    let mut wire = Wire::login(&demo.nodes[1].address, "movr");
+    let jobs = say(&mut wire, &["SET backhaul.debug_pausepoints = 'backup.after_lock:hold'", DETACHED]);
+    say(&mut wire, &["BEGIN", &format!("PAUSE JOB {}", jobs[0])]);
+    let mut show = demo.psql(1);
+    show.args(["-Atc", &format!("SELECT status FROM [SHOW JOB {}]", jobs[0])]);
+    until("the job to be paused", || {
+        let seen = both(&show.output().unwrap());
+        if seen == "paused\n" { Ok(()) } else { Err(seen) }
+    });
+    say(&mut wire, &[&format!("CANCEL JOB {}", jobs[0]), "ROLLBACK"]);
+    let row = demo.ask(1, &format!("SHOW JOB WHEN COMPLETE {}", jobs[0]));
+    assert!(row.contains("|canceled|"), "{row}");
+}
+
+#[test]
+fn a_setting_of_the_fleet_stands_alone() {
+    let demo = Demo::start(&["--nodes", "1", "--no-example-database"]);
+    let mut wire = Wire::login(&demo.nodes[0].address, "postgres");
+    let refused = "E SERROR C25001 MSET CLUSTER SETTING cannot be used inside a multi-statement transaction";
+    for set in ["SET CLUSTER SETTING feature.backup.enabled = false", "RESET CLUSTER SETTING feature.backup.enabled"] {
+        assert_eq!(wire.query("BEGIN").hear(), "C BEGIN\nZ T");
+        assert_eq!(wire.query(set).hear(), format!("{refused}\nZ E"));
+        assert_eq!(wire.query("ROLLBACK").hear(), "C ROLLBACK\nZ I");
+        assert_eq!(wire.query(&format!("{set}; SHOW LOCALITY")).hear(), format!("{refused}\nZ I"));
+        wire.parse("", "SELECT 1 WHERE false").bind("", "", 0).execute("", 0).parse("", set).bind("", "", 0);
+        assert!(wire.execute("", 0).sync().hear().contains(refused));
+        assert_eq!(wire.query("SHOW CLUSTER SETTING feature.backup.enabled").hear().lines().nth(1), Some("D true"));
+        wire.parse("", set).bind("", "", 0).execute("", 0).sync();
+        assert_eq!(wire.hear(), "1\n2\nC SET CLUSTER SETTING\nZ I");
+        assert!(wire.query("RESET CLUSTER SETTING feature.backup.enabled").hear().ends_with("Z I"));
+    }
+}
+
 #[test]
 fn a_prepared_transaction_decides_when_it_is_committed() {
     let demo = Demo::start(&["--nodes", "1"]);

@@ -154,6 +154,7 @@ fn a_job_that_no_node_matches_any_more_waits_for_one_and_then_fails_in_the_origi
         });
         let (status, error) = fleet.end_of(&job);
         assert_eq!(status, "failed");
+        // G16
         assert!(error.starts_with("no instances found matching locality filter region=us-west-1"), "{error}");
         let row = fleet.demo.ask(2, &format!("SHOW JOB WHEN COMPLETE {job}"));
         assert!(row.contains("|failed|") && row.contains(&error), "{row}");

@@ -8,7 +8,7 @@
 //! how far a job is [`pace`] says, what it read outside of its locality [`elsewhere`], and which value of a sequence counts [`sequences`]. The way back is
 //! [`restore`]. What is in a backup, and under which names, is [`layout`]; how it opens without us is [`restore_text`];
 //! what a plan looks like before it is carried out is [`explain`], and the spans by themselves are [`ranges`];
-//! what a session sets is [`settings`], where a job can be made to stop [`pausepoints`].
+//! what a session sets is [`settings`], who may name a store [`privileges`], where a job can be made to stop [`pausepoints`].
 //!
 //! **What a crash leaves.** Objects are written once and under names that carry the claim, so two coordinators of one
 //! job never write the same object. Before the seal there is a lock and files that nobody's manifest names; after it
@@ -34,6 +34,7 @@ mod patience;
 mod pausepoints;
 mod plan;
 mod point;
+mod privileges;
 mod queues;
 mod ranges;
 mod restore;

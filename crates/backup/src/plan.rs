@@ -291,11 +291,8 @@ impl Backups {
             Some(name) => {
                 let session = self.jobs.ledger().session().await?;
                 let connections = self.connections()?;
-                let listed = connections.list(&session, Some(name)).await?;
-                if listed.iter().any(|listed| !requester.superuser && listed.owner != requester.user) {
-                    let user = &requester.user;
-                    let message = format!("user {user} does not have USAGE privilege on external_connection {name}");
-                    return Err(PgError::new(SqlState::INSUFFICIENT_PRIVILEGE, message).into());
+                for listed in &connections.list(&session, Some(name)).await? {
+                    self.check_privilege("USAGE", listed, requester).await?;
                 }
                 return connections.resolve(&session, uri).await;
             }

@@ -16,12 +16,16 @@ use tokio::sync::oneshot;
 
 use crate::frame::{cut_i16, cut_i32};
 use crate::requests::Arguments;
+use crate::script::Origin;
 use crate::transactions::{MARK, birth_of, transaction};
 
-/// Texts come in hexadecimal digits, because the answer is in the client's encoding.
+/// Texts come in hexadecimal digits, because the answer is in the client's encoding. Whether the user is a superuser is asked
+/// of the catalog: the session's `is_superuser` stays what it was when the role was set.
 const WHO: &str = "
     SELECT pg_catalog.encode(pg_catalog.convert_to(text, 'UTF8'), 'hex') FROM (VALUES
-        (1, current_user::text), (2, pg_catalog.current_setting('is_superuser')),
+        (1, current_user::text),
+        (2, CASE WHEN EXISTS (SELECT FROM pg_catalog.pg_roles WHERE rolname = current_user AND rolsuper)
+            THEN 'on' ELSE 'off' END),
         (3, (SELECT setting FROM pg_catalog.pg_settings WHERE name = 'statement_timeout')),
         (4, pg_catalog.current_setting('backhaul.debug_pausepoints', true)),
         (5, pg_catalog.current_setting('backhaul.on_relocation', true)),
@@ -36,8 +40,8 @@ const TOLD_MAX: usize = 60;
 /// What a frame of ours asks for.
 pub(crate) struct Order {
     pub(crate) work: Work,
-    /// The message that waits for it, an Execute or a Bind; `None` in the simple protocol.
-    pub(crate) execute: Option<Bytes>,
+    /// What it came in, and what waits for it.
+    pub(crate) origin: Origin,
     /// What queries in it are run with.
     pub(crate) arguments: Arguments,
 }
@@ -90,6 +94,8 @@ enum About {
     Jobs(Question),
     /// Whether the server has the name of a prepared statement, and its parameters; this message waits.
     Name { tag: u8, body: Bytes, types: Vec<u32> },
+    /// Whether the client has given that name to something else by SQL; this message waits.
+    Namesake { tag: u8, body: Bytes },
 }
 
 /// What to do after an answer.
@@ -100,6 +106,8 @@ pub(crate) enum Next {
     Start(Order, Box<Requester>, Birth),
     /// To let the running statement go on.
     GoOn,
+    /// To go on with this message; true when its prepared statement is one that was made by SQL.
+    Know(u8, Bytes, bool),
     /// To take this message, of a prepared statement with parameters of these types.
     Take(u8, Bytes, Vec<u32>),
 }
@@ -112,7 +120,7 @@ impl Asking {
     /// Begins with the question who asks for this. With `joins`, the name of the session's shard, it is part of the
     /// transaction that is open there.
     pub(crate) fn who(order: Order, joins: Option<String>) -> (Self, &'static str) {
-        let extended = order.execute.is_some();
+        let extended = order.origin.is_extended();
         (Self::new(About::Who(order, joins), extended), WHO)
     }
 
@@ -124,6 +132,18 @@ impl Asking {
     /// What the server knows of the prepared statement that this message names.
     pub(crate) fn name(tag: u8, body: Bytes) -> Self {
         Self::new(About::Name { tag, body, types: Vec::new() }, true)
+    }
+
+    /// Whether the prepared statement that this message names was made by SQL: then it is not ours.
+    ///
+    /// The name is in the client's encoding, and may have anything in it.
+    pub(crate) fn namesake(tag: u8, body: Bytes, name: &[u8]) -> (Self, String) {
+        let digits: String = name.iter().map(|byte| format!("{byte:02x}")).collect();
+        let question = format!(
+            "SELECT 1 FROM pg_catalog.pg_prepared_statements WHERE from_sql AND name = \
+             pg_catalog.convert_from(pg_catalog.decode('{digits}', 'hex'), pg_catalog.pg_client_encoding())"
+        );
+        (Self::new(About::Namesake { tag, body }, true), question)
     }
 
     /// Whether it is asked in the extended protocol.
@@ -140,7 +160,7 @@ impl Asking {
     pub(crate) fn waiting(&self) -> Option<(u8, &Bytes)> {
         match &self.about {
             About::Name { tag, body, .. } => Some((*tag, body)),
-            About::Who(..) | About::Mark(..) | About::Jobs(_) => None,
+            About::Who(..) | About::Mark(..) | About::Jobs(_) | About::Namesake { .. } => None,
         }
     }
 
@@ -173,7 +193,7 @@ impl Asking {
     pub(crate) fn of_statement(&self, error: &[u8]) -> Option<Bytes> {
         match &self.about {
             About::Jobs(question) => with_position(error, &question.position),
-            About::Who(..) | About::Mark(..) | About::Name { .. } => None,
+            About::Who(..) | About::Mark(..) | About::Name { .. } | About::Namesake { .. } => None,
         }
     }
 
@@ -207,6 +227,7 @@ impl Asking {
                 Ok(Next::GoOn)
             }
             About::Name { tag, body, types } => Ok(Next::Take(tag, body, types)),
+            About::Namesake { tag, body } => Ok(Next::Know(tag, body, !self.told.is_empty())),
         }
     }
 }
@@ -305,7 +326,7 @@ mod tests {
 
     fn order() -> Order {
         let statements = sql::parse("SHOW JOBS").unwrap();
-        Order { work: Work::Ours(statements), execute: None, arguments: Arguments::default() }
+        Order { work: Work::Ours(statements), origin: Origin::Query, arguments: Arguments::default() }
     }
 
     fn tell_who(asking: &mut Asking) {

@@ -4,7 +4,7 @@ use backup::Requester;
 use bytes::{Bytes, BytesMut};
 use jobs::Birth;
 use pgerror::{PgError, SqlState};
-use sql::{Sourced, Statement};
+use sql::{Settings, Sourced, Statement};
 
 use crate::answer::{Format, Writer};
 use crate::asking::{Asking, Next, Order, Question, Work};
@@ -15,6 +15,7 @@ use crate::pipeline::Transaction;
 use crate::requests::Arguments;
 use crate::rows::{Runner, Sent};
 use crate::run::{JOB_GOES_ON, columns};
+use crate::script::Origin;
 use crate::session::{Answered, BUFFER_MAX, Outcome, Places, Running, Session};
 use crate::transactions::{Behind, behind, makes_job};
 
@@ -41,6 +42,13 @@ impl Session {
         {
             if !self.from_client.settle(&mut self.to_server) {
                 break;
+            }
+            // A COPY in a text of several statements takes the client's frames, and nothing else does.
+            if self.script.is_some() && !self.pipeline.is_reading() {
+                if !self.step() {
+                    break;
+                }
+                continue;
             }
             let Some(found) = header(self.from_client.unjudged())? else { break };
             match self.judge(found) {
@@ -74,7 +82,7 @@ impl Session {
 
     /// Ours is answered behind everything that was asked before, not in the middle of a frame of the server, and not
     /// while the client does not take its answers.
-    fn is_our_turn(&mut self) -> bool {
+    pub(crate) fn is_our_turn(&mut self) -> bool {
         if !self.pipeline.is_quiet() && self.pipeline.take_flush() {
             self.from_client.pass_on(&mut self.to_server);
             Writer(&mut self.to_server).flush();
@@ -126,18 +134,38 @@ impl Session {
 
     fn is_ours(&self, tag: u8, mut body: &[u8]) -> bool {
         match tag {
-            b'Q' => self.conforming_strings && has_ours(body),
-            b'P' => self.conforming_strings && cut_string(&mut body).is_some() && has_ours(body),
+            b'Q' => self.has_ours(body) || self.is_mixed(tag, body),
+            b'P' => cut_string(&mut body).is_some() && self.has_ours(body),
             _ => concerns(&self.locals, tag, body),
         }
     }
 
+    /// Whether a text is ours, or has something of ours in it. What follows its end is no part of it.
+    fn has_ours(&self, mut text: &[u8]) -> bool {
+        let text = cut_string(&mut text).unwrap_or(text);
+        self.conforming_strings && (sql::is_ours(text) || self.can_cut(text) && sql::has_row_source(text))
+    }
+
+    /// Whether this is a text of several statements, some ours and some not, and all of it is here.
+    fn is_mixed(&self, tag: u8, mut body: &[u8]) -> bool {
+        let text = Some(&mut body).filter(|_| tag == b'Q' && self.conforming_strings).and_then(|body| cut_string(body));
+        text.is_some_and(|text| self.can_cut(text) && sql::is_mixed(text))
+    }
+
+    /// Whether what is a sign in a text and what is part of a character can be told without knowing its encoding.
+    fn can_cut(&self, text: &[u8]) -> bool {
+        !self.ascii_in_characters || text.is_ascii()
+    }
+
     /// A frame of ours, with everything before it answered.
     fn ours(&mut self, tag: u8, body: &Bytes) {
-        if self.pipeline.transaction() == Transaction::Failed && matches!(tag, b'Q' | b'P' | b'B' | b'E') {
+        let is_failed = self.pipeline.transaction() == Transaction::Failed;
+        let is_mixed = self.is_mixed(tag, body);
+        if is_failed && matches!(tag, b'Q' | b'P' | b'B' | b'E') && !is_mixed {
             return self.fail(tag, &in_failed_transaction());
         }
         let done = match tag {
+            b'Q' if is_mixed => self.several(body),
             b'Q' => self.query(body),
             b'P' => self.prepare(body),
             b'B' | b'D' if named(tag, body).is_some() => {
@@ -153,17 +181,23 @@ impl Session {
         }
     }
 
-    fn query(&mut self, body: &Bytes) -> Result<(), PgError> {
-        let text = cut_string(&mut &body[..])
-            .ok_or_else(|| PgError::new(SqlState::PROTOCOL_VIOLATION, "invalid Query message"))?;
-        let text = utf8(text)?;
+    fn several(&mut self, body: &[u8]) -> Result<(), PgError> {
+        let mut parts = sql::read_mixed(query_text(body)?)?;
+        for part in &mut parts {
+            part.work = part.work.clone().bind(&[])?;
+        }
+        self.begin_script(parts)
+    }
+
+    fn query(&mut self, body: &[u8]) -> Result<(), PgError> {
+        let text = query_text(body)?;
         let work = if sql::is_ours(text.as_bytes()) {
             let parsed = sql::parse(text)?;
             Work::Ours(parsed.into_iter().map(|statement| statement.bind(&[])).collect::<Result<_, _>>()?)
         } else {
             Work::Sourced(Sourced::read(text)?.bind(&[])?)
         };
-        self.ask(Order { work, execute: None, arguments: Arguments::default() });
+        self.ask(Order { work, origin: Origin::Query, arguments: Arguments::default() });
         Ok(())
     }
 
@@ -177,9 +211,17 @@ impl Session {
         Ok(())
     }
 
-    /// Whether a prepared statement still has its name is the server's to say: it may have been deallocated.
+    /// Whether a prepared statement still has its name is the server's to say: it may have been deallocated, and the name
+    /// given to another one.
     fn ask_for_name(&mut self, tag: u8, body: &Bytes) {
         let Some(name) = named(tag, body) else { return };
+        if self.locals.take_doubt(name) {
+            let (asking, question) = Asking::namesake(tag, body.clone(), name);
+            Writer(&mut self.to_server).ask(&question, Some(&Arguments::default()));
+            self.pipeline.asked_aside();
+            self.asking = Some(asking);
+            return;
+        }
         Writer(&mut self.to_server).describe_statement(name);
         self.pipeline.asked_for_name();
         self.asking = Some(Asking::name(tag, body.clone()));
@@ -191,7 +233,11 @@ impl Session {
             return self.locals.describe(&body, types, &mut self.to_client);
         }
         if let Binding::Rows(sourced, arguments) = self.locals.bind(&body, types, &mut self.to_client)? {
-            self.ask(Order { work: Work::Sourced(sourced), execute: Some(body), arguments });
+            // It was read with other rules for backslashes than the server would read it with now.
+            if !self.conforming_strings && sourced.text().contains('\\') {
+                return Err(needs_conforming_strings());
+            }
+            self.ask(Order { work: Work::Sourced(sourced), origin: Origin::Message(body), arguments });
         }
         Ok(())
     }
@@ -199,7 +245,8 @@ impl Session {
     fn execute(&mut self, body: &Bytes) -> Result<(), PgError> {
         match self.locals.begin_execute(body)? {
             Execution::Run(statement, arguments) => {
-                self.ask(Order { work: Work::Ours(vec![*statement]), execute: Some(body.clone()), arguments });
+                let origin = Origin::Message(body.clone());
+                self.ask(Order { work: Work::Ours(vec![*statement]), origin, arguments });
                 Ok(())
             }
             Execution::Ready => self.locals.finish_execute(body, None, &mut self.to_client),
@@ -207,7 +254,7 @@ impl Session {
     }
 
     /// Finds out who the client is now, by a question to its own session, unless it asks for what everybody gets.
-    fn ask(&mut self, order: Order) {
+    pub(crate) fn ask(&mut self, order: Order) {
         if is_for_everybody(&order.work) {
             return self.start(order, None, Birth::Now);
         }
@@ -215,13 +262,19 @@ impl Session {
             Work::Ours(statements) => statements.as_slice(),
             Work::Sourced(_) => &[],
         };
-        let is_inside = self.pipeline.is_inside();
-        if is_inside && let Some(verb) = statements.iter().find_map(waits_for_a_job) {
-            let tag = if order.execute.is_some() { b'E' } else { b'Q' };
-            return self.fail(tag, &in_transaction(verb));
+        let is_part = matches!(order.origin, Origin::Part { .. });
+        let is_inside = is_part || self.pipeline.is_inside();
+        if let Some(refusal) = statements.iter().find_map(stands_alone)
+            && (is_inside || statements.len() > 1)
+        {
+            return self.fail(order.origin.tag(), &refusal);
         }
-        // In the simple protocol a text is a transaction of its own.
-        let is_alone = order.execute.is_none() || behind(self.from_client.unjudged()) == Behind::Sync;
+        let is_alone = match order.origin {
+            // In the simple protocol a text is a transaction of its own.
+            Origin::Query => true,
+            Origin::Part { .. } => false,
+            Origin::Message(_) => behind(self.from_client.unjudged()) == Behind::Sync,
+        };
         let joins = (is_inside || !is_alone) && statements.iter().any(makes_job);
         let shard = joins.then(|| self.gateway.cluster.me().shard);
         let (asking, question) = Asking::who(order, shard);
@@ -238,7 +291,7 @@ impl Session {
     /// A running statement asks which jobs a query names. Meanwhile it is the server's to be cancelled.
     pub(crate) fn put(&mut self, question: Question) {
         let Some(running) = &self.running else { return };
-        let extended = running.execute.is_some();
+        let extended = running.origin.is_extended();
         self.cancelable.end();
         let (text, arguments) = (question.text.clone(), question.arguments.clone());
         self.put_question(Asking::jobs(question, extended), &text, &arguments);
@@ -263,6 +316,17 @@ impl Session {
                 }
                 Ok(())
             }
+            Ok(Next::Know(tag, body, is_theirs)) => {
+                if is_theirs {
+                    self.locals.forget_name(tag, &body);
+                    self.locals.superseded(tag, &body);
+                    Writer(&mut self.to_server).message(tag, &body);
+                    self.pipeline.forwarded(tag);
+                } else {
+                    self.ask_for_name(tag, &body);
+                }
+                Ok(())
+            }
             Ok(Next::Take(tag, body, types)) => self.take_named(tag, body, &types),
             Err(error) => Err(error),
         };
@@ -272,7 +336,8 @@ impl Session {
     }
 
     fn start(&mut self, order: Order, requester: Option<Requester>, birth: Birth) {
-        let Order { work, execute, arguments } = order;
+        let Order { work, origin, arguments } = order;
+        let before = origin.before();
         let cancelled = self.cancelable.begin();
         let (gateway, remarks, questions) = (self.gateway.clone(), self.remarks.sender(), self.questions.clone());
         let mut runner = Runner::new(gateway.clone(), requester, remarks, questions, arguments);
@@ -281,41 +346,41 @@ impl Session {
         let future = Box::pin(async move {
             match work {
                 Work::Sourced(sourced) => Outcome::Sent(tokio::select! {
-                    sent = runner.send(&sourced) => sent.map(Box::new),
+                    sent = runner.send(&sourced, before) => sent.map(Box::new),
                     () = cancel.cancelled() => Err(cancelled_by_user()),
                 }),
                 Work::Ours(statements) => {
-                    Outcome::Answered(gateway.run_all(statements, &mut runner, &birth, &cancel).await)
+                    Outcome::Answered(gateway.run_all(statements, &mut runner, before, &birth, &cancel).await)
                 }
             }
         });
-        self.running = Some(Running { future, execute, joins, cancelled });
+        self.running = Some(Running { future, origin, joins, cancelled });
     }
 
     /// What ours does has come to its end.
     pub(crate) fn finish(&mut self, outcome: Outcome) {
         let Some(running) = self.end_running() else { return };
-        let tag = if running.execute.is_some() { b'E' } else { b'Q' };
+        let tag = running.origin.tag();
         let finished = match outcome {
             Outcome::Answered(answers) => {
                 if running.joins {
                     self.joined.note(&answers);
                 }
-                self.answer(answers, running.execute)
+                self.answer(answers, &running.origin)
             }
-            Outcome::Sent(sent) => sent.and_then(|sent| self.send_on(*sent, running.execute)),
+            Outcome::Sent(sent) => sent.and_then(|sent| self.send_on(*sent, running.origin)),
         };
         if let Err(error) = finished {
             self.fail(tag, &error);
         }
     }
 
-    fn answer(&mut self, answers: Answered, execute: Option<Bytes>) -> Result<(), PgError> {
+    fn answer(&mut self, answers: Answered, origin: &Origin) -> Result<(), PgError> {
         for (statement, answer) in answers {
             let answer = answer?;
-            match &execute {
-                Some(body) => self.locals.finish_execute(body, Some(answer), &mut self.to_client)?,
-                None => {
+            match origin {
+                Origin::Message(body) => self.locals.finish_execute(body, Some(answer), &mut self.to_client)?,
+                Origin::Query | Origin::Part { .. } => {
                     let mut out = Writer(&mut self.to_client);
                     answer.notices.iter().for_each(|notice| out.notice(notice));
                     if !columns(&statement).is_empty() {
@@ -326,30 +391,36 @@ impl Session {
                 }
             }
         }
-        if execute.is_none() {
+        if matches!(origin, Origin::Query) {
             Writer(&mut self.to_client).ready(self.pipeline.transaction());
         }
         Ok(())
     }
 
     /// Sends the client's message on with rows in its text.
-    fn send_on(&mut self, sent: Sent, bind: Option<Bytes>) -> Result<(), PgError> {
+    fn send_on(&mut self, sent: Sent, origin: Origin) -> Result<(), PgError> {
         let Sent { rewritten, arguments, notices } = sent;
         notices.iter().for_each(|notice| Writer(&mut self.to_client).notice(notice));
-        let until = if bind.is_some() { b'2' } else { b'Z' };
         let mut out = Writer(&mut self.to_server);
-        match bind {
-            None => {
+        let until = match origin {
+            Origin::Query => {
                 out.query(&rewritten.text);
                 self.pipeline.forwarded(b'Q');
+                b'Z'
             }
-            Some(body) => {
+            Origin::Part { before } => {
+                let text = rewritten.text.clone();
+                self.send_part(&text, Box::new(move |at| before + rewritten.position(at)));
+                return Ok(());
+            }
+            Origin::Message(body) => {
                 let malformed = || PgError::new(SqlState::PROTOCOL_VIOLATION, "invalid Bind message");
                 let bound = Bound::read(&body).ok_or_else(malformed)?;
                 out.bind_text(bound.portal, &rewritten.text, &arguments.types, bound.rest);
                 self.pipeline.bound_text();
+                b'2'
             }
-        }
+        };
         self.places = Some(Places { until, position: Box::new(move |at| rewritten.position(at)) });
         Ok(())
     }
@@ -371,12 +442,6 @@ impl Session {
     }
 }
 
-/// Whether a text is ours, or has something of ours in it. What follows its end is no part of it.
-fn has_ours(mut text: &[u8]) -> bool {
-    let text = cut_string(&mut text).unwrap_or(text);
-    sql::is_ours(text) || sql::has_row_source(text)
-}
-
 /// Whether everybody gets the same.
 fn is_for_everybody(work: &Work) -> bool {
     let same = |statement: &Statement| matches!(statement, Statement::ShowLocality | Statement::ShowNodes);
@@ -386,13 +451,19 @@ fn is_for_everybody(work: &Work) -> bool {
     }
 }
 
-/// The verb of a statement that makes a job and waits for its end.
-fn waits_for_a_job(statement: &Statement) -> Option<&'static str> {
+/// Why a statement cannot be part of a transaction with others, if it cannot.
+fn stands_alone(statement: &Statement) -> Option<PgError> {
     match statement {
-        Statement::Backup(backup) if !backup.options.detached => Some(statement.tag()),
-        Statement::Restore(restore) if !restore.options.detached => Some(statement.tag()),
+        Statement::Backup(backup) if !backup.options.detached => Some(in_transaction(statement.tag())),
+        Statement::Restore(restore) if !restore.options.detached => Some(in_transaction(statement.tag())),
+        Statement::Settings(Settings::Set { .. }) => Some(setting_in_transaction()),
         _ => None,
     }
+}
+
+fn query_text(body: &[u8]) -> Result<&str, PgError> {
+    let text = cut_string(&mut &body[..]);
+    utf8(text.ok_or_else(|| PgError::new(SqlState::PROTOCOL_VIOLATION, "invalid Query message"))?)
 }
 
 fn in_transaction(verb: &str) -> PgError {
@@ -402,7 +473,21 @@ fn in_transaction(verb: &str) -> PgError {
         .hint("Give the option DETACHED, or end the transaction first (drivers: use autocommit).")
 }
 
-fn in_failed_transaction() -> PgError {
+fn needs_conforming_strings() -> PgError {
+    let message =
+        "a text with SHOW as a row source and backslashes cannot be run while standard_conforming_strings is off";
+    PgError::new(SqlState::FEATURE_NOT_SUPPORTED, message)
+        .hint("Use SET standard_conforming_strings = on, or send the SHOW by itself.")
+}
+
+fn setting_in_transaction() -> PgError {
+    // CockroachDB's text.
+    let message = "SET CLUSTER SETTING cannot be used inside a multi-statement transaction";
+    PgError::new(SqlState::ACTIVE_SQL_TRANSACTION, message)
+        .hint("Send it on its own; end the transaction first (drivers: use autocommit).")
+}
+
+pub(crate) fn in_failed_transaction() -> PgError {
     // PostgreSQL's own words.
     let message = "current transaction is aborted, commands ignored until end of transaction block";
     PgError::new(SqlState::IN_FAILED_SQL_TRANSACTION, message)

@@ -7,8 +7,9 @@ use cluster::NodeId;
 use futures_util::future::join_all;
 use pgerror::{PgError, SqlState};
 use serde_json::json;
-use sql::{Statement, Text};
-use storage::Uri;
+use sql::{Grant, Statement, Text};
+use storage::{Change, Connections, Uri};
+use tokio_postgres::Client;
 
 use crate::Gateway;
 use crate::answer::{Answer, Column, Kind, Value};
@@ -36,18 +37,19 @@ pub(crate) async fn run(gateway: &Gateway, statement: &Statement, requester: &Re
         }
         Statement::DropExternalConnection { name } => {
             let name = text(name)?;
-            let listed = connections.list(&session, Some(name)).await?;
-            if listed.iter().any(|listed| !requester.superuser && listed.owner != requester.user) {
-                let message = format!("must be owner of external connection {name}");
-                return Err(PgError::new(SqlState::INSUFFICIENT_PRIVILEGE, message).into());
+            for listed in &connections.list(&session, Some(name)).await? {
+                gateway.backups.check_privilege("DROP", listed, requester).await?;
             }
             connections.drop(&session, name).await?;
             Ok(Answer::of(Vec::new()))
         }
+        Statement::Grant(statement) => {
+            grant(gateway, &connections, &session, statement, requester).await?;
+            Ok(Answer::of(Vec::new()))
+        }
         Statement::ShowExternalConnections { name } => {
             let name = name.as_ref().map(text).transpose()?;
-            let mut listed = connections.list(&session, name).await?;
-            listed.retain(|listed| requester.superuser || listed.owner == requester.user);
+            let listed = gateway.backups.visible(connections.list(&session, name).await?, requester).await?;
             let row = |listed: storage::Listed| {
                 let texts = [listed.name, listed.uri_redacted, "STORAGE".to_owned()];
                 texts.map(|text| Value::Text(Some(text))).to_vec()
@@ -56,6 +58,28 @@ pub(crate) async fn run(gateway: &Gateway, statement: &Statement, requester: &Re
         }
         other => anyhow::bail!("{} is not about external connections", other.tag()),
     }
+}
+
+/// GRANT and REVOKE: everything is judged before anything is changed.
+async fn grant(
+    gateway: &Gateway,
+    connections: &Connections,
+    session: &Client,
+    statement: &Grant,
+    requester: &Requester,
+) -> anyhow::Result<()> {
+    let names: Vec<&str> = statement.connections.iter().map(text).collect::<Result<_, _>>()?;
+    let listed = connections.list(session, None).await?;
+    let mut on = Vec::with_capacity(names.len());
+    for name in &names {
+        let found = listed.iter().find(|one| one.name == **name).ok_or_else(|| storage::unknown(name))?;
+        gateway.backups.check_grantor(statement.privilege.parts(), found, requester).await?;
+        on.push(found);
+    }
+    gateway.backups.check_roles(&statement.roles, &on, requester).await?;
+    let Grant { gives, privilege, roles, .. } = statement;
+    let change = Change { gives: *gives, privileges: privilege.parts(), names: &names, roles };
+    connections.change(session, &change).await
 }
 
 fn text(text: &Text) -> anyhow::Result<&str> {

@@ -6,7 +6,8 @@
 //! every frame of the server noted in [`server_frames`]; what is ours is done in [`run`], as part of the client's
 //! transaction where it stands in one ([`transactions`]), after the client's own session
 //! has been asked what only it knows ([`asking`]), and answered from [`local`] and [`answer`]. A text of PostgreSQL's with
-//! a SHOW of ours as a row source goes on with rows in its place ([`rows`]).
+//! a SHOW of ours as a row source goes on with rows in its place ([`rows`]), and a text of several statements goes on one by
+//! one ([`script`]).
 //!
 //! **The relay is faithful.** Frames pass byte for byte. PostgreSQL authenticates its own clients through it; no
 //! password is kept and no user list exists. A frame is looked at only where it may be ours: the text of Query and
@@ -38,6 +39,7 @@ mod requests;
 mod route;
 mod rows;
 mod run;
+mod script;
 mod server_frames;
 mod session;
 mod settings;

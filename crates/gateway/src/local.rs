@@ -36,6 +36,8 @@ struct Prepared {
     known: Vec<Option<ParameterType>>,
     /// Those that the client has named; zero for none.
     named: Vec<u32>,
+    /// The client has made prepared statements by SQL since, perhaps one of this name in the place of this one.
+    in_doubt: bool,
 }
 
 #[derive(Clone, Debug)]
@@ -216,6 +218,17 @@ impl Locals {
         self.statements.extend(self.parsed.take());
     }
 
+    /// The client has made a prepared statement by SQL: whatever is held here may have been deallocated before, and the
+    /// name be that one's now.
+    pub(crate) fn doubt(&mut self) {
+        self.statements.values_mut().for_each(|prepared| prepared.in_doubt = true);
+    }
+
+    /// Whether the prepared statement of a name may be another one by now. Asked once, it is no longer in doubt.
+    pub(crate) fn take_doubt(&mut self, name: &[u8]) -> bool {
+        self.statements.get_mut(name).is_some_and(|prepared| std::mem::take(&mut prepared.in_doubt))
+    }
+
     /// The server has refused something, and with it the name.
     pub(crate) fn reject(&mut self) {
         self.parsed = None;
@@ -254,7 +267,7 @@ impl Locals {
         };
         let count = cut_i16(&mut body).map_or(0, i16::cast_unsigned);
         let named = (0..count).map_while(|_| cut_i32(&mut body)).map(i32::cast_unsigned).collect();
-        let prepared = Prepared { meaning, known, named };
+        let prepared = Prepared { meaning, known, named, in_doubt: false };
         let for_server = prepared.for_server(name);
         self.parsed = Some((name.to_vec(), prepared));
         Ok(for_server)

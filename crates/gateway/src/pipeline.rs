@@ -161,6 +161,8 @@ impl Pipeline {
             }
             b'c' | b'f' if self.copy_in => {
                 self.copy_in = false;
+                // A Flush that came in between was read as a part of the data.
+                self.unflushed = true;
                 return;
             }
             b'c' | b'f' => Slot::CopyEnd,
@@ -181,6 +183,13 @@ impl Pipeline {
         self.unflushed = false;
     }
 
+    /// Takes note of a question in the extended protocol that is no part of what the client does.
+    pub(crate) fn asked_aside(&mut self) {
+        let begun = self.begun;
+        self.asked(true);
+        self.begun = begun;
+    }
+
     /// Takes note of a question for the description of a statement that is sent.
     pub(crate) fn asked_for_name(&mut self) {
         self.push(Slot::Ask(Ask::Columns));
@@ -194,6 +203,21 @@ impl Pipeline {
         for slot in hidden.into_iter().chain([Slot::Step(Step::Bind), Slot::Hidden(Step::Close)]) {
             self.push(slot);
         }
+    }
+
+    /// Takes note that a statement was run in a pipeline that its client does not know of: what is left of the answer is that
+    /// of a simple query, without its ReadyForQuery.
+    pub(crate) fn ran_text(&mut self) {
+        self.begun = true;
+        for step in [Step::Close, Step::Parse, Step::Bind, Step::Describe, Step::Close] {
+            self.push(Slot::Hidden(step));
+        }
+        self.push(Slot::Step(Step::Execute));
+    }
+
+    /// Whether the server reads COPY data.
+    pub(crate) fn is_reading(&self) -> bool {
+        self.copy_in
     }
 
     /// Whether the answer to a question of this gateway's own comes next.
@@ -231,7 +255,10 @@ impl Pipeline {
                 self.end_cycle();
             }
             (b'E', _) => return self.failed(),
-            (b'1', Some(Slot::Hidden(Step::Parse))) | (b'3', Some(Slot::Hidden(Step::Close))) => {
+            (b'1', Some(Slot::Hidden(Step::Parse)))
+            | (b'2', Some(Slot::Hidden(Step::Bind)))
+            | (b'3', Some(Slot::Hidden(Step::Close)))
+            | (b'n', Some(Slot::Hidden(Step::Describe))) => {
                 self.slots.pop_front();
                 return Verdict::Swallow;
             }
@@ -239,7 +266,9 @@ impl Pipeline {
             (b'1', Some(Slot::Step(Step::Parse)))
             | (b'2', Some(Slot::Step(Step::Bind)))
             | (b'3', Some(Slot::Step(Step::Close)))
-            | (b'T' | b'n', Some(Slot::Step(Step::Describe))) => {
+            | (b'T' | b'n', Some(Slot::Step(Step::Describe)))
+            // The rows that follow are the client's.
+            | (b'T', Some(Slot::Hidden(Step::Describe))) => {
                 self.slots.pop_front();
             }
             (b'C' | b'I' | b's', Some(Slot::Step(Step::Execute))) => {
@@ -353,6 +382,7 @@ mod tests {
         let simple = |pipeline: &mut Pipeline| pipeline.asked(false);
         let extended = |pipeline: &mut Pipeline| pipeline.asked(true);
         let bound = [(b'3', Swallow), (b'1', Swallow), (b'2', Pass), (b'3', Swallow)];
+        let ran = [(b'3', Swallow), (b'1', Swallow), (b'2', Swallow)];
         for (ask, script) in [
             (
                 &simple as &dyn Fn(&mut Pipeline),
@@ -375,6 +405,9 @@ mod tests {
             (&Pipeline::asked_for_name, vec![(b't', Told), (b'T', Asked)]),
             (&Pipeline::asked_for_name, vec![(b'E', Pass)]),
             (&Pipeline::bound_text, bound.to_vec()),
+            (&Pipeline::ran_text, [&ran, &[(b'T', Pass), (b'3', Swallow), (b'D', Pass), (b'C', Pass)][..]].concat()),
+            (&Pipeline::ran_text, [&ran, &[(b'n', Swallow), (b'3', Swallow), (b'C', Pass)][..]].concat()),
+            (&Pipeline::ran_text, [&ran[..2], &[(b'E', Pass)]].concat()),
             (&Pipeline::bound_text, [&bound[..1], &[(b'E', Pass)]].concat()),
             (&Pipeline::bound_text, [&bound[..2], &[(b'E', Pass)]].concat()),
         ] {
@@ -464,13 +497,22 @@ mod tests {
         let mut asked = Pipeline::default();
         asked.asked(false);
         assert!(!asked.is_inside());
+        asked.asked_aside();
+        assert!(!asked.is_inside());
         asked.asked(true);
         assert!(asked.is_inside());
     }
 
     #[test]
     fn a_flush_is_needed_once_after_steps_without_a_sync() {
-        for (script, needed) in [("", false), (">P", true), (">P >H", false), (">P >S", false), (">P >S >B", true)] {
+        for (script, needed) in [
+            ("", false),
+            (">P", true),
+            (">P >H", false),
+            (">P >S", false),
+            (">P >S >B", true),
+            (">B >E >H <2 <G >d >c", true),
+        ] {
             let mut pipeline = play(script);
             assert_eq!((pipeline.take_flush(), pipeline.take_flush()), (needed, false), "{script}");
         }

@@ -9,7 +9,8 @@ use crate::answer::Writer;
 /// The name of a question's statement and portal.
 const ASK: &[u8] = b"backhaul_ask";
 
-/// The name under which a text with rows in it is parsed, for as long as it takes to bind it.
+/// The name under which a text of the client's is parsed that is not as the client sent it, for as long as it takes to
+/// bind it.
 const ROWS: &[u8] = b"backhaul_rows";
 
 /// The values that a client has bound.
@@ -33,6 +34,26 @@ impl Writer<'_> {
     /// Query.
     pub(crate) fn query(&mut self, text: &str) {
         self.frame(b'Q', &[text.as_bytes(), b"\0"]);
+    }
+
+    /// A message of the client's, as it came.
+    pub(crate) fn message(&mut self, tag: u8, body: &[u8]) {
+        self.frame(tag, &[body]);
+    }
+
+    /// Sync.
+    pub(crate) fn sync(&mut self) {
+        self.frame(b'S', &[]);
+    }
+
+    /// Runs a statement without parameters as a part of a pipeline, with its rows in text; it leaves no name behind.
+    pub(crate) fn run_text(&mut self, text: &str) {
+        self.frame(b'C', &[b"S", ROWS, b"\0"]);
+        self.parse(ROWS, text, &[]);
+        self.frame(b'B', &[b"\0", ROWS, b"\0", &[0; 6]]);
+        self.frame(b'D', &[b"P\0"]);
+        self.frame(b'C', &[b"S", ROWS, b"\0"]);
+        self.frame(b'E', &[&[0; 5]]);
     }
 
     /// Parse, with the types of the first parameters; zero leaves one to the server.

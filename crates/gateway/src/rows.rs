@@ -11,7 +11,7 @@ use backup::Requester;
 use jobs::Birth;
 use pgerror::{PgError, SqlState};
 use serde_json::json;
-use sql::{ParameterType, Query, Rewritten, Sourced, Statement};
+use sql::{Inner, ParameterType, Put, Query, Rewritten, Sourced, Statement};
 use tokio::sync::{mpsc, oneshot};
 
 use crate::Gateway;
@@ -25,6 +25,12 @@ const ROWS_MAX: usize = 32 * 1024 * 1024;
 
 /// What a shape has instead of JSON, so that it fails when it is run; the server's error shows this word.
 const SHAPE: &str = "SHOW_as_a_row_source_needs_Bind_and_not_EXECUTE ";
+
+/// What a query of rows in JSON begins with.
+const BEFORE_DOCUMENT: &str = "SELECT * FROM pg_catalog.json_to_recordset(";
+
+/// What stands before a query that a shape has only for its parameters and its errors.
+const EXISTS: &str = ", EXISTS (";
 
 /// Runs statements of ours for a client, with the queries and the row sources in them.
 pub(crate) struct Runner {
@@ -97,25 +103,24 @@ impl Runner {
             self.room = self.room.saturating_sub(rows.len());
             // Whatever `standard_conforming_strings` is by the time that the server reads it.
             let literal = format!("E'{}'", rows.replace('\\', "\\\\").replace('\'', "''"));
-            queries.push(query(&literal, columns(&statement)));
+            queries.push(query(&literal, columns(&statement)).into());
         }
-        Ok(sourced.rewrite(&queries))
+        Ok(sourced.rewrite(queries))
     }
 
-    /// Runs the row sources of a text and puts their rows into it.
-    pub(crate) async fn send(mut self, sourced: &Sourced) -> Result<Sent, PgError> {
-        let rewritten = self.rewrite(sourced, 0).await?;
+    /// Runs the row sources of a text and puts their rows into it; `before` are the characters before it in the client's.
+    pub(crate) async fn send(mut self, sourced: &Sourced, before: usize) -> Result<Sent, PgError> {
+        let rewritten = self.rewrite(sourced, before).await?;
         Ok(Sent { rewritten, arguments: self.arguments, notices: self.notices })
     }
 }
 
 /// A text with the columns and the parameters of its row sources, and no rows.
 pub(crate) fn shape(sourced: &Sourced) -> Rewritten {
-    let queries: Vec<String> = sourced.sources().iter().map(|source| shape_of(&source.statement)).collect();
-    sourced.rewrite(&queries)
+    sourced.rewrite(sourced.sources().iter().map(|source| shape_of(&source.statement)).collect())
 }
 
-fn shape_of(statement: &Statement) -> String {
+fn shape_of(statement: &Statement) -> Put {
     let mut parts = format!("pg_catalog.concat('{SHAPE}'");
     // A statement whose parameters cannot be is refused before its shape is wanted.
     for (index, found) in statement.parameters().unwrap_or_default().iter().enumerate() {
@@ -126,10 +131,16 @@ fn shape_of(statement: &Statement) -> String {
         };
         let _ = write!(parts, ", ${}::pg_catalog.{name}", index + 1);
     }
-    if let Some(query) = statement.query() {
-        let _ = write!(parts, ", EXISTS ({}\n)", query.for_server(&shape(&query.sourced)));
+    let mut inner = None;
+    if let Some(query) = statement.query().cloned() {
+        let shape = shape(&query.sourced);
+        let text = query.for_server(&shape);
+        let at = BEFORE_DOCUMENT.chars().count() + parts.chars().count() + EXISTS.chars().count();
+        let length = text.chars().count();
+        let _ = write!(parts, "{EXISTS}{text}\n)");
+        inner = Some(Inner { at, length, position: Box::new(move |at| query.position(&shape, at)) });
     }
-    query(&format!("{parts})"), columns(statement))
+    Put { text: query(&format!("{parts})"), columns(statement)), inner }
 }
 
 /// A query of the rows in a JSON document. Everything in it is named with its schema: a session may have functions and
@@ -137,7 +148,7 @@ fn shape_of(statement: &Statement) -> String {
 fn query(document: &str, columns: &[Column]) -> String {
     let columns: Vec<String> =
         columns.iter().map(|column| format!("\"{}\" {}", column.name, name_of(column.kind))).collect();
-    format!("SELECT * FROM pg_catalog.json_to_recordset({document}::pg_catalog.json) AS shown({})", columns.join(", "))
+    format!("{BEFORE_DOCUMENT}{document}::pg_catalog.json) AS shown({})", columns.join(", "))
 }
 
 fn name_of(kind: Kind) -> &'static str {

@@ -67,7 +67,7 @@ pub(crate) fn columns(statement: &Statement) -> &'static [Column] {
         Statement::ShowBackup(show) => collections::columns(show),
         Statement::ShowJobs(_) => &JOBS,
         Statement::CreateExternalConnection { .. } | Statement::DropExternalConnection { .. } => &[],
-        Statement::ControlJobs(_) => &[],
+        Statement::ControlJobs(_) | Statement::Grant(_) => &[],
         Statement::Settings(statement) => settings::columns(statement),
         Statement::ShowExternalConnections { .. } => &external::COLUMNS,
     }

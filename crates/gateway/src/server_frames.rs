@@ -11,6 +11,9 @@ use crate::session::{BUFFER_MAX, Session};
 /// The server's code for a prepared statement that does not exist, as a field of its error.
 const INVALID_NAME: &[u8] = b"C26000";
 
+/// The encodings of clients in which the later bytes of a character may be those of ASCII, a backslash among them.
+const ASCII_INSIDE: [&[u8]; 7] = [b"SJIS", b"SHIFT_JIS_2004", b"BIG5", b"GBK", b"UHC", b"JOHAB", b"GB18030"];
+
 /// No more than this much of a frame is waited for and looked at.
 const LOOK_MAX: usize = 16 * 1024;
 
@@ -114,11 +117,16 @@ impl Session {
                 let session = std::sync::Arc::clone(&self.cancelable);
                 self.registered = Some(self.gateway.cancel_keys().register(key, session));
             }
-            b'S' if cut_string(&mut body) == Some(b"standard_conforming_strings") => {
-                self.conforming_strings = body.starts_with(b"on");
-            }
+            b'S' => match cut_string(&mut body) {
+                Some(b"standard_conforming_strings") => self.conforming_strings = body.starts_with(b"on"),
+                Some(b"client_encoding") => {
+                    self.ascii_in_characters = cut_string(&mut body).is_some_and(|name| ASCII_INSIDE.contains(&name));
+                }
+                _ => {}
+            },
             b'C' => match cut_string(&mut body) {
                 Some(b"DISCARD ALL" | b"DEALLOCATE ALL") => self.locals.discard_all(),
+                Some(b"PREPARE") => self.locals.doubt(),
                 Some(tag) => self.joined.completed(tag),
                 None => {}
             },

@@ -11,7 +11,7 @@ use std::pin::{Pin, pin};
 use std::sync::Arc;
 use std::time::Duration;
 
-use bytes::{Bytes, BytesMut};
+use bytes::BytesMut;
 use cluster::View;
 use cluster::socket::Socket;
 use pgerror::{PgError, SqlState};
@@ -31,6 +31,7 @@ use crate::local::Locals;
 use crate::pipeline::Pipeline;
 use crate::progress::Remarks;
 use crate::rows::Sent;
+use crate::script::{Origin, Script};
 use crate::transactions::Joined;
 
 /// Reading from one side stops while this much waits to be written to the other.
@@ -57,8 +58,8 @@ pub(crate) enum Outcome {
 /// A statement of ours at work.
 pub(crate) struct Running {
     pub(crate) future: Pin<Box<dyn Future<Output = Outcome> + Send>>,
-    /// The message that waits for it, an Execute or a Bind; `None` in the simple protocol.
-    pub(crate) execute: Option<Bytes>,
+    /// What it came in, and what waits for it.
+    pub(crate) origin: Origin,
     /// Whether it is part of a transaction of the client's.
     pub(crate) joins: bool,
     /// What cancels it.
@@ -81,6 +82,8 @@ pub(crate) struct Session {
     pub(crate) greeted: bool,
     /// What the server calls `standard_conforming_strings`; while it is off, texts cannot be read safely.
     pub(crate) conforming_strings: bool,
+    /// The client's encoding has bytes of ASCII inside of characters; while that is so, only texts in ASCII are looked into.
+    pub(crate) ascii_in_characters: bool,
     /// The server has said that it ends the connection.
     pub(crate) server_ended: bool,
     /// The client has said good-bye.
@@ -93,6 +96,8 @@ pub(crate) struct Session {
     pub(crate) joined: Joined,
     pub(crate) asking: Option<Asking>,
     pub(crate) running: Option<Running>,
+    /// What is left of a text of several statements.
+    pub(crate) script: Option<Script>,
     /// What came of the running statement, until it can be told.
     pub(crate) outcome: Option<Outcome>,
     /// What the running statement has to say before its end.
@@ -129,6 +134,7 @@ impl Session {
             intercepts,
             greeted: false,
             conforming_strings: true,
+            ascii_in_characters: false,
             server_ended: false,
             client_ended: false,
             skipping: false,
@@ -137,6 +143,7 @@ impl Session {
             joined: Joined::default(),
             asking: None,
             running: None,
+            script: None,
             outcome: None,
             remarks: Remarks::default(),
             questions,
@@ -265,7 +272,8 @@ impl Session {
 
     /// Whether everything that the client has sent has gone to the server or been answered.
     fn is_done_with_client(&self) -> bool {
-        self.to_server.is_empty() && self.asking.is_none() && self.running.is_none() && !self.held
+        let is_idle = self.asking.is_none() && self.running.is_none() && self.script.is_none();
+        self.to_server.is_empty() && is_idle && !self.held
     }
 
     fn server_lost(&self) -> PgError {

@@ -1,8 +1,8 @@
 //! Statements of ours inside transactions of the client's.
 //!
 //! A detached BACKUP or RESTORE is part of the transaction that it stands in: of a block, of everything up to the Sync in
-//! the extended protocol, of the statements of one text in the simple one. In the first two the transaction is
-//! PostgreSQL's: the client's own session is asked for its number ([`MARK`]), the job's row is written with it, and
+//! the extended protocol, of the statements of one text in the simple one. In the first two, and in a text that has statements
+//! of PostgreSQL's, too ([`crate::script`]), the transaction is PostgreSQL's: the client's own session is asked for its number ([`MARK`]), the job's row is written with it, and
 //! whether it has committed is PostgreSQL's to say ([`Jobs::settle`]). So nothing here has to understand what a client
 //! does with its transaction; what passes is read only to settle its jobs at once when it ends.
 //!
@@ -149,18 +149,20 @@ impl Joined {
 }
 
 impl Gateway {
-    /// Runs the statements of one text, one by one, up to the first that fails or is cancelled.
+    /// Runs the statements of one text, one by one, up to the first that fails or is cancelled. `before` are the characters
+    /// before their text in the client's.
     pub(crate) async fn run_all(
         &self,
         statements: Vec<Statement>,
         runner: &mut Runner,
+        before: usize,
         birth: &Birth,
         cancelled: &CancellationToken,
     ) -> Answered {
         let mut outcome = Vec::with_capacity(statements.len());
         for mut statement in statements {
             let answer = tokio::select! {
-                answer = runner.run(&mut statement, 0, birth) => answer,
+                answer = runner.run(&mut statement, before, birth) => answer,
                 () = cancelled.cancelled() => Err(cancelled_by_user()),
             };
             let failed = answer.is_err();

@@ -65,6 +65,8 @@ impl SqlState {
     pub const INVALID_PASSWORD: Self = Self(*b"28P01");
     /// A role that may not connect.
     pub const INVALID_AUTHORIZATION: Self = Self(*b"28000");
+    /// A statement that cannot be part of a transaction, in one.
+    pub const ACTIVE_SQL_TRANSACTION: Self = Self(*b"25001");
     /// A statement in a transaction that has already failed.
     pub const IN_FAILED_SQL_TRANSACTION: Self = Self(*b"25P02");
     /// A write, or what counts as one, where only reading is allowed.

@@ -9,7 +9,8 @@
 //! take is never judged: a text that this crate cannot tokenize is simply not ours.
 //!
 //! A text of PostgreSQL's may have a SHOW of ours where a table could stand. [`has_row_source`] finds that out for every
-//! text, too: cheaply, because it looks for the word first. [`Sourced`] reads such a text and puts rows into it.
+//! text, too: cheaply, because it looks for the word first. [`Sourced`] reads such a text and puts rows into it. A text of
+//! several statements may have ours among PostgreSQL's: [`is_mixed`] finds that out, and [`read_mixed`] cuts it.
 //!
 //! The grammar is CockroachDB's. What it allows and we cannot do yet is read to its end and then refused by its name
 //! (0A000), so that nobody looks for a typing error in a sound statement. A statement may carry a store's keys in its
@@ -25,6 +26,7 @@ mod collection;
 mod control;
 mod cursor;
 mod external;
+mod grant;
 mod lexer;
 mod names;
 mod options;
@@ -36,6 +38,7 @@ mod restore;
 mod rows;
 mod scan;
 mod schedules;
+mod script;
 mod selection;
 mod settings;
 mod show;
@@ -46,11 +49,13 @@ mod targets;
 mod verb;
 
 pub use control::{ControlJobs, ControlVerb};
+pub use grant::{Grant, Privilege};
 pub use parameters::ParameterType;
 pub use parser::parse;
 pub use print::Literals;
-pub use rows::{Rewritten, RowSource, Sourced, has_row_source};
+pub use rows::{Inner, Put, Rewritten, RowSource, Sourced, has_row_source};
 pub use scan::is_ours;
+pub use script::{Part, PartWork, is_mixed, read_mixed};
 pub use selection::{IDS_MAX, JobKind, Query, Selection};
 pub use settings::Settings;
 pub use statement::{

@@ -8,7 +8,9 @@ use std::num::IntErrorKind;
 use pgerror::{PgError, SqlState};
 
 use crate::control::ControlJobs;
+use crate::grant::Grant;
 use crate::rows::Sourced;
+use crate::script::PartWork;
 use crate::selection::{Query, Selection};
 use crate::settings::Settings;
 use crate::statement::{
@@ -86,6 +88,10 @@ impl Statement {
                 Self::CreateExternalConnection { name: text(name)?, uri: text(uri)?, if_not_exists }
             }
             Self::DropExternalConnection { name } => Self::DropExternalConnection { name: text(name)? },
+            Self::Grant(Grant { gives, privilege, connections, roles }) => {
+                let connections = connections.into_iter().map(text).collect::<Result<_, _>>()?;
+                Self::Grant(Grant { gives, privilege, connections, roles })
+            }
             Self::ShowExternalConnections { name } => {
                 Self::ShowExternalConnections { name: name.map(text).transpose()? }
             }
@@ -139,6 +145,7 @@ impl Statement {
             Self::ShowBackup(ShowBackup { from, collection, .. }) => named(from).chain([collection]).collect(),
             Self::CreateExternalConnection { name, uri, .. } => vec![name, uri],
             Self::DropExternalConnection { name } => vec![name],
+            Self::Grant(grant) => grant.connections.iter().collect(),
             Self::ShowExternalConnections { name } => name.iter().collect(),
         };
         let ids: &[Number] = match self.selection() {
@@ -186,6 +193,20 @@ impl Sourced {
 
     fn of_server(&self) -> Vec<usize> {
         self.placeholders().chain(self.sources().iter().flat_map(|source| source.statement.of_server())).collect()
+    }
+}
+
+impl PartWork {
+    /// The statement of a text, which has no values: a placeholder in it is refused.
+    ///
+    /// # Errors
+    ///
+    /// As [`Statement::bind`].
+    pub fn bind(self, values: &[Option<String>]) -> Result<Self, PgError> {
+        match self {
+            Self::Ours(statement) => statement.bind(values).map(Self::Ours),
+            Self::Theirs(sourced) => sourced.bind(values).map(Self::Theirs),
+        }
     }
 }
 

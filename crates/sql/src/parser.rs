@@ -9,14 +9,14 @@ use sqlparser::tokenizer::{Token, Tokenizer};
 use crate::cursor::Cursor;
 use crate::statement::Statement;
 use crate::syntax::Source;
-use crate::{backup, control, external, restore, schedules, settings, show};
+use crate::{backup, control, external, grant, restore, schedules, settings, show};
 
 /// Parses a text that [`crate::is_ours`] accepted into its statements, in order.
 ///
 /// A text may hold several of our statements, which then run one by one. A statement of PostgreSQL among them is
-/// refused (0A000): its server would have to run it as part of one implicit transaction that it never sees whole. So is
+/// refused (0A000): whoever takes such texts reads them with [`crate::read_mixed`]. So is
 /// a `BACKUP` or a `RESTORE` among several statements of whoever (XXUUU), unless it is detached: its job would run while
-/// that transaction is open.
+/// their transaction is open.
 ///
 /// # Errors
 ///
@@ -97,6 +97,8 @@ fn statement(cursor: &mut Cursor<'_>) -> Result<Statement, PgError> {
         external::check(cursor)
     } else if cursor.at_word("SET") {
         settings::set(cursor)
+    } else if cursor.at_word("GRANT") || cursor.at_word("REVOKE") {
+        grant::grant(cursor)
     } else if cursor.at_word("RESET") {
         settings::reset(cursor)
     } else if cursor.at_word("DROP") {
@@ -113,7 +115,7 @@ fn mixed(cursor: &Cursor<'_>) -> PgError {
 }
 
 /// Whether a statement is answered only when its job has ended.
-fn waits(statement: &Statement) -> bool {
+pub(crate) fn waits(statement: &Statement) -> bool {
     match statement {
         Statement::Backup(backup) => !backup.options.detached,
         Statement::Restore(restore) => !restore.options.detached,
@@ -121,7 +123,7 @@ fn waits(statement: &Statement) -> bool {
     }
 }
 
-fn needs_detached(tag: &str, position: usize) -> PgError {
+pub(crate) fn needs_detached(tag: &str, position: usize) -> PgError {
     let text = format!("{tag} cannot be used inside a multi-statement transaction without DETACHED option");
     PgError::new(SqlState::UNCATEGORIZED, text)
         .hint(format!("Send the {tag} on its own, or add WITH DETACHED."))
@@ -233,6 +235,8 @@ mod tests {
             ("SHOW BACKUP LATEST IN 'x'", "SHOW"),
             ("CREATE EXTERNAL CONNECTION a AS 'x'", "CREATE EXTERNAL CONNECTION"),
             ("DROP EXTERNAL CONNECTION a", "DROP EXTERNAL CONNECTION"),
+            ("GRANT USAGE ON EXTERNAL CONNECTION a TO b", "GRANT"),
+            ("REVOKE ALL ON EXTERNAL CONNECTION a FROM b", "REVOKE"),
         ] {
             assert!(crate::is_ours(text.as_bytes()), "{text}");
             assert_eq!(parse(text).expect(text)[0].tag(), tag);

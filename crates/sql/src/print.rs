@@ -48,6 +48,7 @@ impl Statement {
                 format!("CREATE EXTERNAL CONNECTION {unless}{} AS {}", name.print(), uri(to))
             }
             Self::Settings(settings) => settings.print(),
+            Self::Grant(grant) => grant.print(),
             Self::DropExternalConnection { name } => format!("DROP EXTERNAL CONNECTION {}", name.print()),
             Self::ShowExternalConnections { name: None } => "SHOW EXTERNAL CONNECTIONS".to_owned(),
             Self::ShowExternalConnections { name: Some(name) } => format!("SHOW EXTERNAL CONNECTION {}", name.print()),

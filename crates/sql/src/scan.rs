@@ -3,7 +3,7 @@
 /// The first words that make a text ours, none the beginning of another. Each is rejected by a bare PostgreSQL (`SHOW`
 /// of an unknown name: 42704, all else: 42601); a test of the whole system proves it for every statement in
 /// `sql-fixtures/`.
-const OURS: [&[&str]; 52] = [
+const OURS: [&[&str]; 60] = [
     &["BACKUP"],
     &["RESTORE"],
     &["EXPLAIN", "BACKUP"],
@@ -56,10 +56,18 @@ const OURS: [&[&str]; 52] = [
     &["SHOW", "CREATE", "SCHEDULE"],
     &["SHOW", "CREATE", "ALL"],
     &["SHOW", "CREATE", "EXTERNAL"],
+    &["GRANT", "USAGE", "ON", "EXTERNAL", "CONNECTION"],
+    &["GRANT", "DROP", "ON", "EXTERNAL", "CONNECTION"],
+    &["GRANT", "ALL", "ON", "EXTERNAL", "CONNECTION"],
+    &["GRANT", "ALL", "PRIVILEGES", "ON", "EXTERNAL", "CONNECTION"],
+    &["REVOKE", "USAGE", "ON", "EXTERNAL", "CONNECTION"],
+    &["REVOKE", "DROP", "ON", "EXTERNAL", "CONNECTION"],
+    &["REVOKE", "ALL", "ON", "EXTERNAL", "CONNECTION"],
+    &["REVOKE", "ALL", "PRIVILEGES", "ON", "EXTERNAL", "CONNECTION"],
 ];
 
 /// The most words that it takes to know.
-const LONGEST: usize = 3;
+const LONGEST: usize = 6;
 
 /// Whether a text begins with one of our statements.
 ///
@@ -229,6 +237,26 @@ mod tests {
             ("SHOW CREATE TABLE x", false),
             ("DROP SCHEDULE 1", true),
             ("ALTER BACKUP x", false),
+        ] {
+            assert_eq!(is_ours(text.as_bytes()), ours, "{text}");
+        }
+    }
+
+    #[test]
+    fn a_privilege_is_ours_only_on_an_external_connection() {
+        for (text, ours) in [
+            ("GRANT USAGE ON EXTERNAL CONNECTION a TO b", true),
+            ("grant all privileges on external connection a to b", true),
+            ("REVOKE DROP ON EXTERNAL /* x */ CONNECTION a FROM b", true),
+            ("GRANT USAGE ON EXTERNAL TO b", false),
+            ("GRANT USAGE ON EXTERNAL, CONNECTION TO b", false),
+            ("GRANT USAGE ON EXTERNAL.CONNECTION TO b", false),
+            ("GRANT USAGE ON SCHEMA external TO connection", false),
+            ("GRANT ALL ON TABLE external TO connection", false),
+            ("GRANT ALL ON ALL TABLES IN SCHEMA external TO connection", false),
+            ("GRANT SELECT ON EXTERNAL CONNECTION a TO b", false),
+            ("GRANT external TO connection", false),
+            ("REVOKE GRANT OPTION FOR USAGE ON EXTERNAL CONNECTION a FROM b", false),
         ] {
             assert_eq!(is_ours(text.as_bytes()), ours, "{text}");
         }

@@ -151,7 +151,7 @@ mod tests {
                 _ => None,
             });
             let query = query.expect(text);
-            let rewritten = query.sourced.rewrite(&[]);
+            let rewritten = query.sourced.rewrite(Vec::new());
             assert_eq!(query.for_server(&rewritten), sent, "{text}");
             let characters = |text: &str| text[..text.find(query.sourced.text()).expect("its text")].chars().count();
             assert_eq!(query.position(&rewritten, characters(sent) + 1), characters(text) + 1, "{text}");

@@ -7,7 +7,8 @@
 use std::fmt;
 
 use crate::control::ControlJobs;
-use crate::names::quoted_literal;
+use crate::grant::Grant;
+use crate::names::{quoted_literal, quoted_name};
 use crate::selection::Selection;
 use crate::settings::Settings;
 use crate::targets::Targets;
@@ -59,6 +60,8 @@ pub enum Statement {
         /// The name.
         name: Text,
     },
+    /// `GRANT … ON EXTERNAL CONNECTION …` and `REVOKE`: who may use a name, or remove it.
+    Grant(Grant),
     /// `SHOW EXTERNAL CONNECTIONS`, or `SHOW EXTERNAL CONNECTION name`.
     ShowExternalConnections {
         /// The only one to show; `None` for all.
@@ -78,6 +81,7 @@ impl Statement {
             Self::Restore(_) => "RESTORE",
             Self::ControlJobs(control) => control.verb.tag(),
             Self::Settings(settings) => settings.tag(),
+            Self::Grant(grant) => grant.tag(),
             Self::CreateExternalConnection { .. } => "CREATE EXTERNAL CONNECTION",
             Self::DropExternalConnection { .. } => "DROP EXTERNAL CONNECTION",
         }

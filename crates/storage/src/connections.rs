@@ -30,6 +30,23 @@ pub struct Listed {
     pub uri_redacted: String,
     /// Who made it.
     pub owner: String,
+    /// The roles that may use it.
+    pub users: Vec<String>,
+    /// The roles that may remove it.
+    pub droppers: Vec<String>,
+}
+
+/// A change of who may do what with connections.
+#[derive(Clone, Debug)]
+pub struct Change<'c> {
+    /// Whether privileges are given or taken away.
+    pub gives: bool,
+    /// `USAGE`, `DROP`.
+    pub privileges: &'c [&'c str],
+    /// On which connections.
+    pub names: &'c [&'c str],
+    /// To whom, or from whom.
+    pub roles: &'c [String],
 }
 
 impl Connections {
@@ -60,8 +77,11 @@ impl Connections {
             return Err(PgError::new(SqlState::INVALID_PARAMETER_VALUE, message).into());
         }
         let sealed = self.seal.seal(&uri.exposed())?;
-        let insert = "INSERT INTO registry.external_connections (name, uri, redacted, owner)
-            VALUES ($1, $2, $3, $4) ON CONFLICT DO NOTHING";
+        let insert = "WITH made AS (
+                INSERT INTO registry.external_connections (name, uri, redacted, owner)
+                VALUES ($1, $2, $3, $4) ON CONFLICT DO NOTHING RETURNING name, owner)
+            INSERT INTO registry.external_connection_grants (connection, grantee, privilege)
+            SELECT name, owner, privilege FROM made, unnest(ARRAY['USAGE', 'DROP']) AS privilege";
         let made = answered(client.execute(insert, &[&name, &sealed, &uri.redacted(), &owner])).await;
         match made.context("create an external connection")? {
             0 if if_not_exists => Ok(false),
@@ -90,11 +110,46 @@ impl Connections {
     ///
     /// The registry fails.
     pub async fn list(&self, client: &Client, name: Option<&str>) -> anyhow::Result<Vec<Listed>> {
-        let select = "SELECT name, redacted, owner FROM registry.external_connections
-            WHERE $1::text IS NULL OR name = $1 ORDER BY name";
+        let select = "SELECT name, redacted, owner,
+                array(SELECT grantee FROM registry.external_connection_grants
+                      WHERE connection = name AND privilege = 'USAGE'),
+                array(SELECT grantee FROM registry.external_connection_grants
+                      WHERE connection = name AND privilege = 'DROP')
+            FROM registry.external_connections WHERE $1::text IS NULL OR name = $1 ORDER BY name";
         let rows = answered(client.query(select, &[&name])).await.context("list external connections")?;
-        let listed = |row: &Row| Listed { name: row.get(0), uri_redacted: row.get(1), owner: row.get(2) };
+        let listed = |row: &Row| Listed {
+            name: row.get(0),
+            uri_redacted: row.get(1),
+            owner: row.get(2),
+            users: row.get(3),
+            droppers: row.get(4),
+        };
         Ok(rows.iter().map(listed).collect())
+    }
+
+    /// Gives privileges or takes them away: all of them, or none. What is there already, or gone, is no error.
+    ///
+    /// # Errors
+    ///
+    /// A connection was dropped meanwhile (42704), or the registry fails.
+    pub async fn change(&self, client: &Client, change: &Change<'_>) -> anyhow::Result<()> {
+        let Change { gives, privileges, names, roles } = change;
+        let statement = if *gives {
+            "INSERT INTO registry.external_connection_grants (connection, privilege, grantee)
+                SELECT * FROM unnest($1::text[]) AS c, unnest($2::text[]) AS p, unnest($3::text[]) AS r
+                ON CONFLICT DO NOTHING"
+        } else {
+            "DELETE FROM registry.external_connection_grants
+                WHERE connection = ANY($1) AND privilege = ANY($2) AND grantee = ANY($3)"
+        };
+        match answered(client.execute(statement, &[names, privileges, roles])).await {
+            Ok(_) => Ok(()),
+            Err(error) if is_orphan(&error) => {
+                let message = "an external connection was dropped while it was granted";
+                Err(PgError::new(SqlState::UNDEFINED_OBJECT, message).into())
+            }
+            Err(error) => Err(error.context("change who may use external connections")),
+        }
     }
 
     /// The URI of a store: `external://name/sub` becomes what the connection stands for, and `sub` below it; any other
@@ -113,7 +168,15 @@ impl Connections {
     }
 }
 
-fn unknown(name: &str) -> PgError {
+/// Whether a row was refused because what it belongs to is not there.
+fn is_orphan(error: &anyhow::Error) -> bool {
+    let code = error.downcast_ref::<tokio_postgres::Error>().and_then(tokio_postgres::Error::code);
+    code == Some(&tokio_postgres::error::SqlState::FOREIGN_KEY_VIOLATION)
+}
+
+/// No connection has this name.
+#[must_use]
+pub fn unknown(name: &str) -> PgError {
     let message = format!("external connection with connection name {name} does not exist");
     PgError::new(SqlState::UNDEFINED_OBJECT, message)
 }

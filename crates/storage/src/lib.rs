@@ -36,7 +36,7 @@ mod tests;
 use std::sync::Once;
 use std::time::Duration;
 
-pub use connections::{Connections, Listed};
+pub use connections::{Change, Connections, Listed, unknown};
 pub use files::{FILES, Files};
 pub use seal::Seal;
 pub use store::{Created, Entry, LIST_MAX, READ_MAX, Store, Stores, Writer};

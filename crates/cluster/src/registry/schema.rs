@@ -7,11 +7,12 @@ use tokio_postgres::Client;
 pub const DATABASE: &str = "backhaul";
 
 /// The steps in order; a step that was once released is never changed.
-const STEPS: [&str; 4] = [
+const STEPS: [&str; 5] = [
     include_str!("0001_nodes_and_sessions.sql"),
     include_str!("0002_jobs.sql"),
     include_str!("0003_control.sql"),
     include_str!("0004_transactions.sql"),
+    include_str!("0005_privileges.sql"),
 ];
 
 /// Held while the schema is looked at and changed, so that nodes that start together do it one by one.

@@ -280,7 +280,8 @@ impl Sourced {
         Ok(Self { text: text.to_owned(), sources })
     }
 
-    pub(crate) fn text(&self) -> &str {
+    /// What it says.
+    pub fn text(&self) -> &str {
         &self.text
     }
 
@@ -302,28 +303,53 @@ impl Sourced {
     }
 
     /// The text with these queries in the places of its sources, one for each.
-    pub fn rewrite(&self, queries: &[String]) -> Rewritten {
+    pub fn rewrite(&self, queries: Vec<Put>) -> Rewritten {
         let mut rewritten = Rewritten { text: String::new(), replaced: Vec::new() };
         let (mut done, mut old_chars, mut new_chars) = (0, 0, 0);
-        for (number, (source, query)) in self.sources.iter().zip(queries).enumerate() {
+        for (number, (source, Put { text: query, inner })) in self.sources.iter().zip(queries).enumerate() {
             let kept = &self.text[done..source.whole.start];
             rewritten.text.push_str(kept);
             (old_chars, new_chars) = (old_chars + kept.chars().count(), new_chars + kept.chars().count());
             let put = match source.place {
-                Place::Body => query.clone(),
+                Place::Body => query,
                 Place::Named => format!("({query})"),
                 Place::Nameless => format!("({query}) AS backhaul_rows_{}", number + 1),
             };
-            let start = new_chars;
+            let (start, paren) = (new_chars, usize::from(source.place != Place::Body));
             new_chars += put.chars().count();
             old_chars += self.text[source.whole.clone()].chars().count();
             rewritten.text.push_str(&put);
-            rewritten.replaced.push(Replaced { new: start..new_chars, old: source.before, old_end: old_chars });
+            let inner = inner.map(|inner| Inner { at: start + paren + inner.at, ..inner });
+            rewritten.replaced.push(Replaced { new: start..new_chars, old: source.before, old_end: old_chars, inner });
             done = source.whole.end;
         }
         rewritten.text.push_str(&self.text[done..]);
         rewritten
     }
+}
+
+/// What takes the place of a row source: a query.
+pub struct Put {
+    /// What it says.
+    pub text: String,
+    /// The part of it that stands in the source, too.
+    pub inner: Option<Inner>,
+}
+
+impl From<String> for Put {
+    fn from(text: String) -> Self {
+        Self { text, inner: None }
+    }
+}
+
+/// A part of a query that its source has, too, in whatever form.
+pub struct Inner {
+    /// The characters before it.
+    pub at: usize,
+    /// Its length in characters.
+    pub length: usize,
+    /// Where a position in it is in the source; both count characters, from 1.
+    pub position: Box<dyn Fn(usize) -> usize + Send>,
 }
 
 /// A text in which something else stands in the places of row sources.
@@ -340,6 +366,15 @@ struct Replaced {
     old: usize,
     /// Where the original goes on.
     old_end: usize,
+    inner: Option<Inner>,
+}
+
+impl Replaced {
+    /// Where something in what replaces the source is in the original, as characters before it.
+    fn old(&self, at: usize) -> usize {
+        let inside = self.inner.as_ref().filter(|inner| (inner.at..inner.at + inner.length).contains(&at));
+        inside.map_or(self.old, |inner| self.old + (inner.position)(at - inner.at + 1).saturating_sub(1))
+    }
 }
 
 impl Rewritten {
@@ -349,7 +384,7 @@ impl Rewritten {
         let behind = self.replaced.iter().rev().find(|replaced| replaced.new.start <= at);
         1 + match behind {
             None => at,
-            Some(replaced) if at < replaced.new.end => replaced.old,
+            Some(replaced) if at < replaced.new.end => replaced.old(at),
             Some(replaced) => replaced.old_end + at - replaced.new.end,
         }
     }

@@ -82,14 +82,32 @@ fn queries_take_the_places_of_sources_and_positions_are_led_back() {
         ),
         ("WITH j AS (SHOW JOBS), k AS (SHOW NODES -- é\n) SELECT x", "WITH j AS (Q1é), k AS (Q2) SELECT x"),
     ] {
-        let rewritten = read(text).rewrite(&["Q1é".to_owned(), "Q2".to_owned()]);
+        let rewritten = read(text).rewrite(vec!["Q1é".to_owned().into(), "Q2".to_owned().into()]);
         assert_eq!(rewritten.text, expected);
         let place = |text: &str, what: &str| 1 + text[..text.find(what).expect(what)].chars().count();
         for (new, old) in [("x", "x"), ("1é", "SHOW JOBS"), ("SELECT", "SELECT"), ("Q1", "SHOW JOBS")] {
             assert_eq!(rewritten.position(place(expected, new)), place(text, old), "{text}: {new}");
         }
     }
-    assert_eq!(read("SELECT 1").rewrite(&[]).position(3), 3);
+    assert_eq!(read("SELECT 1").rewrite(Vec::new()).position(3), 3);
+}
+
+#[test]
+fn what_a_source_has_itself_is_found_in_it() {
+    for (text, at) in [("SELECT é FROM [SHOW JOBS SELECT 1], x", 20), ("WITH é AS (SHOW JOBS SELECT 1) SELECT x", 16)]
+    {
+        // The source's "SELECT 1" is put between two letters.
+        let inner = Inner { at: 1, length: 8, position: Box::new(|at| at + 10) };
+        let rewritten = read(text).rewrite(vec![Put { text: "éSELECT 1é".to_owned(), inner: Some(inner) }]);
+        let place = |text: &str, what: &str| 1 + text[..text.find(what).expect(what)].chars().count();
+        let one = place(&rewritten.text, "1é");
+        assert_eq!(rewritten.position(one), place(text, "1"), "{text}");
+        for outside in [one + 1, one - 8] {
+            assert_eq!(rewritten.position(outside), place(text, "SHOW"), "{text}");
+        }
+        assert_eq!(rewritten.position(place(&rewritten.text, "x")), place(text, "x"), "{text}");
+        assert!(one > at);
+    }
 }
 
 #[test]

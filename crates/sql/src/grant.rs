@@ -1,0 +1,99 @@
+//! Who may use a store by its name: `GRANT` and `REVOKE` on external connections.
+//!
+//! `GRANT … ON EXTERNAL` alone is PostgreSQL's, about a table of that name; only with `CONNECTION` behind it is it ours.
+
+use pgerror::PgError;
+use sqlparser::tokenizer::Token;
+
+use crate::cursor::Cursor;
+use crate::names::quoted_name;
+use crate::statement::{Statement, Text};
+
+/// `GRANT USAGE ON EXTERNAL CONNECTION a, b TO role`, or `REVOKE … FROM role`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Grant {
+    /// Whether it gives or takes away.
+    pub gives: bool,
+    /// What.
+    pub privilege: Privilege,
+    /// On which connections.
+    pub connections: Vec<Text>,
+    /// To whom, or from whom: roles, folded to lower case unless quoted; `public` is everybody.
+    pub roles: Vec<String>,
+}
+
+/// What somebody may do with an external connection.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Privilege {
+    /// `USAGE`: to name it in a URI.
+    Usage,
+    /// `DROP`: to remove it.
+    Drop,
+    /// `ALL`: both.
+    All,
+}
+
+impl Privilege {
+    /// What it consists of, by the names that they are kept under.
+    pub fn parts(self) -> &'static [&'static str] {
+        match self {
+            Self::Usage => &["USAGE"],
+            Self::Drop => &["DROP"],
+            Self::All => &["USAGE", "DROP"],
+        }
+    }
+
+    fn name(self) -> &'static str {
+        match self {
+            Self::Usage => "USAGE",
+            Self::Drop => "DROP",
+            Self::All => "ALL",
+        }
+    }
+}
+
+impl Grant {
+    pub(crate) fn tag(&self) -> &'static str {
+        if self.gives { "GRANT" } else { "REVOKE" }
+    }
+
+    pub(crate) fn print(&self) -> String {
+        let connections: Vec<String> = self.connections.iter().map(Text::print).collect();
+        let roles: Vec<_> = self.roles.iter().map(|role| quoted_name(role)).collect();
+        let (tag, privilege, to) = (self.tag(), self.privilege.name(), if self.gives { "TO" } else { "FROM" });
+        format!("{tag} {privilege} ON EXTERNAL CONNECTION {} {to} {}", connections.join(", "), roles.join(", "))
+    }
+}
+
+/// `{ GRANT | REVOKE } { USAGE | DROP | ALL [PRIVILEGES] } ON EXTERNAL CONNECTION name, … { TO | FROM } role, …`.
+pub(crate) fn grant(cursor: &mut Cursor<'_>) -> Result<Statement, PgError> {
+    let gives = cursor.eat_word("GRANT");
+    if !gives {
+        cursor.expect_words(&["REVOKE"])?;
+    }
+    let privilege = if cursor.eat_word("USAGE") {
+        Privilege::Usage
+    } else if cursor.eat_word("DROP") {
+        Privilege::Drop
+    } else {
+        cursor.expect_words(&["ALL"])?;
+        cursor.eat_word("PRIVILEGES");
+        Privilege::All
+    };
+    cursor.expect_words(&["ON", "EXTERNAL", "CONNECTION"])?;
+    let mut connections = vec![cursor.text()?];
+    while cursor.eat(&Token::Comma) {
+        connections.push(cursor.text()?);
+    }
+    cursor.expect_words(&[if gives { "TO" } else { "FROM" }])?;
+    let mut roles = vec![cursor.name()?];
+    while cursor.eat(&Token::Comma) {
+        roles.push(cursor.name()?);
+    }
+    if gives && cursor.at_words(&["WITH", "GRANT", "OPTION"]) {
+        let refusal = cursor.unsupported("GRANT ON EXTERNAL CONNECTION … WITH GRANT OPTION is not supported");
+        cursor.refuse(refusal.hint("Its owner and superusers grant it."));
+        cursor.expect_words(&["WITH", "GRANT", "OPTION"])?;
+    }
+    Ok(Statement::Grant(Grant { gives, privilege, connections, roles }))
+}

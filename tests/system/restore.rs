@@ -268,9 +268,13 @@ fn damage_is_named_with_what_it_hit_and_leaves_no_database() {
             refused(&demo, CHECK, flipped);
         }
         std::fs::write(file, &whole[..whole.len() / 2]).unwrap();
-        [RESTORE, CHECK].map(|statement| refused(&demo, statement, cut));
+        for statement in [RESTORE, CHECK] {
+            refused(&demo, statement, cut);
+        }
         std::fs::remove_file(file).unwrap();
-        [RESTORE, CHECK].map(|statement| refused(&demo, statement, gone));
+        for statement in [RESTORE, CHECK] {
+            refused(&demo, statement, gone);
+        }
         std::fs::write(file, &whole).unwrap();
     }
     let told = demo.ask(2, CHECK);

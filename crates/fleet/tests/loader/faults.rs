@@ -156,7 +156,7 @@ async fn a_database_keeps_what_it_was_made_with() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_server_that_speaks_otherwise_takes_a_database_as_it_is() {
     let setup = "CREATE TABLE t AS SELECT 'ß語é'::text AS \"語\"; CREATE INDEX ON t (\"語\"); CREATE VIEW \"größer\" AS TABLE t;
-                 ALTER DATABASE shop SET app.note = 'é'; COMMENT ON DATABASE shop IS 'größer'";
+                 ALTER DATABASE shop SET app.note = 'x'; COMMENT ON DATABASE shop IS 'larger'";
     let (source, target) = (Place::start(setup).await, Place::speaking("LATIN1", "C", "").await);
     let (mut backup, loader) = (Backup::of(&source).await, target.loader());
     let oid = backup.load_all(&loader, 7, "again", None).await;

@@ -5,6 +5,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use crate::restore::assert_sequences_not_behind;
 use crate::support::demo::{Demo, directory, psql};
+use crate::support::faults::Fleet;
 use crate::support::fleet::Server;
 use crate::support::jobs::{WEST, completed, data_files, detached, extern_dirs, relocated, succeeded};
 use crate::support::store::{LocalBackup, S3, files_in};
@@ -99,6 +100,28 @@ fn only_matching_nodes_reach_an_s3_store_and_its_keys_stay_secret() {
     assert_eq!(door.visitors().into_iter().collect::<Vec<_>>(), pids, "who came to the store");
     let seals = s3.keys("BACKUP_MANIFEST");
     assert_eq!(seals.len(), 2, "{seals:?}");
+    // The same nodes read it back, and remove what a canceled job has written.
+    let restore = format!("RESTORE DATABASE movr FROM LATEST IN '{uri}' WITH new_db_name = 'again', {WEST}, DETACHED");
+    succeeded(&demo, 1, &detached(&demo, 1, &restore));
+    let point = "backup.after_first_span";
+    let canceled = format!("BACKUP DATABASE movr INTO '{uri}' WITH {WEST}, DETACHED");
+    let set = format!("SET backhaul.debug_pausepoints = '{point}'");
+    let canceled = run(demo.psql(1).args(["-v", "ON_ERROR_STOP=1", "-Atqc", &set, "-c", &canceled]));
+    let is = |status: &str| {
+        until(status, || {
+            let row = demo.ask(2, &format!("SHOW JOB {canceled}"));
+            if row.split('|').nth(5) == Some(status) { Ok(()) } else { Err(row) }
+        })
+    };
+    is("paused");
+    assert!(!s3.keys(&format!("data/{}-", canceled.trim())).is_empty());
+    demo.ask(1, &format!("CANCEL JOB {canceled}"));
+    is("canceled");
+    assert_eq!(
+        (s3.keys(&format!("data/{}-", canceled.trim())), s3.keys("BACKUP_MANIFEST")),
+        (Vec::new(), seals.clone())
+    );
+    assert_eq!(door.visitors().into_iter().collect::<Vec<_>>(), pids, "who came to restore and to remove");
     let latest = s3.keys("metadata/latest/LATEST-");
     assert!(seals[0].contains(&*s3.object(&latest[0])), "{latest:?} {seals:?}");
 
@@ -328,4 +351,24 @@ fn backups_of_one_moment_have_directories_of_their_own() {
         succeeded(&demo, 2, job);
     }
     assert_eq!(demo.ask(1, "SHOW BACKUPS IN 'nodelocal://1/same'").lines().count(), jobs.len());
+}
+
+#[test]
+fn what_a_sequence_gives_out_while_a_primary_is_read_is_not_given_out_again() {
+    let fleet = Fleet::start(&["--rows", "100"]);
+    let make = "CREATE SEQUENCE up; CREATE SEQUENCE down INCREMENT BY -5; SELECT nextval('up'), nextval('down')";
+    fleet.on(1, "movr", make);
+    // Its rows are not read yet.
+    let point = "backup.after_schemas";
+    let job = fleet.held("BACKUP DATABASE movr INTO 'nodelocal://1/b' WITH DETACHED", point);
+    fleet.on(1, "movr", "SELECT nextval('up'), nextval('up'), nextval('down')");
+    fleet.let_go(&job, point);
+    assert_eq!(fleet.end_of(&job), ("succeeded".to_owned(), String::new()));
+    let shard = LocalBackup::newest(&extern_dirs(&fleet.demo), "b").manifest["shards"][0].clone();
+    assert_eq!(shard["point"]["mode"], "Exported");
+    let sequences = shard["databases"][0]["sequences"].as_array().unwrap().clone();
+    for (name, value) in [("up", 3), ("down", -6)] {
+        let found = sequences.iter().find(|sequence| sequence["name"] == name).unwrap();
+        assert_eq!((&found["last_value"], &found["is_called"]), (&value.into(), &true.into()), "{name}");
+    }
 }

@@ -76,6 +76,7 @@ fn files_are_written_where_the_filter_says_and_each_shard_s_by_its_own_closest_n
         assert_eq!(backup.rows("rides").len(), rows.iter().sum::<usize>());
     }
     bytes_from_elsewhere_are_counted(&demo);
+    bytes_from_elsewhere_are_told(&demo);
 
     let restore = "RESTORE DATABASE movr FROM LATEST IN 'nodelocal://self/tier-1-region-east'
                    WITH EXECUTION LOCALITY = 'tier=1,region=east', NEW_DB_NAME = 'restored', DETACHED";
@@ -102,4 +103,25 @@ fn bytes_from_elsewhere_are_counted(demo: &Demo) {
     // It shares a leading tier with the node of the second shard's server.
     let across = bytes("bytes_read_across_localities");
     assert!(0 < across && across < bytes("bytes_read_remotely"), "{nodes:?}");
+}
+
+/// The job says so itself, and an attached client hears it; where everything was in the locality nothing is said.
+#[track_caller]
+fn bytes_from_elsewhere_are_told(demo: &Demo) {
+    let backup = |filter: &str| {
+        format!("BACKUP DATABASE movr INTO 'nodelocal://self/told' WITH EXECUTION LOCALITY = '{filter}'")
+    };
+    let said = demo.ask(4, &backup("tier=1,region=east"));
+    let job = said.lines().find(|line| line.contains("|succeeded|")).and_then(|row| row.split('|').next());
+    let status = &completed(demo, 2, job.unwrap_or_else(|| panic!("{said}")))[6];
+    assert!(status.starts_with("read outside of the execution locality: "), "{status}");
+    for (shard, place) in [(1, "tier=0,region=west"), (2, "tier=1,region=west"), (3, "tier=0,region=east")] {
+        let from = format!(" bytes of shard s{shard} from node {shard} ({place})");
+        let across = status.split(&from).nth(1).map(|rest| rest.starts_with(", "));
+        // It shares its first tier with the second one's node alone.
+        assert_eq!(across, Some(shard != 2), "{status}");
+    }
+    assert!(said.contains(&format!("NOTICE:  00000: {status}")), "{said}");
+    let inside = detached(demo, 1, &format!("{}, DETACHED", backup("")));
+    assert_eq!(succeeded(demo, 1, &inside)[6], "");
 }

@@ -8,6 +8,7 @@ use nix::sys::signal::{Signal, kill};
 use serde_json::Value;
 
 use crate::support::demo::{Demo, directory, psql};
+use crate::support::faults::Fleet;
 use crate::support::jobs::{WEST, extern_dirs};
 use crate::support::store::{LocalBackup, files_in};
 use crate::support::{both, postgres_program, run, until};
@@ -162,6 +163,44 @@ fn points_are_taken_side_by_side() {
     holder.wait().unwrap();
     let row = demo.ask(1, &format!("SHOW JOB WHEN COMPLETE {job}"));
     assert_eq!(row.split('|').nth(5), Some("succeeded"), "{row}");
+}
+
+#[test]
+fn shards_are_exported_side_by_side() {
+    let fleet = Fleet::start(&[&CROSSED[..], &["--rows", "300"]].concat());
+    let job = fleet.held("BACKUP DATABASE movr INTO 'nodelocal://1/b' WITH DETACHED", "backup.after_first_span");
+    let finished = |what: &str| {
+        let of_job = format!("FROM registry.job_info WHERE job_id = {job} AND key LIKE 'span/%'");
+        fleet.registry(&format!("SELECT {what} {of_job}"))
+    };
+    // Held behind a span of one shard, it finishes one of the other, too, and stops with that.
+    until("a span of each shard", || {
+        let seen = finished("string_agg(split_part(key, '/', 2), ' ' ORDER BY key)");
+        if seen == "s1 s2" { Ok(()) } else { Err(seen) }
+    });
+    let files = finished("string_agg(value #>> '{file,path}', ' ' ORDER BY key)");
+    assert_eq!(fleet.demo.ask(2, &format!("PAUSE JOB {job}")), "PAUSE JOBS 1");
+    until("the job to be paused", || match fleet.job(&job, "status") {
+        status if status == "paused" => Ok(()),
+        status => Err(status),
+    });
+    assert_eq!(finished("count(*)"), "2");
+    fleet.demo.ask(2, &format!("RESUME JOB {job}"));
+    assert_eq!(fleet.end_of(&job), ("succeeded".to_owned(), String::new()));
+    // What was finished is not read again, and each shard is whole.
+    let manifest = manifest(&fleet.demo, "b");
+    let names: Vec<String> = parts(&manifest).into_iter().map(|(name, ..)| name).collect();
+    assert_eq!(names, ["s1", "s2"]);
+    for (part, file) in manifest["shards"].as_array().unwrap().iter().zip(files.split(' ')) {
+        let paths: Vec<&str> =
+            part["files"].as_array().unwrap().iter().map(|file| file["path"].as_str().unwrap()).collect();
+        assert!(paths.contains(&file), "{file} of {paths:?}");
+    }
+    let restore = "RESTORE DATABASE movr FROM LATEST IN 'nodelocal://1/b' WITH new_db_name = 'again', DETACHED";
+    succeeded(&fleet.demo, 4, restore);
+    for number in [1, 2] {
+        assert_eq!(sums(&fleet.demo, number, "again"), sums(&fleet.demo, number, "movr"), "shard s{number}");
+    }
 }
 
 #[test]

@@ -2,15 +2,17 @@
 //! ever asked; where nobody is left, the job says so.
 
 use std::collections::BTreeSet;
+use std::process::Stdio;
 
 use nix::sys::signal::Signal;
 use serde_json::Value;
 
 use crate::crash::{FILTER, ONE_SHARD};
-use crate::support::faults::Fleet;
+use crate::support::demo::psql;
+use crate::support::faults::{Fleet, Trouble};
 use crate::support::jobs::{WEST, relocated};
 use crate::support::store::{LocalBackup, S3};
-use crate::support::{both, until};
+use crate::support::{both, run, until};
 
 /// The sealed manifest of the only backup in a collection.
 #[track_caller]
@@ -178,13 +180,101 @@ fn a_frozen_server_is_left_for_another_replica() {
         let backup = LocalBackup::newest(&[fleet.demo.node_dir(1).join("extern")], point);
         assert_ne!(backup.manifest["shards"][0]["read_from"], 3, "{point}");
         assert_eq!(backup.rows("rides").len().to_string(), ONE_SHARD[7]);
-        // What the server was about to do for the job when it froze ends when it goes on.
-        until("nothing to be held or paused, and the server to be read again", || {
-            let left = "SELECT count(*) FILTER (WHERE state LIKE 'idle in transaction%'
-                               OR application_name LIKE 'backhaul job%'), pg_is_wal_replay_paused() FROM pg_stat_activity";
-            let left = both(&fleet.demo.psql_direct(3).args(["-Atc", left]).output().unwrap());
-            let plan = fleet.demo.ask(1, &format!("EXPLAIN {statement}"));
-            if left.trim() == "0|f" && plan.contains("read: node 3") { Ok(()) } else { Err(format!("{left}{plan}")) }
-        });
+        until_thawed(&fleet, &statement);
     }
+}
+
+/// What the server beside node 3 was about to do for a job when it froze ends when it goes on, and it is read again.
+#[track_caller]
+fn until_thawed(fleet: &Fleet, statement: &str) {
+    until("nothing to be held or paused, and the server to be read again", || {
+        let left = "SELECT count(*) FILTER (WHERE state LIKE 'idle in transaction%'
+                           OR application_name LIKE 'backhaul job%'), pg_is_wal_replay_paused() FROM pg_stat_activity";
+        let left = both(&fleet.demo.psql_direct(3).args(["-Atc", left]).output().unwrap());
+        let plan = fleet.demo.ask(1, &format!("EXPLAIN {statement}"));
+        if left.trim() == "0|f" && plan.contains("read: node 3") { Ok(()) } else { Err(format!("{left}{plan}")) }
+    });
+}
+
+#[test]
+fn a_server_that_freezes_while_its_point_is_taken_is_left_for_another() {
+    let fleet = with_long_sessions();
+    let on = |number: usize, text: &str| {
+        let url = fleet.demo.direct_url(number).replace("/movr?", "/postgres?");
+        run(psql(&url).args(["-v", "ON_ERROR_STOP=1", "-Atqc", text])).trim().to_owned()
+    };
+    // Where replay may not be paused, the point waits for a lock that is being replayed.
+    on(1, "REVOKE EXECUTE ON FUNCTION pg_wal_replay_pause() FROM backhaul");
+    until("the standby to have lost the right", || {
+        let seen = on(3, "SELECT has_function_privilege('backhaul', 'pg_wal_replay_pause()', 'EXECUTE')");
+        if seen == "f" { Ok(()) } else { Err(seen) }
+    });
+    let lock = "BEGIN; LOCK TABLE users IN ACCESS EXCLUSIVE MODE; SELECT pg_sleep(600)";
+    let mut holder = psql(&fleet.demo.direct_url(1));
+    let mut holder = holder.args(["-qc", lock]).stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
+    let waiting = |who: &str| format!("SELECT count(*) FROM pg_stat_activity WHERE {who}");
+    until("the lock", || {
+        let seen = on(1, &waiting("query LIKE '%pg_sleep(600)' AND wait_event = 'PgSleep'"));
+        if seen == "1" { Ok(()) } else { Err(seen) }
+    });
+    let statement = format!("BACKUP DATABASE movr INTO 'nodelocal://1/b' WITH {WEST}, DETACHED");
+    let job = fleet.demo.ask(2, &statement);
+    until("the point to be waiting for the lock", || {
+        let seen = on(3, &waiting("wait_event_type = 'Lock' AND application_name LIKE 'backhaul%'"));
+        if seen == "0" { Err(fleet.demo.ask(1, &format!("SHOW JOB {job}"))) } else { Ok(()) }
+    });
+    fleet.demo.signal_server(3, Signal::SIGSTOP);
+    on(1, "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE wait_event = 'PgSleep'");
+    holder.wait().unwrap();
+    let ended = fleet.end_of(&job);
+    fleet.demo.signal_server(3, Signal::SIGCONT);
+    assert_eq!(ended, ("succeeded".to_owned(), String::new()));
+    let noted = fleet.job(&job, "execution_errors::text");
+    assert!(noted.contains("the server beside node 3 was lost while a point was taken of it"), "{noted}");
+    let backup = LocalBackup::newest(&[fleet.demo.node_dir(1).join("extern")], "b");
+    assert_ne!(backup.manifest["shards"][0]["read_from"], 3);
+    assert_eq!(backup.rows("rides").len().to_string(), ONE_SHARD[7]);
+    until_thawed(&fleet, &statement);
+}
+
+#[test]
+fn a_server_that_is_silent_for_a_moment_keeps_its_point() {
+    let fleet = with_long_sessions();
+    let s3 = S3::start();
+    let door = s3.failing();
+    // How long the moment is depends on the machine, too: one that does not cost the point is enough.
+    let is_kept = (1..=3).any(|number| {
+        let collection = format!("silent{number}");
+        let uri = format!(
+            "s3://bucket/{collection}?AWS_ACCESS_KEY_ID=key&AWS_SECRET_ACCESS_KEY=hidden&AWS_REGION=us-east-1&AWS_ENDPOINT=http://{}",
+            door.address
+        );
+        let statement = format!("BACKUP DATABASE movr INTO '{uri}' WITH {WEST}, DETACHED");
+        let job = fleet.held(&statement, "backup.after_schemas");
+        let coordinator: usize = fleet.job(&job, "coordinator_id").parse().unwrap();
+        // Whether the server's node sees it is what the coordinator has heard: a server that does not answer has no position.
+        let until_seen = |is_silent: bool| {
+            until("the coordinator to know", || {
+                let nodes = fleet.demo.ask(coordinator, "SHOW NODES");
+                let row = nodes.lines().find(|row| row.starts_with("3|")).unwrap_or_default();
+                if row.ends_with("||") == is_silent { Ok(()) } else { Err(nodes) }
+            });
+        };
+        // The spans wait for the store, while they are watched.
+        door.fail(Trouble::Hangs, usize::MAX);
+        fleet.let_go(&job, "backup.after_schemas");
+        fleet.demo.signal_server(3, Signal::SIGSTOP);
+        until_seen(true);
+        fleet.demo.signal_server(3, Signal::SIGCONT);
+        until_seen(false);
+        door.heal();
+        assert_eq!(fleet.end_of(&job), ("succeeded".to_owned(), String::new()));
+        let (_, rides) = writers_and_rides(&sealed(&s3, &collection));
+        assert_eq!(rides.to_string(), ONE_SHARD[7]);
+        let noted = fleet.job(&job, "execution_errors::text");
+        let is_kept = !noted.contains("was lost");
+        assert_eq!(is_kept, sealed(&s3, &collection)["shards"][0]["read_from"] == 3, "{noted}");
+        is_kept
+    });
+    assert!(is_kept, "the point was given up each time");
 }

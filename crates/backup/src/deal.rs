@@ -4,18 +4,20 @@
 //! goes is dealt to the others, and one that comes gets its part of what nobody has begun; a piece that fails for a
 //! reason that may pass is tried again a few times; anything else ends it all. Where there are several servers to read
 //! from, each worker has its own or the closest; when one of them is lost, what its node had is dealt anew, and the
-//! others are read.
+//! others are read. What does not answer for a moment is not lost yet ([`crate::away`]).
 
 use std::collections::BTreeMap;
 use std::time::Duration;
 
-use cluster::{NodeId, Peers, View};
+use cluster::{NodeId, Peers};
 use futures_util::stream::{FuturesUnordered, StreamExt as _};
 use jobs::{LostClaim, Retryable};
 use pgerror::{PgError, SqlState};
 use tokio::time::{Instant, sleep, sleep_until};
 
 use crate::assign::Worker;
+use crate::away::{self, BLIP_MAX};
+use crate::busy::{Begun, Busy};
 use crate::patience::Patience;
 use crate::point::leaseholder;
 use crate::queues::{Piece, Queues};
@@ -48,6 +50,8 @@ pub(crate) struct Deal<'d> {
     /// So many pieces are at work at the same time on each of them, however many nodes there are: a server lends no more
     /// sessions.
     pub(crate) at_once: usize,
+    /// What the workers have at work, of other shards, too.
+    pub(crate) busy: &'d Busy,
 }
 
 /// What a failure puts an end to.
@@ -81,6 +85,8 @@ struct Servers {
     near: BTreeMap<NodeId, NodeId>,
     /// How many pieces are at work on each.
     busy: BTreeMap<NodeId, usize>,
+    /// Since when there is nobody that the work could be dealt to.
+    nobody_since: Option<Instant>,
 }
 
 impl Servers {
@@ -125,13 +131,16 @@ impl Deal<'_> {
         let mut look = Instant::now();
         loop {
             if queues.is_open() || look <= Instant::now() {
-                self.deal(&mut queues, &mut servers, running.is_empty())?;
+                self.deal_or_wait(&mut queues, &mut servers, running.is_empty())?;
                 look = Instant::now() + LOOK_EVERY;
             }
-            while let Some((worker, server, piece)) = queues.next(|worker| servers.free(worker, self.at_once)) {
+            let free = |servers: &Servers, worker: NodeId, mine: usize| {
+                servers.free(worker, self.at_once).filter(|_| self.busy.has_room(worker, mine))
+            };
+            while let Some((worker, server, piece)) = queues.next(|worker, mine| free(&servers, worker, mine)) {
                 servers.begin(server);
-                let work = one(worker, server, piece.what.clone());
-                running.push(self.watched((worker, server), piece, work));
+                let (work, begun) = (one(worker, server, piece.what.clone()), self.busy.begin(worker));
+                running.push(self.watched((worker, server), piece, begun, work));
             }
             if running.is_empty() && queues.is_empty() {
                 return Ok(());
@@ -175,7 +184,7 @@ impl Deal<'_> {
                 }
                 // Its own node may still export; it reads from elsewhere now.
                 queues.give_back(server);
-                if !self.is_reachable(worker) {
+                if !self.has_node(worker) {
                     queues.lose(worker);
                 }
                 given_up = was_there.then_some(end);
@@ -189,6 +198,23 @@ impl Deal<'_> {
         }
         queues.again(piece);
         Ok(given_up)
+    }
+
+    /// [`Self::deal`], for which there may be nobody for a moment.
+    fn deal_or_wait<P>(
+        &self,
+        queues: &mut Queues<P, Failures>,
+        servers: &mut Servers,
+        idle: bool,
+    ) -> anyhow::Result<()> {
+        let Err(error) = self.deal(queues, servers, idle) else {
+            servers.nobody_since = None;
+            return Ok(());
+        };
+        // Nothing is begun meanwhile by those who were there before.
+        servers.near.clear();
+        let since = *servers.nobody_since.get_or_insert_with(Instant::now);
+        if since.elapsed() >= BLIP_MAX { Err(error) } else { Ok(()) }
     }
 
     /// Deals what is open, and what has to be dealt anew, to the nodes that match and live now. While nothing is at work
@@ -218,6 +244,7 @@ impl Deal<'_> {
         &self,
         (worker, server): (NodeId, NodeId),
         piece: Piece<P, Failures>,
+        begun: Begun<'_>,
         work: impl Future<Output = anyhow::Result<R>>,
     ) -> Ended<P, R> {
         let rested = async {
@@ -225,42 +252,30 @@ impl Deal<'_> {
             work.await
         };
         let outcome = tokio::select! {
+            // What the work itself has come to counts, whatever else has become known.
+            biased;
             outcome = rested => outcome,
-            () = self.goes(worker) => {
+            () = away::node(self.peers, worker) => {
                 let message = format!("node {worker} was lost while it worked");
                 Err(PgError::new(SqlState::CONNECTION_FAILURE, message).into())
             }
-            () = self.server_goes(server) => {
+            () = away::server(self.peers, server) => {
                 let message = format!("the server beside node {server} was lost while it was worked on");
                 Err(PgError::new(SqlState::CONNECTION_FAILURE, message).into())
             }
         };
+        drop(begun);
         Ended { worker, server, piece, outcome }
     }
 
-    /// Returns when a server that is worked on does not answer the node beside it any more: it may keep its
-    /// connections open all the same, as one that is frozen does.
-    async fn server_goes(&self, server: NodeId) {
-        let mut views = self.peers.cluster().subscribe();
-        let gone = views.wait_for(|view| !has_server(view, server)).await;
-        drop(gone);
-    }
-
     /// Whether the server beside this node answers now.
-    pub(crate) fn answers(&self, server: NodeId) -> bool {
-        has_server(&self.peers.cluster().view(), server)
-    }
-
-    /// Returns when `node` does not answer any more.
-    async fn goes(&self, node: NodeId) {
-        let mut views = self.peers.cluster().subscribe();
-        let gone = views.wait_for(|view| !view.node(node).is_some_and(|known| known.reachable)).await;
-        drop(gone);
+    pub(crate) fn has_server(&self, server: NodeId) -> bool {
+        away::has_server(&self.peers.cluster().view(), server)
     }
 
     /// Whether `node` answers now.
-    pub(crate) fn is_reachable(&self, node: NodeId) -> bool {
-        self.peers.cluster().view().node(node).is_some_and(|known| known.reachable)
+    fn has_node(&self, node: NodeId) -> bool {
+        away::has_node(&self.peers.cluster().view(), node)
     }
 
     /// What a failure means: for everything, an error; for the worker, which is lost, none; for the piece.
@@ -271,7 +286,7 @@ impl Deal<'_> {
         tracing::warn!(shard = self.shard, %worker, "a piece of work failed: {error:#}");
         let code = PgError::of(&error).map(|said| said.code);
         let connection = code == Some(SqlState::CONNECTION_FAILURE);
-        if connection && !self.is_reachable(worker) {
+        if connection && !self.has_node(worker) {
             // Its death is not the piece's fault.
             return Ok(None);
         }
@@ -282,10 +297,6 @@ impl Deal<'_> {
             None => Err(error),
         }
     }
-}
-
-fn has_server(view: &View, node: NodeId) -> bool {
-    view.node(node).is_some_and(|known| known.reachable && known.info.server_state().is_some())
 }
 
 /// Takes note of finished pieces.

@@ -11,15 +11,16 @@ use pgerror::{PgError, SqlState};
 use serde::{Deserialize, Serialize};
 use tokio::time::Instant;
 
+use crate::busy::Busy;
 use crate::deal::{AsyncDone, Deal, End};
 use crate::export::{EXPORT, Request, Task};
 use crate::layout;
 use crate::manifest::FileEntry;
-use crate::pace::Pace;
+use crate::pace::SharedPace;
 use crate::pausepoints::AFTER_FIRST_SPAN;
 use crate::point::ShardPoint;
 use crate::rules::Rules;
-use crate::spans::Span;
+use crate::spans::{self, Span};
 
 /// A span takes no longer. A worker has a deadline of its own for every piece of it, and one that is gone is noticed by
 /// its silence: this is only the end of all patience, for a table that cannot be cut into ranges.
@@ -47,8 +48,10 @@ pub(crate) struct Shard<'s> {
     /// The directory of the backup, with its keys.
     pub(crate) uri: &'s str,
     pub(crate) rules: &'s Rules,
-    /// Where on the way from 0 to 1 this shard begins, and how much of the way it is.
-    pub(crate) progress: (f64, f64),
+    /// What is at work on the nodes, for other shards, too.
+    pub(crate) busy: &'s Busy,
+    /// How far the job is, with all its shards.
+    pub(crate) pace: &'s SharedPace,
 }
 
 /// The key under which a finished span is remembered.
@@ -63,7 +66,6 @@ impl Shard<'_> {
     ///
     /// [`Invalidated`] at the root; a lost claim; no node left that matches; or a span that fails for good.
     pub(crate) async fn export(&self, spans: &[Span], finished: Vec<Finished>) -> anyhow::Result<Vec<FileEntry>> {
-        let total: u64 = spans.iter().map(|span| span.weight.max(1)).sum();
         // By what it holds and not by its number alone: another version may have cut the tables otherwise.
         let is = |done: &Finished, span: &Span| {
             done.number == span.number
@@ -75,21 +77,24 @@ impl Shard<'_> {
         let is_open = |span: &&Span| !finished.iter().any(|done| is(done, span));
         let open: Vec<(Span, u64)> =
             spans.iter().filter(is_open).map(|span| (span.clone(), span.weight.max(1))).collect();
-        let done = total - open.iter().map(|(_, weight)| weight).sum::<u64>();
-        let mut noted = Noted { shard: self, pace: Pace::new(total, done, Instant::now()), finished };
-        let at_once = self.point.opened.point.readers;
         let (peers, shard) = (self.peers, self.point.shard.as_str());
-        let deal = Deal { peers, rules: self.rules, shard, servers: self.servers, at_once };
+        let total = spans::weight(spans);
+        let done = total - open.iter().map(|(_, weight)| weight).sum::<u64>();
+        self.pace.begins(shard, total, done, Instant::now());
+        let mut noted = Noted { shard: self, finished };
+        let at_once = self.point.opened.point.readers;
+        let deal = Deal { peers, rules: self.rules, shard, servers: self.servers, at_once, busy: self.busy };
         let ends = |said: &PgError, server: NodeId| {
             let end = || Invalidated(said.clone()).into();
             if is_invalidated(said) {
                 // What was changed is changed on every server.
                 return Some(End::All(end()));
             }
-            let gone = said.code == SqlState::CONNECTION_FAILURE && !deal.answers(server);
+            let gone = said.code == SqlState::CONNECTION_FAILURE && !deal.has_server(server);
             (gone || is_point_lost(said)).then(|| End::Server(end()))
         };
         deal.run(open, |worker, server, span| self.one(worker, server, span), ends, &mut noted).await?;
+        self.pace.ends(shard);
         noted.finished.sort_by_key(|done| done.number);
         if noted.finished.len() != spans.len() {
             bail!("{} files were written for {} spans", noted.finished.len(), spans.len());
@@ -116,7 +121,6 @@ impl Shard<'_> {
 /// What is finished, in the job's checkpoint and for the manifest.
 struct Noted<'n> {
     shard: &'n Shard<'n>,
-    pace: Pace,
     finished: Vec<Finished>,
 }
 
@@ -128,13 +132,11 @@ impl AsyncDone<Span, FileEntry> for &mut Noted<'_> {
         self.finished.push(entry);
         self.shard.run.bears_fruit();
         self.shard.run.pausepoint(AFTER_FIRST_SPAN).await?;
-        let now = Instant::now();
-        if let Some(done) = self.pace.moved(weight, now) {
-            let (begin, share) = self.shard.progress;
-            let doing = format!("exporting shard {}", self.shard.point.shard);
-            self.shard.run.progress(begin + share * done, &self.pace.words(&doing, now)).await?;
+        let shard = self.shard;
+        match shard.pace.moved(&shard.point.shard, weight, Instant::now()) {
+            Some((fraction, words)) => shard.run.progress(fraction, &words).await,
+            None => Ok(()),
         }
-        Ok(())
     }
 
     async fn lost(&mut self, server: NodeId, error: &anyhow::Error) -> anyhow::Result<()> {

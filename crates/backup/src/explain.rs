@@ -171,6 +171,7 @@ impl Backups {
         let assigned = assign(&weights, &anchor, &workers, rules.balanced);
         let near: BTreeMap<NodeId, NodeId> =
             sharing.iter().filter_map(|worker| Some((*worker, nearest(&fleet, *worker, &servers)?))).collect();
+        let near = Near { of: near, is_told: servers.len() > 1 };
         Ok(tables(page, &view, &near, &looked.databases, spans.iter().zip(assigned)))
     }
 
@@ -189,8 +190,7 @@ impl Backups {
                     page.say(1, format!("read: {node}, {}", replica.role));
                     page.say(2, format!("why: {replica}"));
                     how(page, view, replica, &looked);
-                    let connections = Open::connections_for(databases.len(), readers(databases.len()));
-                    page.say(2, format!("connections: at most {connections} on its server"));
+                    page.say(2, connections(databases.len(), &looked));
                     return Ok(Some((replica, looked)));
                 }
                 Err(error) => {
@@ -225,8 +225,7 @@ impl Backups {
                         "why: each node reads the closest; all stand at one position when their point is taken",
                     );
                     how(page, view, replica, &beside);
-                    let connections = Open::connections_for(databases.len(), readers(databases.len()));
-                    page.say(2, format!("connections: at most {connections} on its server"));
+                    page.say(2, connections(databases.len(), &beside));
                     servers.push(replica.node);
                 }
                 Ok(_) => {
@@ -283,6 +282,21 @@ fn how(page: &mut Page, view: &View, replica: &Replica, looked: &Looked) {
     }
 }
 
+/// What the backup opens on the server that was looked at, and what all backups together may. Where others have taken
+/// their share it opens fewer, or waits.
+fn connections(databases: usize, looked: &Looked) -> String {
+    let Some(budget) = looked.budget else {
+        // A node of an older version, which has none.
+        return format!("connections: at most {} on its server", Open::connections_for(databases, readers(databases)));
+    };
+    let (word, count) = match Open::readers_within(databases, readers(databases), budget) {
+        Some(readers) => ("most", Open::connections_for(databases, readers)),
+        // So the point will be refused.
+        None => ("least", Open::connections_for(databases, 1)),
+    };
+    format!("connections: at {word} {count} on its server, where all backups together have {budget}")
+}
+
 /// Spans and bytes.
 #[derive(Clone, Copy, Default)]
 struct Sums {
@@ -322,11 +336,32 @@ impl std::fmt::Display for Sums {
     }
 }
 
+/// From which node's server each worker reads.
+struct Near {
+    of: BTreeMap<NodeId, NodeId>,
+    /// Whether there is more than one that could be meant.
+    is_told: bool,
+}
+
+impl Near {
+    fn server(&self, worker: NodeId) -> NodeId {
+        self.of.get(&worker).copied().unwrap_or(worker)
+    }
+
+    /// A worker, with the server that it reads from.
+    fn named(&self, worker: NodeId) -> String {
+        match self.is_told {
+            true => format!("node {worker} (from node {})", self.server(worker)),
+            false => format!("node {worker}"),
+        }
+    }
+}
+
 /// Tells each table's spans, and gives their sum.
 fn tables<'s>(
     page: &mut Page,
     view: &View,
-    near: &BTreeMap<NodeId, NodeId>,
+    near: &Near,
     databases: &'s [DatabasePlan],
     spans: impl Iterator<Item = (&'s Span, NodeId)>,
 ) -> Sums {
@@ -338,7 +373,7 @@ fn tables<'s>(
     let mut told: BTreeMap<String, (Sums, BTreeMap<NodeId, u64>)> = BTreeMap::new();
     let mut total = Sums::default();
     for (span, node) in spans {
-        let read = near.get(&node).copied().unwrap_or(node);
+        let read = near.server(node);
         let is_across = *across.entry(node).or_insert_with(|| crosses(&place(node), &place(read)));
         let bytes = |counts: bool| if counts { span.weight } else { 0 };
         let remote = node != read;
@@ -360,8 +395,8 @@ fn tables<'s>(
             continue;
         }
         let by: Vec<String> = match by.len() {
-            1 => by.keys().map(|node| format!("node {node}")).collect(),
-            _ => by.iter().map(|(node, spans)| format!("node {node}: {spans}")).collect(),
+            1 => by.keys().map(|node| near.named(*node)).collect(),
+            _ => by.iter().map(|(node, spans)| format!("{}: {spans}", near.named(*node))).collect(),
         };
         page.say(2, format!("{name}: {sums}; by {}", by.join(", ")));
     }

@@ -5,19 +5,23 @@
 //! once it has replayed everything up to the lock. If the leaseholder's node does not match the job's filter, this is
 //! all that happens there: no row is read, and no store is touched. Where the statement forbids the leaseholder's own
 //! rows (`replica`, or a strict execution locality), it forbids this, too: then the job fails, and names the tables.
+//!
+//! The locks are sessions of the coordinator's and end with it. Which tables they were on stands in the job
+//! ([`Spoilt`]), so whoever goes on with it holds them again before it reads, at the old point or at another.
 
 use std::time::Duration;
 
 use anyhow::Context as _;
 use cluster::{Lsn, PeerSession, Peers, Purpose, spoken};
-use fleet::founders::TablePlan;
+use fleet::founders::DatabasePlan;
 use pgerror::{PgError, SqlState};
+use serde::{Deserialize, Serialize};
 use tokio::time::timeout;
 
 use crate::restore_text::identifier;
 
 /// Points that may be spoilt before tables are held.
-pub(crate) const SPOILT_MAX: u32 = 2;
+const SPOILT_MAX: u32 = 2;
 
 /// A lock that is not had by then is not waited for: whoever waits behind it waits, too.
 const LOCK_WAIT: &str = "10s";
@@ -28,23 +32,62 @@ const STATEMENT_DEADLINE: Duration = Duration::from_secs(20);
 /// A standby that has not replayed up to the lock by then is read as it is.
 const REPLAY_DEADLINE: Duration = Duration::from_secs(60);
 
+/// A table that was changed while it was read.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Table {
+    database: String,
+    oid: u32,
+    schema: String,
+    name: String,
+}
+
+/// What has spoilt a shard's points, as the job's next run finds it.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Spoilt {
+    /// How many points.
+    points: u32,
+    /// The tables, each by its last name.
+    tables: Vec<Table>,
+}
+
+impl Spoilt {
+    /// The key in the job under which it stands.
+    pub(crate) fn key(shard: &str) -> String {
+        format!("spoilt/{shard}")
+    }
+
+    /// One more lost its point, the `points`th that was spoilt, if that was because of these.
+    pub(crate) fn add(&mut self, points: u32, tables: impl IntoIterator<Item = Table>) {
+        self.points = self.points.max(points);
+        for table in tables {
+            self.tables.retain(|other| (&other.database, other.oid) != (&table.database, table.oid));
+            self.tables.push(table);
+        }
+    }
+
+    /// The tables that have to be held; there are none before enough points were spoilt.
+    pub(crate) fn held(&self) -> &[Table] {
+        if self.points >= SPOILT_MAX { &self.tables } else { &[] }
+    }
+}
+
 /// Locks on a leaseholder; dropped, they are gone.
 pub(crate) struct Held {
     _sessions: Vec<PeerSession>,
 }
 
-/// Holds these tables of one shard, by database.
+/// Holds these tables of one shard.
 ///
 /// # Errors
 ///
 /// The leaseholder cannot be reached, or a table cannot be locked in time.
-pub(crate) async fn hold(peers: &Peers, shard: &str, tables: &[(String, TablePlan)]) -> anyhow::Result<Held> {
+pub(crate) async fn hold(peers: &Peers, shard: &str, tables: &[Table]) -> anyhow::Result<Held> {
     let view = peers.cluster().view();
     let leader = view.leader(shard).context("find the leaseholder")?;
     let mut sessions = Vec::new();
     let mut reached = Lsn(0);
-    for (database, table) in tables {
-        let purpose = Purpose::Server { database: database.clone() };
+    for table in tables {
+        let purpose = Purpose::Server { database: table.database.clone() };
         let session = peers.dialer().dial(&leader.address, &purpose).await?;
         let name = format!("{}.{}", identifier(&table.schema), identifier(&table.name));
         let lock = format!(
@@ -65,9 +108,9 @@ pub(crate) async fn hold(peers: &Peers, shard: &str, tables: &[(String, TablePla
 }
 
 /// That these tables keep changing, and the statement keeps them from being held; `last` is what spoilt the last point.
-pub(crate) fn forbidden(shard: &str, tables: &[(String, TablePlan)], last: &PgError) -> PgError {
+pub(crate) fn forbidden(shard: &str, tables: &[Table], last: &PgError) -> PgError {
     let names: Vec<String> =
-        tables.iter().map(|(name, table)| format!("{name}.{}.{}", table.schema, table.name)).collect();
+        tables.iter().map(|table| format!("{}.{}.{}", table.database, table.schema, table.name)).collect();
     let message = format!("tables of shard \"{shard}\" keep changing while they are read: {}", names.join(", "));
     let last = last.detail.as_deref().unwrap_or(&last.message);
     PgError::new(SqlState::OBJECT_NOT_IN_PREREQUISITE_STATE, message)
@@ -95,16 +138,42 @@ async fn until_replayed(peers: &Peers, shard: &str, position: Lsn) {
     }
 }
 
-/// Which planned table a spoilt point's error is about.
-pub(crate) fn table_of<'p>(
-    error: &PgError,
-    databases: &'p [fleet::founders::DatabasePlan],
-) -> impl Iterator<Item = (String, TablePlan)> + use<'p> {
-    let message = error.message.clone();
-    let is_meant = move |table: &TablePlan| message.contains(&format!("\"{}.{}\"", table.schema, table.name));
-    let spoilt = error.code == SqlState::OBJECT_NOT_IN_PREREQUISITE_STATE;
-    databases
-        .iter()
-        .flat_map(|database| database.tables.iter().map(|table| (database.name.clone(), table.clone())))
-        .filter(move |(_, table)| spoilt && is_meant(table))
+/// Which planned tables a spoilt point's error is about.
+pub(crate) fn tables_of(error: &PgError, databases: &[DatabasePlan]) -> Vec<Table> {
+    if error.code != SqlState::OBJECT_NOT_IN_PREREQUISITE_STATE {
+        return Vec::new();
+    }
+    let tables = databases.iter().flat_map(|database| {
+        database.tables.iter().map(|table| Table {
+            database: database.name.clone(),
+            oid: table.oid,
+            schema: table.schema.clone(),
+            name: table.name.clone(),
+        })
+    });
+    tables.filter(|table| error.message.contains(&format!("\"{}.{}\"", table.schema, table.name))).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn table(oid: u32, name: &str) -> Table {
+        Table { database: "shop".to_owned(), oid, schema: "public".to_owned(), name: name.to_owned() }
+    }
+
+    #[test]
+    fn tables_are_held_after_two_spoilt_points_and_by_their_last_names() {
+        let mut spoilt = Spoilt::default();
+        assert!(spoilt.held().is_empty());
+        spoilt.add(1, [table(1, "one")]);
+        assert!(spoilt.held().is_empty());
+        spoilt.add(2, [table(1, "renamed"), table(2, "two")]);
+        assert_eq!(spoilt.held(), [table(1, "renamed"), table(2, "two")]);
+        // A third may be lost for another reason: what was held is held on.
+        spoilt.add(2, []);
+        assert_eq!(spoilt.held().len(), 2);
+        let again: Spoilt = serde_json::from_value(serde_json::to_value(&spoilt).unwrap()).unwrap();
+        assert_eq!(again, spoilt);
+    }
 }

@@ -3,9 +3,9 @@
 //! Read in this order. [`plan`] judges a statement before anything exists: filter, databases (and the shards that hold
 //! them: [`targets`], [`whole`]), rights, URI. A job is made, and on whichever node coordinates it, [`resume`] tells the story step by step: the lock, a point for each
 //! shard ([`point`]) on a server that the rules choose ([`rules`]), spans cut from tables ([`spans`]) and dealt to
-//! workers ([`mod@assign`], [`queues`], [`deal`]), their export watched ([`drive`]), tables that keep changing held still
+//! workers ([`mod@assign`], [`queues`], [`deal`], [`busy`]) that may be [`away`] for a moment, their export watched ([`drive`]), tables that keep changing held still
 //! ([`hold`]), the manifest written and sealed ([`manifest`], [`seal`]), and what is left over removed ([`revert`]). What a worker does with one span is [`export`], and how fast [`limit`];
-//! how far a job is [`pace`] says. The way back is
+//! how far a job is [`pace`] says, what it read outside of its locality [`elsewhere`], and which value of a sequence counts [`sequences`]. The way back is
 //! [`restore`]. What is in a backup, and under which names, is [`layout`]; how it opens without us is [`restore_text`];
 //! what a plan looks like before it is carried out is [`explain`], and the spans by themselves are [`ranges`];
 //! what a session sets is [`settings`], where a job can be made to stop [`pausepoints`].
@@ -18,8 +18,11 @@
 //! that lends founders may be any node: it reads rows, but never touches the store.
 
 mod assign;
+mod away;
+mod busy;
 mod deal;
 mod drive;
+mod elsewhere;
 mod explain;
 mod export;
 mod hold;
@@ -39,6 +42,7 @@ mod resume;
 mod revert;
 mod rules;
 mod seal;
+mod sequences;
 mod settings;
 mod spans;
 mod targets;

@@ -415,7 +415,8 @@ fn finished(job: Job) -> anyhow::Result<Finished> {
         return Err(job.failure().into());
     }
     let left_out = job.result.as_ref().and_then(|result| result.get("left_out")).and_then(Value::as_array);
-    let notices = left_out.into_iter().flatten().filter_map(Value::as_str).map(str::to_owned).collect();
+    let note = job.result.as_ref().and_then(|result| result.get("note"));
+    let notices = left_out.into_iter().flatten().chain(note).filter_map(Value::as_str).map(str::to_owned).collect();
     Ok(Finished {
         id: job.id,
         status: job.status.clone(),

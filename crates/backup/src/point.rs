@@ -8,10 +8,12 @@ use fleet::founders::{FOUNDERS, Open, Opened, Request};
 use futures_util::future::join_all;
 use jobs::{Retryable, Run};
 use pgerror::{PgError, SqlState};
+use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use tokio_util::task::AbortOnDropHandle;
 use uuid::Uuid;
 
+use crate::away;
 use crate::rules::{Apart, Decision, Fleet, Rules, decide, nothing_to_read};
 use crate::together::{self, Together};
 
@@ -165,7 +167,7 @@ pub(crate) async fn open(
     for candidate in decision.candidates() {
         let lease = Uuid::new_v4();
         let request = Request::Open(open_request(job, lease, databases, candidate.role == Role::Voting));
-        match peers.call::<Opened>(candidate.node, FOUNDERS, &request, OPEN_DEADLINE).await {
+        match ask::<Opened>(peers, candidate.node, &request, OPEN_DEADLINE).await {
             Ok(opened) => {
                 let point = &opened.point;
                 tracing::info!(job, shard, node = %candidate.node, lsn = %point.lsn, mode = ?point.mode, "point taken");
@@ -183,6 +185,27 @@ pub(crate) async fn open(
         }
     }
     Err(last).with_context(|| format!("take a point of shard \"{shard}\""))
+}
+
+/// Asks the founders' node, for as long as its server answers it: one that freezes keeps its sessions open, and every
+/// statement that waits for it has a deadline that is meant for one that is slow.
+///
+/// # Errors
+///
+/// 08006 when the server, or its node, stays away; or as the node says.
+pub(crate) async fn ask<T: DeserializeOwned>(
+    peers: &Peers,
+    node: NodeId,
+    request: &Request,
+    deadline: Duration,
+) -> anyhow::Result<T> {
+    tokio::select! {
+        answer = peers.call(node, FOUNDERS, request, deadline) => answer,
+        () = away::server(peers, node) => {
+            let message = format!("the server beside node {node} was lost while a point was taken of it");
+            Err(PgError::new(SqlState::CONNECTION_FAILURE, message).into())
+        }
+    }
 }
 
 fn open_request(job: i64, lease: Uuid, databases: &[String], voting: bool) -> Open {

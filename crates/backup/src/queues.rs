@@ -10,8 +10,9 @@ use cluster::NodeId;
 
 use crate::assign::{Anchor, Worker, assign_beside};
 
-/// Pieces that one worker has at a time: while one is being compressed the other is being read.
-const PIECES_AT_ONCE: usize = 2;
+/// Pieces that one worker has at a time: while one is being compressed the other is being read. Where several shards are
+/// dealt at once, [`crate::busy`] tells what they share.
+pub(crate) const PIECES_AT_ONCE: usize = 2;
 
 /// A node that was lost so often while it worked is not asked again by this run, even if it answers: it may be the work
 /// that ends it.
@@ -106,11 +107,13 @@ impl<P, F> Queues<P, F> {
     }
 
     /// The piece that is to be begun next, by the node that has the fewest at work among those for which there is a server
-    /// now; and that server.
-    pub(crate) fn next(&mut self, server: impl Fn(NodeId) -> Option<NodeId>) -> Option<(NodeId, NodeId, Piece<P, F>)> {
-        let idle = |queue: &Queue<P, F>| !queue.waiting.is_empty() && queue.at_work < PIECES_AT_ONCE;
-        let idle = self.nodes.iter_mut().filter(|(_, queue)| idle(queue));
-        let ready = idle.filter_map(|(node, queue)| Some((*node, server(*node)?, queue)));
+    /// now; and that server. `server` is told how many the node has at work already.
+    pub(crate) fn next(
+        &mut self,
+        server: impl Fn(NodeId, usize) -> Option<NodeId>,
+    ) -> Option<(NodeId, NodeId, Piece<P, F>)> {
+        let waits = self.nodes.iter_mut().filter(|(_, queue)| !queue.waiting.is_empty());
+        let ready = waits.filter_map(|(node, queue)| Some((*node, server(*node, queue.at_work)?, queue)));
         let (node, server, queue) = ready.min_by_key(|(node, _, queue)| (queue.at_work, *node))?;
         let piece = queue.waiting.pop_front()?;
         queue.waiting_bytes -= piece.weight;
@@ -211,7 +214,8 @@ mod tests {
                     queues.deal(&workers(&ids), &anchor(), false);
                 }
                 "begin" => (0..rest.parse().unwrap()).for_each(|_| {
-                    let (node, _, piece) = queues.next(|_| Some(NodeId(1))).expect(step);
+                    let (node, _, piece) =
+                        queues.next(|_, at_work| (at_work < PIECES_AT_ONCE).then_some(NodeId(1))).expect(step);
                     at_work.push((node.0, piece));
                 }),
                 "end" | "again" => rest.chars().for_each(|what| {
@@ -286,7 +290,8 @@ mod tests {
         for death in 1..=LOSSES_MAX {
             assert!(!queues.is_out(NodeId(2)), "before death {death}");
             queues.deal(&workers(&[2]), &anchor(), false);
-            let begun = [(); 2].map(|()| queues.next(|_| Some(NodeId(1))).unwrap());
+            let begun =
+                [(); 2].map(|()| queues.next(|_, at_work| (at_work < PIECES_AT_ONCE).then_some(NodeId(1))).unwrap());
             for (node, _, piece) in begun {
                 queues.ended(node, piece.weight);
                 queues.again(piece);

@@ -8,23 +8,25 @@ use anyhow::Context as _;
 use bytes::{Bytes, BytesMut};
 use chrono::{DateTime, Utc};
 use cluster::service::Boxed;
-use cluster::{NodeId, Peers};
-use fleet::founders::{
-    DatabasePlan, FOUNDERS, Request, SequencePlan, Skipped, TablePlan, is_invalidated, is_point_lost,
-};
-use futures_util::StreamExt as _;
+use cluster::{NodeId, Peers, View};
+use fleet::founders::{DatabasePlan, FOUNDERS, Request, SequencePlan, Skipped, is_invalidated, is_point_lost};
 use futures_util::future::join_all;
+use futures_util::stream::{self, StreamExt as _, TryStreamExt as _};
 use jobs::{Resumer, Run};
 use pgerror::{PgError, SqlState};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use storage::{Store, Stores, Uri};
 use tokio::time::{Instant, sleep, timeout};
+use tokio_util::task::AbortOnDropHandle;
 
+use crate::busy::Busy;
 use crate::drive::{self, Finished, Invalidated, Shard};
 use crate::explain::crosses;
 use crate::export::sha256;
+use crate::hold::{self, Held, Spoilt};
 use crate::manifest::{FORMAT, FileEntry, Manifest, NodeWork, ShardPart, left_out, left_out_of};
+use crate::pace::SharedPace;
 use crate::patience::Patience;
 use crate::pausepoints::{AFTER_EXPORT, AFTER_LATEST, AFTER_LOCK, AFTER_POINTS, AFTER_RECORD, AFTER_SCHEMAS};
 use crate::plan::SealSource;
@@ -32,7 +34,7 @@ use crate::point::{self, ShardPoint, Tries};
 use crate::revert::Trace;
 use crate::rules::{Replicas, Rules};
 use crate::seal::{Place, Recorded, When};
-use crate::{hold, layout, seal, spans};
+use crate::{elsewhere, layout, seal, sequences, spans};
 
 /// The type of these jobs.
 pub const JOB_TYPE: &str = "BACKUP";
@@ -47,7 +49,11 @@ const REMOVING: &str = "removing";
 const SEALED_PATIENCE: Duration = Duration::from_secs(300);
 const SEALED_LOOK: Duration = Duration::from_secs(2);
 
-/// A schema dump that is longer is not a schema.
+/// Shards that are exported at the same time; the points of further ones are held until their turn comes. What they may
+/// ask of one node together is told in [`crate::busy`]; of its server each asks for itself.
+const SHARDS_AT_ONCE: usize = 4;
+
+/// A schema dump that is longer is not a schema. One of each shard at work is held whole.
 const SCHEMA_MAX: usize = 512 * 1024 * 1024;
 
 /// The founders' node has the dump ready when it is asked for it.
@@ -110,6 +116,20 @@ struct Story<'s> {
     directory: Uri,
     /// The collection.
     root: Uri,
+    /// What is at work on the nodes, of all shards.
+    busy: Busy,
+    /// How far all shards are.
+    pace: SharedPace,
+}
+
+/// A shard's point, held until the shard's turn comes.
+struct Taken {
+    point: ShardPoint,
+    /// Renews its founders.
+    alive: AbortOnDropHandle<()>,
+    spoilt: Spoilt,
+    /// The locks on what has spoilt points before.
+    held: Option<Held>,
 }
 
 impl Resume {
@@ -133,6 +153,8 @@ impl Resume {
             directory: uri,
             root: collection,
             payload,
+            busy: Busy::default(),
+            pace: SharedPace::default(),
         })
     }
 }
@@ -183,7 +205,7 @@ impl Story<'_> {
     async fn end(&self, manifest: &Manifest) -> anyhow::Result<Value> {
         self.run.pausepoint(AFTER_LATEST).await?;
         self.tidy(manifest).await?;
-        Ok(result(manifest))
+        Ok(self.result(manifest))
     }
 
     /// Where the recorded body is: another node's own directory, perhaps.
@@ -191,6 +213,10 @@ impl Story<'_> {
         let there = |uri: &Uri| recorded.node.and_then(|node| uri.on(node)).unwrap_or_else(|| uri.clone());
         let (store, collection) = (there(&self.directory), there(&self.root));
         Ok(Place { store: self.stores.open(&store).await?, collection: self.stores.open(&collection).await? })
+    }
+
+    fn result(&self, manifest: &Manifest) -> Value {
+        result(manifest, &self.peers.cluster().view())
     }
 
     fn when(&self) -> When<'_> {
@@ -230,7 +256,7 @@ impl Story<'_> {
             && let Some(manifest) = self.sealed(recorded).await?
         {
             self.tidy(&manifest).await?;
-            return Ok(Some(result(&manifest)));
+            return Ok(Some(self.result(&manifest)));
         }
         self.run.keep(REMOVING, &true).await?;
         self.trace(recorded.as_ref()).remove_all().await?;
@@ -278,28 +304,22 @@ impl Story<'_> {
     }
 
     async fn export(&self) -> anyhow::Result<Manifest> {
-        let mut shards = Vec::new();
-        let share = 1.0 / self.payload.shards.len().max(1) as f64;
         // All points first, side by side, so that they are as close to each other in time as can be; each is held until its
         // turn comes. Where one cannot be taken, the others are kept for the next run.
-        let taken = self.payload.shards.iter().map(|(shard, databases)| async move {
-            let point = self.point(shard, databases).await?;
-            anyhow::Ok((point::keep_alive(self.peers, &point), point))
-        });
+        let taken = self.payload.shards.iter().map(|(shard, databases)| self.taken(shard, databases));
         let points = join_all(taken).await.into_iter().collect::<anyhow::Result<Vec<_>>>()?;
         self.run.pausepoint(AFTER_POINTS).await?;
         // Before a row is read: whichever server is lost then, the others need nothing of it.
-        for (_, point) in &points {
-            match self.schemas(point).await {
-                // Another point is taken when its turn comes.
-                Err(error) if error.downcast_ref::<Invalidated>().is_some() => {}
-                done => drop(done?),
-            }
+        let moved: Vec<_> = points.iter().map(|it| self.schemas_or_not(&it.point)).collect();
+        stream::iter(moved).buffer_unordered(SHARDS_AT_ONCE).try_collect::<()>().await?;
+        for Taken { point, .. } in &points {
+            self.pace.expects(&point.shard, spans::weight(&spans::cut(&point.opened.databases)));
         }
-        for (index, (_alive, point)) in points.into_iter().enumerate() {
-            shards.push(self.shard(point, (share * index as f64, share)).await?);
-        }
-        let times = || shards.iter().map(|part: &ShardPart| part.point.time);
+        // The first that fails is the end of all: dropped, the others' calls end on their workers, too.
+        let exported: Vec<_> = points.into_iter().map(|taken| self.shard(taken)).collect();
+        let mut shards: Vec<ShardPart> = stream::iter(exported).buffer_unordered(SHARDS_AT_ONCE).try_collect().await?;
+        shards.sort_by(|one, other| one.shard.cmp(&other.shard));
+        let times = || shards.iter().map(|part| part.point.time);
         let skew = times().max().zip(times().min()).map_or(0, |(last, first)| (last - first).num_milliseconds());
         Ok(Manifest {
             format: FORMAT,
@@ -316,6 +336,20 @@ impl Story<'_> {
             skipped_shards: self.payload.skipped_shards.clone(),
             skipped: self.payload.skipped.clone(),
         })
+    }
+
+    /// A shard's point, with what an earlier run has held: that is held again before anything is read.
+    async fn taken(&self, shard: &str, databases: &[String]) -> anyhow::Result<Taken> {
+        let spoilt = self.run.kept::<Spoilt>(&Spoilt::key(shard)).await?.unwrap_or_default();
+        // Locks may be waited for; founders that are there already live on meanwhile.
+        let before = match spoilt.held() {
+            [] => None,
+            _ => self.run.kept::<ShardPoint>(&format!("point/{shard}")).await?,
+        };
+        let _before = before.map(|point| point::keep_alive(self.peers, &point));
+        let held = self.hold(shard, &spoilt).await;
+        let point = self.point(shard, databases).await?;
+        Ok(Taken { alive: point::keep_alive(self.peers, &point), point, spoilt, held })
     }
 
     /// The point of an earlier run, if its founders live; else a new one.
@@ -366,7 +400,7 @@ impl Story<'_> {
                 ))
                 .into());
         }
-        self.run.progress(0.0, &format!("taking a point of shard {shard}")).await?;
+        self.run.progress(self.pace.fraction(), &format!("taking a point of shard {shard}")).await?;
         let point = point::open(self.run, self.peers, (shard, databases), &self.rules, tries).await?;
         // Kept before anything is read at it: two points are never mixed.
         self.run.forget(&format!("span/{shard}/")).await?;
@@ -375,12 +409,11 @@ impl Story<'_> {
         Ok(point)
     }
 
-    /// Exports one shard, at another point when the first one is spoilt.
-    async fn shard(&self, mut point: ShardPoint, progress: (f64, f64)) -> anyhow::Result<ShardPart> {
-        let mut spoilt: BTreeMap<(String, u32), TablePlan> = BTreeMap::new();
-        let mut _held = None;
+    /// Exports one shard, at another point when the first one is spoilt. The first one is kept alive until then.
+    async fn shard(&self, taken: Taken) -> anyhow::Result<ShardPart> {
+        let Taken { mut point, alive: _alive, mut spoilt, mut held } = taken;
         loop {
-            let error = match self.read(&point, progress).await {
+            let error = match self.read(&point).await {
                 Ok(part) => return Ok(part),
                 Err(error) => error,
             };
@@ -392,21 +425,29 @@ impl Story<'_> {
             if tries.are_over() {
                 return Err(reason.into());
             }
-            let tables = hold::table_of(&reason, &point.opened.databases);
-            spoilt.extend(tables.map(|(database, table)| ((database, table.oid), table)));
-            if tries.spoilt >= hold::SPOILT_MAX && !spoilt.is_empty() {
-                let tables: Vec<_> = spoilt.iter().map(|((name, _), table)| (name.clone(), table.clone())).collect();
-                if self.forbids_leaseholder(&point.shard) {
-                    return Err(hold::forbidden(&point.shard, &tables, &reason).into());
-                }
-                // What was held before goes when the new locks are there.
-                match hold::hold(self.peers, &point.shard, &tables).await {
-                    Ok(locks) => _held = Some(locks),
-                    Err(error) => tracing::warn!(job = %self.run.id, "tables could not be held: {error:#}"),
-                }
+            spoilt.add(tries.spoilt, hold::tables_of(&reason, &point.opened.databases));
+            self.run.keep(&Spoilt::key(&point.shard), &spoilt).await?;
+            if !spoilt.held().is_empty() && self.forbids_leaseholder(&point.shard) {
+                return Err(hold::forbidden(&point.shard, spoilt.held(), &reason).into());
             }
+            // What was held before goes when the new locks are there.
+            held = self.hold(&point.shard, &spoilt).await.or(held);
             let databases = self.payload.shards.get(&point.shard).cloned().unwrap_or_default();
             point = self.new_point(&point.shard, &databases, tries).await?;
+        }
+    }
+
+    /// Holds what has to be held. Where it cannot be, what is read may be spoilt again, and that is found out then.
+    async fn hold(&self, shard: &str, spoilt: &Spoilt) -> Option<Held> {
+        if spoilt.held().is_empty() || self.forbids_leaseholder(shard) {
+            return None;
+        }
+        match hold::hold(self.peers, shard, spoilt.held()).await {
+            Ok(held) => Some(held),
+            Err(error) => {
+                tracing::warn!(job = %self.run.id, "tables could not be held: {error:#}");
+                None
+            }
         }
     }
 
@@ -416,7 +457,7 @@ impl Story<'_> {
         view.leader(shard).is_some_and(|leader| self.rules.forbid(&leader.locality))
     }
 
-    async fn read(&self, point: &ShardPoint, progress: (f64, f64)) -> anyhow::Result<ShardPart> {
+    async fn read(&self, point: &ShardPoint) -> anyhow::Result<ShardPart> {
         let _alive = point::keep_alive(self.peers, point);
         let schemas = self.schemas(point).await?;
         self.run.pausepoint(AFTER_SCHEMAS).await?;
@@ -425,7 +466,8 @@ impl Story<'_> {
         // Where none answers now, reading tells why.
         let servers = if alive.is_empty() { point.nodes() } else { alive };
         let (run, peers, rules) = (self.run, self.peers, &self.rules);
-        let shard = Shard { run, peers, point, servers: &servers, uri: &self.uri, rules, progress };
+        let (uri, busy, pace) = (self.uri.as_str(), &self.busy, &self.pace);
+        let shard = Shard { run, peers, point, servers: &servers, uri, rules, busy, pace };
         let files = shard.export(&spans::cut(&point.opened.databases), finished).await?;
         let mut databases = point.opened.databases.clone();
         if !point.opened.point.in_recovery {
@@ -450,19 +492,16 @@ impl Story<'_> {
         let request = Request::Sequences { lease: point.lease, database: database.name.clone() };
         let later: Vec<SequencePlan> =
             self.peers.call(point.node, FOUNDERS, &request, SCHEMA_DEADLINE).await.map_err(lost)?;
-        for sequence in &mut database.sequences {
-            let same = |other: &&SequencePlan| (&other.schema, &other.name) == (&sequence.schema, &sequence.name);
-            let Some(other) = later.iter().find(same) else { continue };
-            let ahead = if sequence.increment < 0 {
-                other.last_value < sequence.last_value
-            } else {
-                other.last_value > sequence.last_value
-            };
-            if ahead || other.last_value == sequence.last_value && other.is_called {
-                *sequence = other.clone();
-            }
-        }
+        sequences::merge(&mut database.sequences, &later);
         Ok(())
+    }
+
+    /// The same where nothing is lost with the point: another one is taken when its turn comes.
+    async fn schemas_or_not(&self, point: &ShardPoint) -> anyhow::Result<()> {
+        match self.schemas(point).await {
+            Err(error) if error.downcast_ref::<Invalidated>().is_some() => Ok(()),
+            done => done.map(drop),
+        }
     }
 
     /// The schemas of a point. What an earlier run has moved is there, and so is what was moved from a server that is
@@ -580,13 +619,13 @@ fn lost(error: anyhow::Error) -> anyhow::Error {
     }
 }
 
-fn result(manifest: &Manifest) -> Value {
+fn result(manifest: &Manifest, view: &View) -> Value {
     let databases = manifest.shards.iter().flat_map(|shard| &shard.databases);
     let whole = manifest.skipped_shards.iter().chain(&manifest.skipped).map(left_out);
     let parts = databases.flat_map(|database| database.skipped.iter().map(move |it| left_out_of(database, it)));
     let left_out: Vec<String> = whole.chain(parts).collect();
     json!({
         "rows": manifest.rows(), "index_entries": 0, "bytes": manifest.bytes(), "nodes": manifest.nodes,
-        "left_out": left_out,
+        "left_out": left_out, "note": elsewhere::note(manifest, view),
     })
 }

@@ -25,6 +25,11 @@ pub(crate) struct Span {
     pub(crate) weight: u64,
 }
 
+/// What they weigh together; an empty one is work, too.
+pub(crate) fn weight(spans: &[Span]) -> u64 {
+    spans.iter().map(|span| span.weight.max(1)).sum()
+}
+
 /// All spans of these databases, the heaviest tables first, so that the end is not spent waiting for one of them.
 pub(crate) fn cut(databases: &[DatabasePlan]) -> Vec<Span> {
     let mut pieces: Vec<(String, What, u64)> = Vec::new();

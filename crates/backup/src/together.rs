@@ -11,13 +11,13 @@ use std::time::Duration;
 
 use anyhow::Context as _;
 use cluster::{Lsn, NodeId, Peers};
-use fleet::founders::{DatabasePlan, FOUNDERS, Open, Opened, Request, Standstill, TablePlan};
+use fleet::founders::{DatabasePlan, Open, Opened, Request, Standstill, TablePlan};
 use futures_util::future::{join_all, try_join_all};
 use pgerror::{PgError, SqlState};
 use tokio::time::{Instant, sleep};
 use uuid::Uuid;
 
-use crate::point::close;
+use crate::point::{ask, close};
 
 /// A server on which others take a point for longer is left out.
 const PREPARE_DEADLINE: Duration = Duration::from_secs(25);
@@ -83,7 +83,7 @@ async fn attempt(peers: &Peers, nodes: &[NodeId], open: &Open) -> anyhow::Result
     let (node, others) = ready.split_first().context("take a point of no server")?;
     let take = |node: NodeId, with_schema: bool| {
         let request = Request::Take { lease: open.lease, at: at.clone(), with_schema };
-        async move { peers.call::<Opened>(node, FOUNDERS, &request, TAKE_DEADLINE).await }
+        async move { ask::<Opened>(peers, node, &request, TAKE_DEADLINE).await }
     };
     let taking = others.iter().map(|node| take(*node, false));
     // Each one that is done lets its replay go on, whatever becomes of the others.
@@ -119,7 +119,7 @@ async fn prepare(peers: &Peers, nodes: &[NodeId], open: &Open) -> anyhow::Result
     let mut ready = Vec::new();
     let mut refused = None;
     for node in sorted {
-        match peers.call::<()>(node, FOUNDERS, &request, PREPARE_DEADLINE).await {
+        match ask::<()>(peers, node, &request, PREPARE_DEADLINE).await {
             Ok(()) => ready.push(node),
             Err(error) => {
                 tracing::warn!(%node, "its server cannot be read beside others: {error:#}");
@@ -139,7 +139,7 @@ async fn prepare(peers: &Peers, nodes: &[NodeId], open: &Open) -> anyhow::Result
 async fn one_position(peers: &Peers, nodes: &[NodeId], lease: Uuid) -> anyhow::Result<Standstill> {
     let step = |node: NodeId, until: Option<Lsn>| {
         let request = Request::Step { lease, until };
-        async move { anyhow::Ok((node, peers.call::<Standstill>(node, FOUNDERS, &request, STEP_DEADLINE).await?)) }
+        async move { anyhow::Ok((node, ask::<Standstill>(peers, node, &request, STEP_DEADLINE).await?)) }
     };
     let paused: Vec<(NodeId, Standstill)> = try_join_all(nodes.iter().map(|node| step(*node, None))).await?;
     let mut stand: BTreeMap<NodeId, Standstill> = paused.into_iter().collect();

@@ -26,6 +26,8 @@ use uuid::Uuid;
 mod disturbed;
 #[path = "founders/guards.rs"]
 mod guards;
+#[path = "founders/points.rs"]
+mod points;
 #[path = "founders/shared.rs"]
 mod shared;
 
@@ -374,6 +376,9 @@ const GUARDED: &str = "
     CREATE TABLE truncated (LIKE kept); CREATE TABLE readded (LIKE kept); CREATE TABLE swapped_columns (LIKE kept);
     CREATE TABLE swapped_1 (LIKE kept); CREATE TABLE swapped_2 (LIKE kept); CREATE TABLE recreated (LIKE kept);
     CREATE TABLE rewritten (LIKE kept); CREATE TABLE gone (LIKE kept); CREATE TABLE shrunk (LIKE kept);
+    CREATE TABLE retyped (a int, b int, c varchar); CREATE TABLE viewed (LIKE kept);
+    CREATE TABLE expressed (a int, b int, c int, d int GENERATED ALWAYS AS (a * 2) STORED);
+    CREATE TABLE toast_rewritten (a int, b int, c text);
     DO $$ DECLARE t regclass; BEGIN
         FOR t IN SELECT oid FROM pg_class WHERE relnamespace = 'public'::regnamespace AND relkind = 'r' LOOP
             EXECUTE format('INSERT INTO %s SELECT n, 10 * n, 100 * n FROM generate_series(1, 100) n', t);
@@ -388,6 +393,9 @@ const CHANGES: &str = "
     DROP TABLE recreated; CREATE TABLE recreated (LIKE kept);
     ALTER TABLE rewritten ALTER b TYPE bigint;
     DROP TABLE gone;
+    ALTER TABLE retyped ALTER c TYPE text;
+    ALTER TABLE expressed ALTER d DROP EXPRESSION;
+    DROP TABLE viewed; CREATE VIEW viewed AS SELECT * FROM kept;
     ALTER SCHEMA first RENAME TO x; ALTER SCHEMA second RENAME TO first; ALTER SCHEMA x RENAME TO second;
     INSERT INTO kept VALUES (0, 0, 0); DELETE FROM kept WHERE a = 1; ANALYZE kept; CREATE INDEX ON kept (a);";
 
@@ -400,6 +408,9 @@ async fn a_table_that_changed_behind_the_point_is_never_read() {
     sleep(Duration::from_millis(2500)).await;
     fleet.in_database("shop", CHANGES).await;
     fleet.in_database("shop", "VACUUM FULL shrunk").await;
+    let toast = "SELECT reltoastrelid::regclass FROM pg_class WHERE oid = 'toast_rewritten'::regclass";
+    let toast = ask(&fleet.primary(), "shop", toast).await;
+    fleet.in_database("shop", &format!("VACUUM FULL {toast}")).await;
     fleet.caught_up().await;
     let mut changed = Vec::new();
     for table in &opened.databases[0].tables {
@@ -419,17 +430,21 @@ async fn a_table_that_changed_behind_the_point_is_never_read() {
     }
     changed.sort();
     let expected = [
+        "expressed",
         "gone",
         "moved",
         "moved",
         "readded",
         "recreated",
+        "retyped",
         "rewritten",
         "shrunk",
         "swapped_1",
         "swapped_2",
         "swapped_columns",
+        "toast_rewritten",
         "truncated",
+        "viewed",
     ];
     assert_eq!(changed, expected);
     // The point itself still stands, for both founders.
@@ -606,8 +621,11 @@ async fn several_databases_share_a_point_and_ddl_meanwhile_does_not_show() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_schema_that_changes_between_snapshot_and_dump_is_dumped_again() {
-    let fleet = Fleet::start(false, "CREATE TABLE t (a int CHECK (a > 0))").await;
-    for duration in [Duration::from_millis(300), Duration::from_secs(1)] {
+    let fleet = Fleet::start(true, "CREATE TABLE t (a int CHECK (a > 0))").await;
+    let (primary, standby) = (fleet.primary(), fleet.standby());
+    let (short, long) = (Duration::from_millis(300), Duration::from_secs(1));
+    // On a standby all of it is done in one pause.
+    for (server, duration) in [(&primary, short), (&primary, long), (&standby, short), (&standby, long)] {
         let primary = fleet.primary();
         let ddl = tokio::spawn(async move {
             let (client, _connection) = primary.session_in("shop").await.unwrap();
@@ -619,7 +637,7 @@ async fn a_schema_that_changes_between_snapshot_and_dump_is_dumped_again() {
                 sleep(Duration::from_millis(5)).await;
             }
         });
-        let (founders, lease) = (Founders::new(fleet.primary()), Uuid::new_v4());
+        let (founders, lease) = (Founders::new(server.clone()), Uuid::new_v4());
         let opened = opened(&founders, open(lease, 1)).await;
         let request = Request::Schema { lease, database: "shop".to_owned() };
         let schema = drain(stream(&founders, &request).await).await.unwrap();

@@ -124,6 +124,7 @@ impl Jobs {
             payload: claimed.payload.clone(),
             sealed: claimed.sealed.clone(),
             pausepoints: claimed.pausepoints.clone(),
+            stop: Arc::default(),
             fruits: Arc::default(),
             ledger: self.ledger().clone(),
         }
@@ -176,9 +177,10 @@ impl Jobs {
         Ok(rows.first().is_some_and(|row| row.get::<_, i64>(0) <= RUNS_MAX))
     }
 
+    /// What the result has as its `note` is what the job's row goes on saying.
     async fn succeed(&self, claimed: &Claimed, result: &Value) -> anyhow::Result<()> {
         let write = format!(
-            "UPDATE registry.jobs SET status = 'succeeded', fraction_completed = 1, running_status = NULL, result = $3,
+            "UPDATE registry.jobs SET status = 'succeeded', fraction_completed = 1, running_status = $3::jsonb ->> 'note', result = $3,
                     sealed = NULL, error = '', ends_as = NULL, claim_id = NULL, claim_session = NULL,
                     finished = clock_timestamp(), modified = clock_timestamp()
              WHERE {MINE} RETURNING id"

@@ -10,6 +10,7 @@ use pgerror::{PgError, SqlState};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
+use tokio::sync::Mutex;
 use uuid::Uuid;
 
 use crate::job::JobId;
@@ -63,6 +64,8 @@ pub struct Run {
     /// As the job was made.
     pub sealed: Option<Vec<u8>>,
     pub(crate) pausepoints: Vec<String>,
+    /// Whoever stops at a pausepoint has it.
+    pub(crate) stop: Arc<Mutex<()>>,
     /// Counts what has come to its end.
     pub(crate) fruits: Arc<AtomicU64>,
     pub(crate) ledger: Ledger,
@@ -210,7 +213,8 @@ impl Run {
 
     /// A place between two steps where a job can be made to stop, once, by its pausepoints. `name` pauses it there:
     /// `RESUME JOB` goes on, and the next run passes. `name:hold` keeps it there as it is, with all that it holds, until
-    /// the text is taken out of the job's row, or for ten minutes.
+    /// the text is taken out of the job's row, or for ten minutes. Where parts of the job come by side by side, the first
+    /// stops there, and the others stop with it.
     ///
     /// # Errors
     ///
@@ -219,6 +223,7 @@ impl Run {
         let Some(asked) = self.pausepoints.iter().find(|asked| asked.split(':').next() == Some(name)) else {
             return Ok(());
         };
+        let _stop = self.stop.lock().await;
         let key = format!("pausepoint/{name}");
         if self.kept::<bool>(&key).await?.is_some() {
             return Ok(());

@@ -29,6 +29,7 @@ use super::parts::{self, Part};
 use super::plan::superuser_of;
 use super::shard_map::ShardMap;
 use super::source::Source;
+use crate::busy::Busy;
 use crate::deal::{AsyncDone, Deal, End};
 use crate::manifest::FileEntry;
 use crate::pace::Pace;
@@ -344,7 +345,10 @@ impl Story<'_> {
         }
         let shard = part.shard.as_str();
         let rules = crate::rules::Rules::matching(&self.filter);
-        let deal = Deal { peers: self.peers, rules: &rules, shard, servers: &[part.node], at_once: LOADERS };
+        // One part is loaded after the other.
+        let busy = Busy::default();
+        let servers = &[part.node];
+        let deal = Deal { peers: self.peers, rules: &rules, shard, servers, at_once: LOADERS, busy: &busy };
         let one = |worker: NodeId, _server: NodeId, (span, file): (u32, FileEntry)| async move {
             let load = self.load_of(part, created, span, &file)?;
             let task = Task {

@@ -1,5 +1,7 @@
 //! The rules' table of cases.
 
+use cluster::{Downstream, Lsn, NodeInfo, Replay, ServerInfo, ServerState, Upstream};
+
 use super::*;
 
 /// Nodes one a line: number, locality, and what their server is, with what is amiss.
@@ -129,6 +131,82 @@ fn an_unfit_server_is_passed_over_with_its_reason() {
     assert!(told("1 a=b primary lags delayed paused waiting\n2 a=c async", "").starts_with("read 1,2; work"));
     // Several reasons: the one that another would not mend away first.
     assert!(told("1 a=b primary\n2 a=c async paused lags delayed", "").contains("over 2 Delayed"));
+}
+
+#[test]
+fn a_node_that_does_not_answer_takes_no_part() {
+    let lines = "1 region=east primary\n2 region=west async gone\n3 region=west gone\n4 region=west";
+    let expected = "read 1; over 2 Unreachable; work 4; out 1 lacks region=west,2 does not answer,3 does not answer";
+    assert_eq!(told(lines, "region=west"), expected);
+    let gone = "1 region=east primary\n2 region=west async gone";
+    assert_eq!(told(gone, "region=west"), "read 1; over 2 Unreachable; out 1 lacks region=west,2 does not answer");
+}
+
+/// A node of s1 as others hear of it: a primary at `lsn`, or a standby that has come so far and whose receiver is `status`.
+fn info(number: i32, lsn: u64, status: Option<&str>) -> NodeInfo {
+    let name = format!("n{number}");
+    let upstream = |status: &str| Upstream { application_name: name.clone(), slot: None, status: status.to_owned() };
+    let listed = |number: i32| Downstream {
+        application_name: format!("n{number}"),
+        slot: None,
+        sync_state: "async".to_owned(),
+        state: "streaming".to_owned(),
+    };
+    NodeInfo {
+        instance: uuid::Uuid::from_u128(number.unsigned_abs().into()),
+        node_id: Some(NodeId(number)),
+        cluster_id: None,
+        address: format!("{name}:26257"),
+        locality: "region=east".parse().unwrap(),
+        shard: "s1".to_owned(),
+        build: "test".to_owned(),
+        started_at: chrono::DateTime::UNIX_EPOCH,
+        server: Some(ServerInfo::Up(ServerState {
+            system_identifier: "1".to_owned(),
+            version: 150_000,
+            in_recovery: status.is_some(),
+            timeline: 1,
+            lsn: Lsn(lsn),
+            registry: None,
+            upstream: status.map(upstream),
+            downstream: if status.is_none() { (2..9).map(listed).collect() } else { Vec::new() },
+            replay: Replay::default(),
+        })),
+        peers: Vec::new(),
+        shards: std::collections::BTreeMap::new(),
+        revision: 1,
+    }
+}
+
+#[test]
+fn what_a_view_knows_of_lag_and_streaming_counts() {
+    const HEAD: u64 = 3 * LAG_MAX;
+    let dir = tempfile::tempdir().unwrap();
+    let store = std::sync::Arc::new(cluster::store::Store::open(dir.path()).unwrap());
+    let leader = cluster::Cluster::new(info(1, HEAD, None), &[], store).unwrap();
+    let mut view = (*leader.view()).clone();
+    for (number, lsn, status) in [
+        (2, HEAD, "streaming"),
+        (3, HEAD - LAG_MAX, "streaming"),
+        (4, HEAD - LAG_MAX - 1, "streaming"),
+        (5, HEAD, "waiting"),
+        // It has replayed more than the leaseholder's last answer says.
+        (6, HEAD + 1, "streaming"),
+    ] {
+        let info = info(number, lsn, Some(status));
+        let known = cluster::Known { info, reachable: true, round_trip: Duration::from_millis(1) };
+        view.nodes.insert(known.info.address.clone(), known);
+    }
+    let fleet = Fleet::of(&view, "s1");
+    let behind: Vec<u64> = fleet.places.iter().map(|place| place.server.as_ref().unwrap().behind).collect();
+    assert_eq!(behind, [0, 0, LAG_MAX, LAG_MAX + 1, 0, 0]);
+    let decision = decide(&fleet, &rules(""));
+    let reads: Vec<i32> = decision.reads.iter().map(|replica| replica.node.0).collect();
+    assert_eq!(reads, [1, 2, 3, 6]);
+    let over: Vec<(i32, Reason)> = decision.passed_over.into_iter().map(|(node, _, reason)| (node.0, reason)).collect();
+    assert_eq!(over, [(4, Reason::Lags(LAG_MAX + 1)), (5, Reason::NotStreaming("waiting".to_owned()))]);
+    // Another shard's servers are not read, and its nodes may take part.
+    assert!(Fleet::of(&view, "s2").places.iter().all(|place| place.server.is_none()));
 }
 
 #[test]

@@ -7,6 +7,7 @@ use anyhow::Context as _;
 use pgerror::PgError;
 use tokio_util::sync::CancellationToken;
 
+use super::budget;
 use super::catalog;
 use super::dump::Program;
 use super::open::FACTS;
@@ -26,6 +27,7 @@ pub(super) async fn look(server: &Server, databases: &[String]) -> anyhow::Resul
     let control = Session::open(server, server.database(), NO_JOB, &end).await?;
     let facts = control.row(FACTS, &[]).await.context("ask the server what it is")?;
     let (in_recovery, may_pause) = (facts.get(0), facts.get(3));
+    let budget = Some(budget::room(&control).await?.budget);
     drop(control);
     let no_dump = match Program::find(facts.get(1)).await {
         Ok(_) => None,
@@ -39,5 +41,5 @@ pub(super) async fn look(server: &Server, databases: &[String]) -> anyhow::Resul
             catalog::plan(&session, in_recovery).await.with_context(|| format!("look at database {database:?}"))?,
         );
     }
-    Ok(Looked { in_recovery, may_pause, no_dump, databases: plans })
+    Ok(Looked { in_recovery, may_pause, no_dump, budget, databases: plans })
 }

@@ -10,6 +10,7 @@
 //! all its sessions are closed, also those that are lent, so that a backup that was forgotten holds nothing back on
 //! the server.
 
+mod budget;
 mod catalog;
 mod dump;
 mod look;
@@ -34,6 +35,7 @@ use tokio_util::sync::{CancellationToken, DropGuard};
 use tokio_util::task::AbortOnDropHandle;
 use uuid::Uuid;
 
+use self::budget::{Budget, Share};
 pub(crate) use self::dump::pg_dump_version;
 use self::open::Taken;
 use self::pause::Turn;
@@ -42,7 +44,8 @@ use self::shared::Waiting;
 pub use self::types::*;
 use crate::Server;
 
-/// Leases held on one server at the same time; another one is refused.
+/// Leases held on one server at the same time; another one is refused. How many connections they may have together is
+/// told in `budget`.
 pub const LEASES_MAX: usize = 8;
 
 /// A point that is not taken by then, with the wait for others that are being taken, is given up.
@@ -62,6 +65,8 @@ pub struct Founders {
     waiting: Waiting,
     /// One point at a time: two could not both pause replay.
     opening: Arc<tokio::sync::Mutex<()>>,
+    /// The connections of all leases.
+    budget: Budget,
     me: Weak<Self>,
 }
 
@@ -70,6 +75,7 @@ struct Lease {
     ends: Mutex<Instant>,
     pools: BTreeMap<String, Arc<Pool>>,
     _end: DropGuard,
+    _share: Share,
     expiry: Mutex<Option<AbortOnDropHandle<()>>>,
 }
 
@@ -91,6 +97,7 @@ impl Founders {
             leases: Mutex::default(),
             waiting: Waiting::default(),
             opening: Arc::default(),
+            budget: Budget::default(),
             me: me.clone(),
         })
     }
@@ -163,7 +170,7 @@ impl Founders {
         let end = CancellationToken::new();
         // Whatever was opened until an error is closed by this.
         let guard = end.clone().drop_guard();
-        let taken = open::open(&self.server, &request, &end, turn).await.context("open founders")?;
+        let taken = open::open(&self.server, &request, &end, turn, &self.budget).await.context("open founders")?;
         Ok(self.keep(&request, taken, guard))
     }
 
@@ -172,7 +179,7 @@ impl Founders {
         let life = Duration::from_millis(request.life_ms).clamp(LIFE_MIN, LIFE_MAX);
         let pools = taken.pools.into_iter().map(|pool| (pool.database.clone(), Arc::new(pool))).collect();
         let ends = Mutex::new(Instant::now() + life);
-        let lease = Arc::new(Lease { life, ends, pools, _end: guard, expiry: Mutex::default() });
+        let lease = Arc::new(Lease { life, ends, pools, _end: guard, _share: taken.share, expiry: Mutex::default() });
         let expiry = tokio::spawn(expire(self.me.clone(), request.lease, Arc::downgrade(&lease)));
         *lease.expiry.lock().unwrap_or_else(PoisonError::into_inner) = Some(AbortOnDropHandle::new(expiry));
         self.leases.lock().unwrap_or_else(PoisonError::into_inner).insert(request.lease, lease);

@@ -22,6 +22,7 @@ use pgerror::{PgError, SqlState};
 use tokio::time::{sleep, timeout};
 use tokio_util::sync::CancellationToken;
 
+use super::budget::{Budget, Share};
 use super::catalog;
 use super::dump::{Program, Schema};
 use super::pause::{PAUSE_WORK, Pause, Turn};
@@ -95,6 +96,8 @@ const LOCKED: &str = "
 pub(super) struct Taken {
     pub(super) opened: Opened,
     pub(super) pools: Vec<Pool>,
+    /// Of the server's connections.
+    pub(super) share: Share,
 }
 
 /// Why a point has to be taken anew.
@@ -154,6 +157,7 @@ pub(super) struct Taking {
     pub(super) system_identifier: String,
     in_recovery: bool,
     may_pause: bool,
+    share: Share,
     teams: Vec<Team>,
 }
 
@@ -169,8 +173,9 @@ pub(super) async fn open(
     request: &Open,
     end: &CancellationToken,
     turn: Turn,
+    budget: &Budget,
 ) -> anyhow::Result<Taken> {
-    let taking = Taking::begin(server, request, end, turn).await?;
+    let taking = Taking::begin(server, request, end, turn, budget).await?;
     match taking.in_recovery {
         false => taking.unpaused(Mode::Exported).await,
         true if taking.may_be_paused() => taking.paused().await,
@@ -179,19 +184,21 @@ pub(super) async fn open(
 }
 
 impl Taking {
-    /// Opens all sessions; none has a transaction yet, and nothing is paused.
+    /// Opens all sessions, or as many as there is room for; none has a transaction yet, and nothing is paused.
     pub(super) async fn begin(
         server: &Server,
         request: &Open,
         end: &CancellationToken,
         turn: Turn,
+        budget: &Budget,
     ) -> anyhow::Result<Self> {
         let control = Session::open(server, server.database(), request.job, end).await?;
         let facts = control.row(FACTS, &[]).await.context("ask the server what it is")?;
         let version = facts.get(1);
+        let (readers, share) = budget.share(&control, request).await?;
         let mut taking = Self {
             server: server.clone(),
-            request: request.clone(),
+            request: Open { readers, ..request.clone() },
             end: end.clone(),
             turn,
             control,
@@ -200,6 +207,7 @@ impl Taking {
             system_identifier: facts.get(2),
             in_recovery: facts.get(0),
             may_pause: facts.get(3),
+            share,
             teams: Vec::new(),
         };
         taking.assemble().await?;
@@ -436,7 +444,7 @@ impl Taking {
         Ok(())
     }
 
-    pub(super) fn taken(self, mode: Mode, moment: Moment, plans: Plans) -> Taken {
+    pub(super) fn taken(mut self, mode: Mode, moment: Moment, plans: Plans) -> Taken {
         // Fewer once a try has ended with one founder for each database.
         let founders = self.teams.iter().map(|team| team.founders.len()).min().unwrap_or(1);
         let readers = self.readers().min(founders);
@@ -460,7 +468,8 @@ impl Taking {
             pools.push(Pool::new(server, job, &plan, schema, end, crew));
             databases.push(plan);
         }
-        Taken { opened: Opened { point, databases }, pools }
+        self.share.shrink(&self.request);
+        Taken { opened: Opened { point, databases }, pools, share: self.share }
     }
 }
 

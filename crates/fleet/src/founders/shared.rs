@@ -132,7 +132,7 @@ impl Founders {
         let turn = self.turn(request.lease).await?;
         let end = CancellationToken::new();
         let guard = end.clone().drop_guard();
-        let taking = Taking::begin(&self.server, &request, &end, turn).await.context("open founders")?;
+        let taking = Taking::begin(&self.server, &request, &end, turn, &self.budget).await.context("open founders")?;
         if !taking.may_be_paused() {
             return Err(may_not_be_paused(&self.server).into());
         }

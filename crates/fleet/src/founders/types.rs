@@ -101,7 +101,18 @@ impl Open {
 
     /// The same for a request that is not made yet.
     pub fn connections_for(databases: usize, readers: usize) -> usize {
-        databases * (readers.clamp(1, READERS_MAX) + 2) + 4
+        Self::connections_held(databases, readers) + 4
+    }
+
+    /// What of it stays open once the point is taken.
+    pub(super) fn connections_held(databases: usize, readers: usize) -> usize {
+        databases * (readers.clamp(1, READERS_MAX) + 2)
+    }
+
+    /// How many of `readers` there can be in each database within so many connections; none where not even one fits.
+    pub fn readers_within(databases: usize, readers: usize, connections: usize) -> Option<usize> {
+        let fits = |readers: &usize| Self::connections_for(databases, *readers) <= connections;
+        (1..=readers.clamp(1, READERS_MAX)).rev().find(fits)
     }
 }
 
@@ -141,6 +152,9 @@ pub struct Looked {
     pub may_pause: bool,
     /// Why no schema could be dumped, in words for an operator.
     pub no_dump: Option<String>,
+    /// How many connections all backups together may have there. Older nodes do not say.
+    #[serde(default)]
+    pub budget: Option<usize>,
     /// What each database holds, in the order of the request.
     pub databases: Vec<DatabasePlan>,
 }

@@ -106,6 +106,53 @@ async fn a_server_has_no_more_sessions_than_are_announced() {
     }
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn all_leases_together_have_one_budget() {
+    let fleet = Fleet::start(false, ACCOUNTS).await;
+    let server = fleet.primary();
+    let founders = Founders::new(server.clone());
+    let max: usize = ask(&server, "postgres", "SHOW max_connections").await.parse().unwrap();
+    // The role is a superuser, for whom nothing is kept back.
+    let budget = max - max / 4;
+    let (mut leases, mut held) = (Vec::new(), 0);
+    let error = loop {
+        let lease = Uuid::new_v4();
+        match call(&founders, &Request::Open(open(lease, 16))).await {
+            Ok(Reply::Answer(answer)) => {
+                let opened: Opened = serde_json::from_value(answer).unwrap();
+                let fit = Open::readers_within(1, 16, budget - held);
+                assert_eq!(Some(opened.point.readers), fit, "beside {held} of {budget}");
+                // While one is opened it has more than it keeps.
+                held += Open::connections_for(1, opened.point.readers) - 4;
+                leases.push((lease, opened));
+            }
+            Ok(_) => panic!("not an answer"),
+            Err(error) => break PgError::of(&error).unwrap_or_else(|| panic!("{error:#}")).clone(),
+        }
+    };
+    assert!(leases.len() >= 2 && leases.iter().any(|(_, opened)| opened.point.readers < 16), "{}", leases.len());
+    assert_eq!(
+        (error.code, error.message.as_str()),
+        (SqlState::TOO_MANY_CONNECTIONS, "the server has no connections left for a backup of 1 database")
+    );
+    let detail = format!("Backups have {held} of the {budget} that all of them may have");
+    assert!(error.detail.as_ref().unwrap().contains(&detail), "{error:?}");
+    let sessions = "SELECT count(*) FROM pg_stat_activity WHERE application_name = 'backhaul job 7'";
+    until(&server, sessions, &held.to_string()).await;
+    // Each of them is read, and one that goes makes room for another.
+    for (lease, opened) in &leases {
+        assert_eq!(rows(&founders, *lease, whole(table(opened, "account"))).await.len(), 20000);
+    }
+    call(&founders, &Request::Close { lease: leases[0].0 }).await.unwrap();
+    opened(&founders, open(Uuid::new_v4(), 4)).await;
+
+    // What would never fit is no matter of waiting.
+    let databases: Vec<String> = (0..20).map(|n| format!("d{n}")).collect();
+    let error = refused(&founders, &Request::Open(Open { databases, ..open(Uuid::new_v4(), 4) })).await;
+    let message = format!("a backup of 20 databases needs at least 64 connections, and the server has {budget}");
+    assert_eq!((error.code, error.message), (SqlState::INVALID_PARAMETER_VALUE, message));
+}
+
 /// A table of any database of the plan.
 fn table_of<'o>(opened: &'o Opened, name: &str) -> &'o TablePlan {
     opened.databases.iter().flat_map(|database| &database.tables).find(|table| table.name == name).unwrap()

@@ -1,0 +1,151 @@
+//! What makes a point one: replay that somebody else resumes spoils it, several databases have it in common, and no
+//! snapshot is handed from one session of a standby to another.
+
+use super::*;
+
+const RESUMED: &str = "replay on the server was resumed by somebody else while the point was taken";
+
+/// Resumes replay whenever it is seen to stand, so many times.
+fn resumer(server: &Server, times: usize) -> tokio::task::JoinHandle<()> {
+    let server = server.clone();
+    tokio::spawn(async move {
+        let (client, _connection) = server.session_in("postgres").await.unwrap();
+        let mut resumed = 0;
+        while resumed < times {
+            let state: String = client.query_one(PAUSE_STATE, &[]).await.unwrap().get(0);
+            // Whoever has paused it is to see it, too.
+            sleep(Duration::from_millis(20)).await;
+            if state == "paused" {
+                client.batch_execute("SELECT pg_wal_replay_resume()").await.unwrap();
+                resumed += 1;
+            }
+        }
+    })
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn replay_that_somebody_else_resumes_is_another_try_and_then_an_error() {
+    let fleet = Fleet::start(true, ACCOUNTS).await;
+    let standby = fleet.standby();
+    let writers: Vec<_> = (1..4).map(|seed| writer(&fleet.primary(), seed)).collect();
+    let founders = Founders::new(standby.clone());
+    for (times, is_told) in [(2, false), (usize::MAX, true)] {
+        let resuming = resumer(&standby, times);
+        // Resumed before it has been seen to stand, a pause is given up with another message.
+        let mut told = Vec::new();
+        for _ in 0..10 {
+            let lease = Uuid::new_v4();
+            match call(&founders, &Request::Open(open(lease, 3))).await {
+                Ok(Reply::Answer(answer)) => {
+                    let opened: Opened = serde_json::from_value(answer).unwrap();
+                    assert_eq!(opened.point.mode, Mode::Paused);
+                    assert_eq!(sum_by_three(&founders, lease, table(&opened, "account")).await, 2_000_000);
+                    told.push(String::new());
+                    call(&founders, &Request::Close { lease }).await.unwrap();
+                }
+                Ok(_) => panic!("not an answer"),
+                Err(error) => {
+                    let said = PgError::of(&error).unwrap_or_else(|| panic!("{error:#}"));
+                    assert_eq!(said.code, SqlState::OBJECT_NOT_IN_PREREQUISITE_STATE, "{said:?}");
+                    told.push(said.message.clone());
+                }
+            }
+            if told.iter().any(|told| told == if is_told { RESUMED } else { "" }) {
+                break;
+            }
+        }
+        resuming.abort();
+        assert_eq!(told.last().map(String::as_str), Some(if is_told { RESUMED } else { "" }), "{told:?}");
+        until(&standby, PAUSE_STATE, "not paused").await;
+    }
+    writers.iter().for_each(tokio::task::JoinHandle::abort);
+    fleet.caught_up().await;
+}
+
+/// What all accounts hold, each third of them read by another founder.
+async fn sum_by_three(founders: &Arc<Founders>, lease: Uuid, account: &TablePlan) -> i64 {
+    let third = account.blocks / 3;
+    let oid = account.oid;
+    // Each has its founder before any of them has ended.
+    let parts =
+        [(0, Some(third)), (third, Some(2 * third)), (2 * third, None)].map(|(from_block, to_block)| async move {
+            let what = What::Table { oid, from_block, to_block };
+            stream(founders, &span(lease, what)).await
+        });
+    let mut text = Vec::new();
+    for part in futures_util::future::join_all(parts).await {
+        text.extend(drain(part).await.unwrap());
+    }
+    let rows: Vec<String> = String::from_utf8(text).unwrap().lines().map(str::to_owned).collect();
+    assert_eq!(rows.len(), 20000);
+    sum(&rows)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_was_written_to_one_database_after_another_is_read_in_that_order() {
+    let fleet = Fleet::start(true, "CREATE TABLE t (n int); INSERT INTO t VALUES (0)").await;
+    fleet.on_primary("CREATE DATABASE other TEMPLATE shop").await;
+    fleet.caught_up().await;
+    let primary = fleet.primary();
+    let writing = tokio::spawn(async move {
+        let (shop, _connection) = primary.session_in("shop").await.unwrap();
+        let (other, _connection) = primary.session_in("other").await.unwrap();
+        for n in 1.. {
+            for client in [&shop, &other] {
+                client.batch_execute(&format!("UPDATE t SET n = {n}")).await.unwrap();
+            }
+        }
+    });
+    let founders = Founders::new(fleet.standby());
+    let mut last = 0;
+    for _ in 0..5 {
+        let lease = Uuid::new_v4();
+        let request = Open { databases: vec!["shop".to_owned(), "other".to_owned()], ..open(lease, 2) };
+        let opened = opened(&founders, request).await;
+        assert!(opened.point.mode == Mode::Paused && opened.point.databases_at_one_point);
+        let mut seen = Vec::new();
+        for plan in &opened.databases {
+            let what = whole(plan.tables.iter().find(|table| table.name == "t").unwrap());
+            let request = Request::Span(SpanRequest { lease, database: plan.name.clone(), what });
+            let text = drain(stream(&founders, &request).await).await.unwrap();
+            seen.push(String::from_utf8(text).unwrap().trim().parse::<i64>().unwrap());
+        }
+        let [shop, other] = seen[..] else { panic!("{seen:?}") };
+        assert!(other <= shop && shop <= other + 1, "shop {shop}, other {other}");
+        assert!(shop >= last);
+        last = shop;
+        call(&founders, &Request::Close { lease }).await.unwrap();
+    }
+    assert!(last > 0, "nothing was written meanwhile");
+    writing.abort();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn no_snapshot_is_imported_on_a_standby() {
+    let fleet = Fleet::start(true, ACCOUNTS).await;
+    let standby = fleet.standby();
+    ask(&standby, "postgres", "ALTER SYSTEM SET log_statement = 'all'").await;
+    ask(&standby, "postgres", "SELECT pg_reload_conf()").await;
+    until(&standby, "SHOW log_statement", "all").await;
+    let founders = Founders::new(standby.clone());
+    let mut modes = Vec::new();
+    // In a pause, and without one: a voting standby is never paused.
+    for voting in [false, true] {
+        let lease = Uuid::new_v4();
+        let opened = opened(&founders, Open { voting, ..open(lease, 3) }).await;
+        modes.push(opened.point.mode);
+        for _ in 0..4 {
+            assert_eq!(rows(&founders, lease, whole(table(&opened, "account"))).await.len(), 20000);
+        }
+        call(&founders, &Request::Close { lease }).await.unwrap();
+    }
+    assert!(modes[0] == Mode::Paused && matches!(modes[1], Mode::Still | Mode::Single), "{modes:?}");
+    let log = std::fs::read_to_string(fleet._dir.path().join("standby.log")).unwrap().to_uppercase();
+    // All of it is in the log: founders, their rows, and pg_dump.
+    for there in ["REPEATABLE READ", "COPY (SELECT", "PG_WAL_REPLAY_PAUSE", "SET DATESTYLE = ISO"] {
+        assert!(log.contains(there), "{there} is not in the log");
+    }
+    for never in ["TRANSACTION SNAPSHOT", "PG_EXPORT_SNAPSHOT"] {
+        assert!(!log.contains(never), "{never} is in the log");
+    }
+}

@@ -186,15 +186,17 @@ impl Case {
     #[track_caller]
     fn assert_nothing_left(&self, left_database: &str) {
         let fleet = &self.fleet;
-        let unfinished = "SELECT count(*) FROM registry.jobs WHERE finished IS NULL";
-        assert_eq!(fleet.registry(unfinished), "0", "jobs without an end");
+        let held = "SELECT count(*) FROM registry.jobs
+                    WHERE finished IS NULL OR claim_id IS NOT NULL OR claim_session IS NOT NULL";
+        assert_eq!(fleet.registry(held), "0", "jobs without an end, and claims");
         let servers =
             (1..=fleet.demo.nodes.len()).filter(|n| fleet.demo.node_dir(*n).join("pg/postmaster.pid").exists());
         // A standby whose primary is gone shows what was there then.
         let follows = !matches!(self.fault, Fault::PromoteSystemShard | Fault::PromoteDataShard);
         for server in servers {
             let left = format!(
-                "SELECT (SELECT count(*) FROM pg_stat_activity WHERE state LIKE 'idle in transaction%'),
+                "SELECT (SELECT count(*) FROM pg_stat_activity WHERE state LIKE 'idle in transaction%'
+                         OR application_name ~ '^backhaul (job|schema|pre-data|post-data)'),
                         CASE WHEN pg_is_in_recovery() THEN pg_is_wal_replay_paused() END,
                         (SELECT count(*) FROM pg_database WHERE ({follows} OR NOT pg_is_in_recovery())
                          AND (datname LIKE '\\_backhaul%' OR datname = '{left_database}'))"
@@ -296,11 +298,12 @@ fn restore_equal(case: &mut Case, name: &str, point: &str) -> String {
     status
 }
 
-/// Runs a fault at these points, or at all when the whole matrix is asked for.
+/// Runs a fault at its usual points, or at all when the whole matrix is asked for.
 #[track_caller]
-fn strike(fault: Fault, points: &[&str]) {
+fn strike(fault: Fault) {
     let all = std::env::var("BACKHAUL_CRASH_MATRIX").is_ok_and(|value| value == "all");
-    let points = if all { PAUSEPOINTS } else { points };
+    let usual = USUAL.iter().find(|(usual, _)| *usual == fault).expect("a row of the fault");
+    let points = if all { PAUSEPOINTS } else { usual.1 };
     // After a promotion nothing is as it was.
     let once = matches!(fault, Fault::PromoteSystemShard | Fault::PromoteDataShard);
     let mut kept: Option<Case> = None;
@@ -326,67 +329,98 @@ fn strike(fault: Fault, points: &[&str]) {
     }
 }
 
+/// What `cargo test` does: every fault, and every pausepoint.
+const USUAL: [(Fault, &[&str]); 13] = [
+    (Fault::KillCoordinator, &["backup.after_first_span", "restore.after_load"]),
+    (Fault::KillWorker, &["backup.after_lock", "restore.after_finish"]),
+    (Fault::KillReaderNode, &["backup.after_points"]),
+    (Fault::StopCoordinator, &["backup.after_record", "restore.after_release"]),
+    (Fault::StopWorker, &["restore.after_first_file"]),
+    (Fault::PromoteSystemShard, &["backup.after_export", "restore.after_pre_data"]),
+    (Fault::PromoteDataShard, &["restore.after_publish"]),
+    (Fault::RestartReadServer, &["backup.after_schemas"]),
+    (Fault::Store(Trouble::Refuses), &["backup.after_latest"]),
+    (Fault::Store(Trouble::Hangs), &["restore.after_source"]),
+    (Fault::Store(Trouble::LosesAnswers), &["backup.after_seal"]),
+    (Fault::Store(Trouble::Answers("503 Slow Down")), &["restore.after_create"]),
+    (Fault::Store(Trouble::Answers("507 Insufficient Storage")), &["backup.after_first_span"]),
+];
+
+/// A fault that nobody strikes with, or a pausepoint that nothing goes wrong at, is noticed here. A fault that is in no
+/// row at all is dead code.
+#[test]
+fn the_usual_rows_have_every_fault_and_every_pausepoint() {
+    let points: BTreeSet<&str> = USUAL.iter().flat_map(|(_, points)| *points).copied().collect();
+    assert_eq!(points, PAUSEPOINTS.iter().copied().collect::<BTreeSet<_>>());
+    let tests = include_str!("crash.rs");
+    for (number, (fault, points)) in USUAL.iter().enumerate() {
+        let call = format!("    strike(Fault::{});", format!("{fault:?}").replace("Store(", "Store(Trouble::"));
+        assert!(tests.contains(&call) && !points.is_empty(), "{call}");
+        assert!(USUAL[..number].iter().all(|(before, _)| before != fault), "{fault:?} has two rows");
+    }
+}
+
 #[test]
 fn a_coordinator_is_killed() {
-    strike(Fault::KillCoordinator, &["backup.after_first_span", "restore.after_load"]);
+    strike(Fault::KillCoordinator);
 }
 
 #[test]
 fn a_worker_is_killed() {
-    strike(Fault::KillWorker, &["backup.after_lock", "restore.after_finish"]);
+    strike(Fault::KillWorker);
 }
 
 #[test]
 fn the_node_beside_the_read_server_is_killed() {
-    strike(Fault::KillReaderNode, &["backup.after_points"]);
+    strike(Fault::KillReaderNode);
 }
 
 #[test]
 fn a_coordinator_is_stopped_and_goes_on() {
-    strike(Fault::StopCoordinator, &["backup.after_record", "restore.after_release"]);
+    strike(Fault::StopCoordinator);
 }
 
 #[test]
 fn a_worker_is_stopped_and_goes_on() {
-    strike(Fault::StopWorker, &["restore.after_first_file"]);
+    strike(Fault::StopWorker);
 }
 
 #[test]
 fn the_registry_fails_over() {
-    strike(Fault::PromoteSystemShard, &["backup.after_export", "restore.after_pre_data"]);
+    strike(Fault::PromoteSystemShard);
 }
 
 #[test]
 fn a_data_shard_fails_over() {
-    strike(Fault::PromoteDataShard, &["restore.after_publish"]);
+    strike(Fault::PromoteDataShard);
 }
 
 #[test]
 fn the_read_server_is_restarted() {
-    strike(Fault::RestartReadServer, &["backup.after_schemas"]);
+    strike(Fault::RestartReadServer);
 }
 
 #[test]
 fn a_store_refuses() {
-    strike(Fault::Store(Trouble::Refuses), &["backup.after_latest"]);
+    strike(Fault::Store(Trouble::Refuses));
 }
 
 #[test]
 fn a_store_hangs() {
-    strike(Fault::Store(Trouble::Hangs), &["restore.after_source"]);
+    strike(Fault::Store(Trouble::Hangs));
 }
 
 #[test]
 fn a_store_loses_answers() {
-    strike(Fault::Store(Trouble::LosesAnswers), &["backup.after_seal"]);
+    strike(Fault::Store(Trouble::LosesAnswers));
 }
 
 #[test]
 fn a_store_is_overloaded() {
-    strike(Fault::Store(Trouble::Answers("503 Slow Down")), &["restore.after_create"]);
+    strike(Fault::Store(Trouble::Answers("503 Slow Down")));
 }
 
 #[test]
 fn a_store_is_full() {
-    strike(Fault::Store(Trouble::Answers("507 Insufficient Storage")), &["backup.after_first_span"]);
+    strike(Fault::Store(Trouble::Answers("507 Insufficient Storage")));
 }

@@ -34,16 +34,19 @@ fn on(demo: &Demo, database: &str, query: &str) -> String {
     run(psql(&url(demo, database)).args(["-v", "ON_ERROR_STOP=1", "-Atc", query]))
 }
 
-/// The target's sequences are those of the source, or further along.
+/// The target's sequences are those of the source, or further along. Both are connection strings.
 #[track_caller]
-fn assert_sequences_not_behind(demo: &Demo, source: &str, target: &str) {
+pub(crate) fn assert_sequences_not_behind(source: &str, target: &str) {
     // A standby knows a sequence up to 32 values ahead: it may be further along, never behind.
-    let sequences = |database: &str| {
-        let rows = on(demo, database, "SELECT sequencename, coalesce(last_value, 0) FROM pg_sequences ORDER BY 1");
+    let sequences = |url: &str| {
+        let query = "SELECT sequencename, coalesce(last_value, 0) FROM pg_sequences ORDER BY 1";
+        let rows = run(psql(url).args(["-v", "ON_ERROR_STOP=1", "-Atc", query]));
         let row = |row: &str| row.split_once('|').map(|(name, value)| (name.to_owned(), value.parse::<i64>().unwrap()));
         rows.lines().map(|line| row(line).unwrap()).collect::<Vec<_>>()
     };
-    for ((name, is), (same_name, was)) in sequences(target).into_iter().zip(sequences(source)) {
+    let (target, source) = (sequences(target), sequences(source));
+    assert_eq!(target.len(), source.len());
+    for ((name, is), (same_name, was)) in target.into_iter().zip(source) {
         assert!(name == same_name && is >= was, "{name} is {is}, {same_name} was {was}");
     }
 }
@@ -52,7 +55,7 @@ fn assert_sequences_not_behind(demo: &Demo, source: &str, target: &str) {
 #[track_caller]
 fn assert_same(demo: &Demo, source: &str, target: &str) {
     assert_same_rows(demo, source, target);
-    assert_sequences_not_behind(demo, source, target);
+    assert_sequences_not_behind(&url(demo, source), &url(demo, target));
 }
 
 /// The same but for the sequences.
@@ -192,70 +195,119 @@ fn data_file(demo: &Demo, table: &str) -> PathBuf {
     held.into_iter().find(|file| file.file_name().unwrap() == name).expect("the file")
 }
 
-#[test]
-fn damage_is_noticed_and_leaves_no_database() {
+const RESTORE: &str = "RESTORE DATABASE movr FROM LATEST IN 'nodelocal://3/b' WITH new_db_name = 'bad'";
+const CHECK: &str = "SHOW BACKUP FROM LATEST IN 'nodelocal://3/b' WITH check_files";
+
+/// A fleet with a backup on node 3.
+fn backed_up() -> Demo {
     let demo = Demo::start(&[]);
     succeeded(&demo, 1, &format!("BACKUP DATABASE movr INTO 'nodelocal://3/b' WITH {WEST}, DETACHED"));
-    let restore = "RESTORE DATABASE movr FROM LATEST IN 'nodelocal://3/b' WITH new_db_name = 'bad'";
-    let refused = |restore: &str, expected: &str| {
-        let told = demo.ask(3, restore);
-        assert!(told.starts_with("ERROR:  ") && told.contains(expected), "{told}");
-        let left = "SELECT count(*) FROM pg_database WHERE datname LIKE '\\_backhaul%' OR datname = 'bad'";
-        assert_eq!(on(&demo, "postgres", left), "0\n", "{told}");
-    };
-    let file = data_file(&demo, "rides");
-    let whole = std::fs::read(&file).unwrap();
-    let mut flipped = whole.clone();
-    let middle = flipped.len() / 2;
-    flipped[middle] ^= 1;
-    std::fs::write(&file, &flipped).unwrap();
-    refused(restore, "of the backup is damaged");
-    refused(restore, "It holds table \"public.rides\" of database \"movr\"");
-    std::fs::write(&file, &whole[..middle]).unwrap();
-    refused(restore, "the manifest says");
-    std::fs::remove_file(&file).unwrap();
-    refused(restore, "58P01");
-    std::fs::write(&file, &whole).unwrap();
+    demo
+}
 
-    // One bit in each of the other kinds of file.
+/// The statement fails with all these words, and there is no database that it has begun.
+#[track_caller]
+fn refused(demo: &Demo, statement: &str, words: &[&str]) {
+    let told = demo.ask(3, statement);
+    assert!(told.starts_with("ERROR:  ") && words.iter().all(|word| told.contains(word)), "{words:?}: {told}");
+    let left = "SELECT count(*) FROM pg_database WHERE datname LIKE '\\_backhaul%' OR datname = 'bad'";
+    assert_eq!(on(demo, "postgres", left), "0\n", "{told}");
+}
+
+/// Each kind of file with one bit flipped, cut in its middle, and removed.
+#[test]
+fn damage_is_named_with_what_it_hit_and_leaves_no_database() {
+    let demo = backed_up();
     let held = files_in(&demo.node_dir(3).join("extern"));
-    for (kind, expected) in [
-        (".dump", "It holds the schema of database \"movr\""),
-        ("BACKUP_MANIFEST", "the manifest of the backup in nodelocal://3/b"),
-        ("BACKUP_MANIFEST-CHECKSUM", "checksum mismatch"),
+    let ending = |end: &str| held.iter().find(|file| file.to_string_lossy().ends_with(end)).expect(end).clone();
+    let latest = held.iter().find(|file| file.to_string_lossy().contains("/metadata/latest/LATEST-")).expect("LATEST");
+    let (rides, dump) = (data_file(&demo, "rides"), ending(".dump"));
+    let name = |file: &PathBuf| file.file_name().unwrap().to_str().unwrap().to_owned();
+    let [rides_name, dump_name] = [&rides, &dump].map(|file| format!("{}\" of the backup is", name(file)));
+    let of_rides = "It holds table \"public.rides\" of database \"movr\".";
+    let of_schema = "It holds the schema of database \"movr\".";
+    let [mismatch, astray] = [
+        &["XX001: the manifest of the backup in nodelocal://3/b", "checksum mismatch"][..],
+        &["XX001: file \"metadata/latest/LATEST-", "Name the directory instead of LATEST"],
+    ];
+    for (file, read_only, flipped, cut, gone) in [
+        (
+            &rides,
+            true,
+            &["XX001", &rides_name, of_rides][..],
+            &["XX001", &rides_name, "the manifest says", of_rides][..],
+            &["58P01", &rides_name, of_rides][..],
+        ),
+        (
+            &dump,
+            true,
+            &["XX001", &dump_name, of_schema],
+            &["XX001", &dump_name, "the manifest says", of_schema],
+            &["58P01", &dump_name, of_schema],
+        ),
+        (&ending("/BACKUP_MANIFEST"), false, mismatch, mismatch, &["58P01: could not find BACKUP manifest file"]),
+        (
+            &ending("/BACKUP_MANIFEST-CHECKSUM"),
+            false,
+            mismatch,
+            mismatch,
+            &["XX001", "The file BACKUP_MANIFEST-CHECKSUM is missing."],
+        ),
+        (latest, false, astray, astray, &["58P01: path does not contain a completed latest backup"]),
     ] {
-        let file = held.iter().find(|file| file.to_string_lossy().ends_with(kind)).expect(kind);
         let whole = std::fs::read(file).unwrap();
-        let mut flipped = whole.clone();
-        let middle = flipped.len() / 2;
-        flipped[middle] ^= 1;
-        std::fs::write(file, &flipped).unwrap();
-        refused(restore, expected);
-        refused(restore, "XX001");
+        let mut damaged = whole.clone();
+        damaged[whole.len() / 2] ^= 0x80;
+        std::fs::write(file, &damaged).unwrap();
+        refused(&demo, RESTORE, flipped);
+        if read_only {
+            // It looks at lengths, and says no more than that.
+            let told = demo.ask(2, CHECK);
+            assert!(told.contains("movr|public|rides|table|full|"), "{told}");
+        } else {
+            refused(&demo, CHECK, flipped);
+        }
+        std::fs::write(file, &whole[..whole.len() / 2]).unwrap();
+        for statement in [RESTORE, CHECK] {
+            refused(&demo, statement, cut);
+        }
+        std::fs::remove_file(file).unwrap();
+        for statement in [RESTORE, CHECK] {
+            refused(&demo, statement, gone);
+        }
         std::fs::write(file, &whole).unwrap();
     }
+    let told = demo.ask(2, CHECK);
+    assert!(told.contains("movr|public|rides|table|full|"), "{told}");
+}
+
+#[test]
+fn a_manifest_that_is_not_the_sealed_one_or_not_there_is_refused() {
+    let demo = backed_up();
+    let refused = |statement: &str, expected: &str| refused(&demo, statement, &[expected]);
+    let held = files_in(&demo.node_dir(3).join("extern"));
     let manifest = held.into_iter().find(|file| file.ends_with("BACKUP_MANIFEST")).expect("the manifest");
     let whole = std::fs::read_to_string(&manifest).unwrap();
     std::fs::write(&manifest, whole.replacen("\"rows\": 1", "\"rows\": 2", 1)).unwrap();
-    refused(restore, "checksum mismatch");
+    refused(RESTORE, "checksum mismatch");
     let later = whole.replacen("\"format\": 1", "\"format\": 99", 1);
     std::fs::write(&manifest, &later).unwrap();
     let sum = run(std::process::Command::new("sha256sum").arg(&manifest));
     let checksum = manifest.with_file_name("BACKUP_MANIFEST-CHECKSUM");
     std::fs::write(&checksum, sum.split(' ').next().unwrap()).unwrap();
-    refused(restore, "0A000: the backup has format 99");
+    refused(RESTORE, "0A000: the backup has format 99");
     let earlier = whole.replacen("\"format\": 1", "\"format\": 0", 1);
     std::fs::write(&manifest, &earlier).unwrap();
     let sum = run(std::process::Command::new("sha256sum").arg(&manifest));
     std::fs::write(&checksum, sum.split(' ').next().unwrap()).unwrap();
-    refused(restore, "0A000: the backup has format 0");
+    refused(RESTORE, "0A000: the backup has format 0");
     std::fs::remove_file(&manifest).unwrap();
-    refused(restore, "could not find BACKUP manifest file");
-    refused(&restore.replace("3/b", "3/nothing"), "58P01: path does not contain a completed latest backup");
-    refused(&restore.replace("DATABASE movr", "DATABASE other"), "could not find BACKUP manifest file");
+    refused(RESTORE, "could not find BACKUP manifest file");
+    refused(&RESTORE.replace("3/b", "3/nothing"), "58P01: path does not contain a completed latest backup");
+    refused(&RESTORE.replace("DATABASE movr", "DATABASE other"), "could not find BACKUP manifest file");
     on(&demo, "movr", "CREATE ROLE reader LOGIN; GRANT pg_read_all_data TO reader");
     let told =
-        psql(&demo.nodes[0].url.replace("root@", "reader@")).args(["-v", "VERBOSITY=verbose", "-c", restore]).output();
+        psql(&demo.nodes[0].url.replace("root@", "reader@")).args(["-v", "VERBOSITY=verbose", "-c", RESTORE]).output();
     let told = both(&told.unwrap());
     assert!(told.contains("42501: user reader does not have RESTORE privilege"), "{told}");
 }

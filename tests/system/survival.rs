@@ -4,8 +4,9 @@ use std::process::Stdio;
 
 use nix::sys::signal::{Signal, kill};
 
-use crate::support::faults::Fleet;
-use crate::support::store::{LocalBackup, files_in};
+use crate::crash::{FILTER, ONE_SHARD};
+use crate::support::faults::{Fleet, Trouble};
+use crate::support::store::{LocalBackup, S3, files_in};
 use crate::support::{both, run, until};
 
 const WEST: &str = "EXECUTION LOCALITY = 'region=us-west-1'";
@@ -45,27 +46,77 @@ fn backup_points() -> &'static [&'static str] {
 }
 
 #[test]
-fn a_paused_backup_goes_on_at_its_point_with_what_is_missing() {
-    let fleet = Fleet::start(&["--rows", "20000"]);
+fn a_paused_backup_goes_on_elsewhere_at_its_point_with_what_is_missing() {
+    let mut fleet = Fleet::start(&ONE_SHARD);
     let set = "SET backhaul.debug_pausepoints = 'backup.after_first_span'";
-    let backup = format!("BACKUP DATABASE movr INTO 'nodelocal://1/p' WITH {WEST}, DETACHED");
+    let backup = format!("BACKUP DATABASE movr INTO 'nodelocal://1/p' WITH {FILTER}, DETACHED");
     let job = run(fleet.demo.psql(1).args(["-v", "ON_ERROR_STOP=1", "-Atqc", set, "-c", &backup]));
     let job = job.trim();
     until("the job to be paused", || {
         let seen = fleet.job(job, "status");
         if seen == "paused" { Ok(()) } else { Err(seen) }
     });
-    let kept = |key: &str, path: &str| {
+    let kept = |fleet: &Fleet, key: &str, path: &str| {
         fleet.registry(&format!("SELECT value #>> '{{{path}}}' FROM registry.job_info WHERE job_id = {job} AND key LIKE '{key}' ORDER BY key LIMIT 1"))
     };
-    let (lease, file) = (kept("point/s1", "lease"), kept("span/%", "file,path"));
+    let (lease, file) = (kept(&fleet, "point/s1", "lease"), kept(&fleet, "span/%", "file,path"));
     assert!(!lease.is_empty() && file.starts_with("data/"), "{lease} {file}");
-    assert_eq!(fleet.demo.ask(4, &format!("RESUME JOB {job}")), "RESUME JOBS 1");
+    // Whoever ran it is gone, without having said so; the founders are on a third node.
+    let before: usize = fleet.job(job, "coordinator_id").parse().unwrap();
+    fleet.end_node(before, Signal::SIGKILL);
+    until_without_session(&fleet, before);
+    assert_eq!(fleet.demo.ask(1, &format!("RESUME JOB {job}")), "RESUME JOBS 1");
     assert_eq!(fleet.end_of(job), ("succeeded".to_owned(), String::new()));
-    assert_eq!((kept("point/s1", "lease"), fleet.job(job, "num_runs")), (lease, "2".to_owned()));
+    assert_eq!((kept(&fleet, "point/s1", "lease"), fleet.job(job, "num_runs")), (lease, "2".to_owned()));
+    let after: usize = fleet.job(job, "coordinator_id").parse().unwrap();
+    assert!([4, 5].contains(&after) && after != before, "{before}, then {after}");
     let backup = LocalBackup::newest(&[fleet.demo.node_dir(1).join("extern")], "p");
     assert!(backup.manifest.to_string().contains(&file), "what was finished is not done again");
-    assert_eq!(backup.rows("rides").len(), 20000);
+    assert_eq!(backup.rows("rides").len(), 30000);
+}
+
+#[track_caller]
+fn until_without_session(fleet: &Fleet, node: usize) {
+    until("its session to end", || {
+        let ended = format!("SELECT expires_at < clock_timestamp() FROM registry.sessions WHERE node_id = {node}");
+        let seen = fleet.registry(&ended);
+        if seen == "t" { Ok(()) } else { Err(seen) }
+    });
+}
+
+#[test]
+fn a_cancelled_backup_is_removed_although_its_store_is_away_and_its_coordinator_dies() {
+    let mut fleet = Fleet::start(&ONE_SHARD);
+    let s3 = S3::start();
+    let door = s3.failing();
+    let backup = format!(
+        "BACKUP DATABASE movr INTO 's3://bucket/r?AWS_ACCESS_KEY_ID=key&AWS_SECRET_ACCESS_KEY=hidden&AWS_REGION=us-east-1&AWS_ENDPOINT=http://{}' WITH {FILTER}, DETACHED",
+        door.address
+    );
+    let job = fleet.held(&backup, "backup.after_record");
+    assert!(s3.keys("r/").iter().any(|key| key.contains("/data/")));
+    door.fail(Trouble::Refuses, usize::MAX);
+    assert_eq!(fleet.demo.ask(1, &format!("CANCEL JOB {job}")), "CANCEL JOBS 1");
+    let first: usize = until("a node to try to remove the files", || {
+        let seen = fleet.job(&job, "status || ' ' || coordinator_id");
+        let node = seen.strip_prefix("reverting ").ok_or_else(|| seen.clone())?;
+        let log = std::fs::read_to_string(fleet.demo.node_dir(node.parse().unwrap()).join("node.log")).unwrap();
+        let tried = log.contains("what the job has made is not removed yet");
+        if tried { Ok(node.parse().unwrap()) } else { Err(log) }
+    });
+    fleet.end_node(first, Signal::SIGKILL);
+    // n4 and n5 match.
+    let second = 9 - first;
+    until("the other node to go on with it", || {
+        let seen = fleet.job(&job, "status || ' ' || coordinator_id");
+        if seen == format!("reverting {second}") { Ok(()) } else { Err(seen) }
+    });
+    assert!(s3.keys("r/").iter().any(|key| key.contains("/data/")), "nobody could remove anything yet");
+    door.heal();
+    assert_eq!(fleet.end_of(&job), ("canceled".to_owned(), "job canceled by user".to_owned()));
+    assert_eq!(fleet.job(&job, "coordinator_id"), second.to_string());
+    assert_eq!(s3.keys("r/"), [""; 0]);
+    assert_eq!(fleet.job(&job, "cardinality(execution_errors)"), "0", "nothing was left behind");
 }
 
 #[test]
@@ -94,6 +145,11 @@ fn a_client_that_waits_on_a_stopped_node_is_told_how_to_go_on() {
     fleet.end_node(coordinator, Signal::SIGTERM);
     let said = both(&client.wait_with_output().unwrap());
     assert!(said.contains("FATAL:  57P01: terminating connection due to administrator command"), "{said}");
+    assert!(
+        said.contains("HINT:  The node is being stopped, and a job goes on elsewhere: connect to another"),
+        "{said}"
+    );
+    assert!(said.contains("find it with SHOW JOBS and wait with SHOW JOB WHEN COMPLETE."), "{said}");
     // Handed over at once: the job is another node's before the stopped one's session could have run out.
     fleet.let_go(&job, "backup.after_export");
     assert_eq!(fleet.end_of(&job).0, "succeeded");
@@ -110,12 +166,7 @@ fn claims_of_the_dead_are_left_alone_until_a_new_registry_has_settled() {
     let coordinator: usize = fleet.job(&job, "coordinator_id").parse().unwrap();
     fleet.registry("UPDATE registry.incarnations SET since = clock_timestamp() + interval '1 hour'");
     fleet.signal(coordinator, Signal::SIGKILL);
-    until("its session to end", || {
-        let ended =
-            format!("SELECT expires_at < clock_timestamp() FROM registry.sessions WHERE node_id = {coordinator}");
-        let seen = fleet.registry(&ended);
-        if seen == "t" { Ok(()) } else { Err(seen) }
-    });
+    until_without_session(&fleet, coordinator);
     // What nobody has claimed is taken as ever, so rows are looked at; the claim of the dead stays.
     let other = fleet.demo.ask(1, &backup("b"));
     assert_eq!(fleet.end_of(&other).0, "succeeded");

@@ -27,6 +27,13 @@ pub(crate) fn subdir(created: DateTime<Utc>) -> String {
     format!("{}.{:02}", created.format("/%Y/%m/%d-%H%M%S"), created.timestamp_subsec_millis() / 10)
 }
 
+/// Whether a text is what [`subdir`] gives.
+pub(crate) fn is_subdir(text: &str) -> bool {
+    const SHAPE: &str = "/0000/00/00-000000.00";
+    let fits = |(is, shape): (u8, u8)| if shape == b'0' { is.is_ascii_digit() } else { is == shape };
+    text.len() == SHAPE.len() && text.bytes().zip(SHAPE.bytes()).all(fits)
+}
+
 /// The lock of a job on a backup's directory.
 pub(crate) fn lock(job: JobId) -> String {
     format!("{LOCK_PREFIX}{job}")
@@ -78,6 +85,16 @@ mod tests {
         let early: DateTime<Utc> = "2026-11-22T10:58:16.129Z".parse().unwrap();
         let late: DateTime<Utc> = "2026-11-22T10:58:17Z".parse().unwrap();
         assert_eq!(subdir(early), "/2026/11/22-105816.12");
+        for (text, fits) in [
+            (subdir(early).as_str(), true),
+            ("", false),
+            ("/2026/11/22-105816.1", false),
+            ("/2026/11/22-105816.1é", false),
+            ("/2026/../22-105816.12", false),
+            ("2026/11/22-105816.129", false),
+        ] {
+            assert_eq!(is_subdir(text), fits, "{text}");
+        }
         assert!(latest(late, JobId(1)) < latest(early, JobId(2)));
         let name = schema("s1", "../Bücher & more", Uuid::nil());
         assert_eq!(name, "schema/s1/%2e%2e%2fB%fccher%20%26%20more.00000000000000000000000000000000.dump");

@@ -53,7 +53,7 @@ mod whole;
 pub use assign::{Anchor, Share, Worker, assign, sharers};
 pub use export::{EXPORT, Export, PROBE, Probe};
 pub use layout::COLLECTION_FILES;
-pub use manifest::{FileEntry, Manifest, ShardPart, left_out};
+pub use manifest::{FileEntry, Manifest, ShardPart, left_out, left_out_of};
 pub use pausepoints::PAUSEPOINTS;
 pub use plan::{Backups, Finished, OnWait, Outcome, Requester, SealSource};
 pub use point::READERS;

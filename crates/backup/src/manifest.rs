@@ -113,6 +113,12 @@ pub fn left_out(skipped: &Skipped) -> String {
     format!("{} {} is left out: {}", skipped.kind, skipped.object, skipped.reason)
 }
 
+/// The same of a part of a database, for a reader who may have several.
+pub fn left_out_of(database: &DatabasePlan, skipped: &Skipped) -> String {
+    let Skipped { kind, object, reason } = skipped;
+    format!("{kind} {object} of database {} is left out: {reason}", database.name)
+}
+
 impl FileEntry {
     /// Whether it holds rows of this table.
     pub fn is_of(&self, database: &DatabasePlan, table: u32) -> bool {
@@ -160,5 +166,81 @@ impl Manifest {
     /// Bytes in all files of rows, before compression.
     pub fn bytes(&self) -> u64 {
         self.shards.iter().flat_map(|shard| &shard.files).map(|file| file.bytes).sum()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::{Value, json};
+
+    use super::*;
+
+    fn table(oid: u32, name: &str) -> Value {
+        let identity = json!({ "oid": oid, "relkind": "r", "relam": 2, "relfilenode": oid, "columns": [] });
+        json!({
+            "oid": oid, "schema": "public", "name": name, "columns": ["i"], "blocks": 9, "bytes": 1, "estimated_rows": 1,
+            "ranges_possible": true, "identity": identity
+        })
+    }
+
+    fn database(name: &str, tables: &[Value]) -> Value {
+        json!({
+            "name": name, "oid": 5, "encoding": "UTF8", "collate": "C", "ctype": "C", "locale_provider": "c",
+            "owner": "o", "settings": [], "extensions": [], "tables": tables, "sequences": [], "materialized_views": [],
+            "large_objects": 0, "roles": [], "tablespaces": [], "skipped": [], "schema_bytes": 1, "dump_version": "18"
+        })
+    }
+
+    fn file(database: &str, what: &Value) -> Value {
+        json!({
+            "path": format!("data/{database}{what}"), "database": database, "what": what, "encoding": "", "rows": 1,
+            "bytes": 1, "file_bytes": 1, "sha256": "", "written_by": 1
+        })
+    }
+
+    fn shard(name: &str, databases: &[Value], files: &[Value]) -> Value {
+        let point = json!({
+            "lsn": 1, "timeline": 1, "time": "2026-11-22T10:58:16Z", "in_recovery": true, "mode": "Paused",
+            "server_version": 180_000, "system_identifier": "7", "readers": 1, "databases_at_one_point": true
+        });
+        let schemas = [file("shop", &Value::Null)];
+        json!({
+            "shard": name, "read_from": 1, "point": point, "databases": databases, "schemas": schemas, "files": files
+        })
+    }
+
+    /// An OID says which table it is only together with the shard and the database.
+    #[test]
+    fn a_file_is_told_by_its_table_and_span() {
+        let span = |oid: u32, from: u64, to: Option<u64>| json!({ "Table": { "oid": oid, "from_block": from, "to_block": to } });
+        let first = [
+            (file("shop", &span(10, 0, Some(4))), "table \"public.rides\" from block 0 to 4"),
+            (file("shop", &span(10, 4, Some(8))), "table \"public.rides\" from block 4 to 8"),
+            (file("shop", &span(10, 8, None)), "table \"public.rides\" from block 8 on"),
+            (file("shop", &span(11, 0, None)), "table \"public.users\""),
+            (file("stock", &span(10, 0, None)), "table \"public.parts\""),
+            (file("shop", &json!("LargeObjects")), "large objects"),
+            (file("shop", &json!("LargeObjectData")), "large objects"),
+        ];
+        let second = [
+            (file("shop", &span(10, 1, Some(3))), "table \"public.drivers\" from block 1 to 3"),
+            (file("shop", &span(12, 0, None)), "table \"12\""),
+        ];
+        let files = |rows: &[(Value, &str)]| rows.iter().map(|(file, _)| file.clone()).collect::<Vec<_>>();
+        let shop = database("shop", &[table(10, "rides"), table(11, "users")]);
+        let shards = [
+            shard("s1", &[shop, database("stock", &[table(10, "parts")])], &files(&first)),
+            shard("s2", &[database("shop", &[table(10, "drivers")])], &files(&second)),
+        ];
+        let manifest: Manifest = serde_json::from_value(json!({
+            "format": 1, "build": "", "job": 7, "description": "", "databases": ["shop", "stock"], "filter": "",
+            "created": "2026-11-22T10:58:16Z", "skew_ms": 0, "shards": shards, "nodes": {}
+        }))
+        .unwrap();
+        let held = manifest.shards.iter().flat_map(|shard| &shard.files);
+        for (file, (_, expected)) in held.zip(first.iter().chain(&second)) {
+            assert_eq!(manifest.what(file), *expected);
+        }
+        assert_eq!(manifest.what(&manifest.shards[0].schemas[0]), "the schema");
     }
 }

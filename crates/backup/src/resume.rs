@@ -25,7 +25,7 @@ use crate::drive::{self, Finished, Invalidated, Shard};
 use crate::explain::crosses;
 use crate::export::sha256;
 use crate::hold::{self, Held, Spoilt};
-use crate::manifest::{FORMAT, FileEntry, Manifest, NodeWork, ShardPart};
+use crate::manifest::{FORMAT, FileEntry, Manifest, NodeWork, ShardPart, left_out, left_out_of};
 use crate::pace::SharedPace;
 use crate::patience::Patience;
 use crate::pausepoints::{AFTER_EXPORT, AFTER_LATEST, AFTER_LOCK, AFTER_POINTS, AFTER_RECORD, AFTER_SCHEMAS};
@@ -621,9 +621,9 @@ fn lost(error: anyhow::Error) -> anyhow::Error {
 
 fn result(manifest: &Manifest, view: &View) -> Value {
     let databases = manifest.shards.iter().flat_map(|shard| &shard.databases);
-    let left_out =
-        manifest.skipped_shards.iter().chain(&manifest.skipped).chain(databases.flat_map(|database| &database.skipped));
-    let left_out: Vec<String> = left_out.map(crate::manifest::left_out).collect();
+    let whole = manifest.skipped_shards.iter().chain(&manifest.skipped).map(left_out);
+    let parts = databases.flat_map(|database| database.skipped.iter().map(move |it| left_out_of(database, it)));
+    let left_out: Vec<String> = whole.chain(parts).collect();
     json!({
         "rows": manifest.rows(), "index_entries": 0, "bytes": manifest.bytes(), "nodes": manifest.nodes,
         "left_out": left_out, "note": elsewhere::note(manifest, view),

@@ -3,7 +3,6 @@
 use std::collections::HashMap;
 
 use backup::{Created, FileEntry, Manifest, Requester, ShardPart, Shown};
-use fleet::founders::DatabasePlan;
 use pgerror::{PgError, SqlState};
 use sql::{ShowBackup, ShowBackupWhat, Text};
 
@@ -101,10 +100,7 @@ pub(crate) async fn show(gateway: &Gateway, statement: &ShowBackup, requester: &
     };
     let databases = manifest.shards.iter().flat_map(|part| &part.databases);
     let left_out = databases.flat_map(|database| database.skipped.iter().map(move |it| (database, it)));
-    let notice = |(database, it): (&DatabasePlan, &fleet::founders::Skipped)| {
-        let message = format!("{} {} of database {} is left out: {}", it.kind, it.object, database.name, it.reason);
-        PgError::new(SqlState::SUCCESSFUL_COMPLETION, message)
-    };
+    let notice = |(database, it)| PgError::new(SqlState::SUCCESSFUL_COMPLETION, backup::left_out_of(database, it));
     let whole = |it| PgError::new(SqlState::SUCCESSFUL_COMPLETION, backup::left_out(it));
     let notices =
         manifest.skipped_shards.iter().chain(&manifest.skipped).map(whole).chain(left_out.map(notice)).collect();

@@ -181,7 +181,8 @@ impl Jobs {
     async fn succeed(&self, claimed: &Claimed, result: &Value) -> anyhow::Result<()> {
         let write = format!(
             "UPDATE registry.jobs SET status = 'succeeded', fraction_completed = 1, running_status = $3::jsonb ->> 'note', result = $3,
-                    sealed = NULL, error = '', ends_as = NULL, finished = clock_timestamp(), modified = clock_timestamp()
+                    sealed = NULL, error = '', ends_as = NULL, claim_id = NULL, claim_session = NULL,
+                    finished = clock_timestamp(), modified = clock_timestamp()
              WHERE {MINE} RETURNING id"
         );
         self.last_word(&write, &[&claimed.id.0, &claimed.claim, result]).await?;
@@ -240,7 +241,7 @@ impl Jobs {
     async fn end(&self, claimed: &Claimed, note: Option<&str>) -> anyhow::Result<()> {
         let write = format!(
             "UPDATE registry.jobs SET status = ends_as, running_status = NULL, sealed = NULL, next_run = NULL,
-                    finished = clock_timestamp(), modified = clock_timestamp(),
+                    claim_id = NULL, claim_session = NULL, finished = clock_timestamp(), modified = clock_timestamp(),
                     execution_errors = CASE WHEN $3::text IS NULL THEN execution_errors ELSE {NOTED} END
              WHERE {MINE} RETURNING id"
         );

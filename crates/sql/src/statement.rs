@@ -8,7 +8,7 @@ use std::fmt;
 
 use crate::control::ControlJobs;
 use crate::grant::Grant;
-use crate::names::{quoted_literal, quoted_name};
+use crate::names::quoted_literal;
 use crate::selection::Selection;
 use crate::settings::Settings;
 use crate::targets::Targets;

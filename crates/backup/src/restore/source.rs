@@ -61,8 +61,8 @@ impl Source {
     ///
     /// # Errors
     ///
-    /// 58P01 when there is none; XX001 when its manifest is not the one that was sealed; 0A000 when another version
-    /// wrote it; or the store cannot be read.
+    /// 58P01 when there is none; XX001 when its manifest is not the one that was sealed, or what leads to the newest
+    /// cannot be read; 0A000 when another version wrote it; or the store cannot be read.
     pub(crate) async fn find(
         stores: &Stores,
         peers: &Peers,
@@ -110,7 +110,8 @@ impl Source {
         file.node.and_then(|node| self.uri.on(node)).unwrap_or_else(|| self.uri.clone())
     }
 
-    /// Sees to it that every one of these files is there, in its length.
+    /// Sees to it that every one of these files is there, in its length. What is in them is looked at when they are
+    /// read: to do it here would cost as much as a restore reads.
     ///
     /// # Errors
     ///
@@ -180,16 +181,23 @@ async fn latest(stores: &Stores, places: &[Uri], collection: &Uri) -> anyhow::Re
             newest = Some((entry.path, store));
         }
     }
-    let found = match newest {
-        Some((path, store)) => text(&store, &path).await?,
-        None => None,
-    };
-    found.ok_or_else(|| {
-        let message = format!("path does not contain a completed latest backup: {}", collection.redacted());
-        PgError::new(SqlState::UNDEFINED_FILE, message)
-            .hint("SHOW BACKUPS IN the collection lists the backups that are there.")
-            .into()
-    })
+    if let Some((path, store)) = newest
+        && let Some(found) = text(&store, &path).await?
+    {
+        return if layout::is_subdir(&found) { Ok(found) } else { Err(astray(&path, collection).into()) };
+    }
+    let message = format!("path does not contain a completed latest backup: {}", collection.redacted());
+    Err(PgError::new(SqlState::UNDEFINED_FILE, message)
+        .hint("SHOW BACKUPS IN the collection lists the backups that are there.")
+        .into())
+}
+
+/// That the newest pointer of a collection leads nowhere. An older backup is never taken in its place.
+fn astray(path: &str, collection: &Uri) -> PgError {
+    let message = format!("file \"{path}\" of the collection {} is damaged", collection.redacted());
+    PgError::new(SqlState::DATA_CORRUPTED, message)
+        .detail("It should hold the directory of the newest backup.")
+        .hint("Name the directory instead of LATEST: the description of the backup's job in SHOW JOBS has it.")
 }
 
 enum Unreadable {

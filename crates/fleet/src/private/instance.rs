@@ -39,6 +39,9 @@ pub struct Instance {
     socket_dir: PathBuf,
     /// With a port the server listens on 127.0.0.1, too.
     port: Option<u16>,
+    /// What databases on it have unless they say otherwise.
+    encoding: &'static str,
+    locale: &'static str,
     child: Option<Child>,
 }
 
@@ -53,13 +56,21 @@ impl Instance {
         if socket_dir.as_os_str().len() > SOCKET_DIR_MAX {
             bail!("the directory {} has too long a path to hold a socket; choose a shorter one", dir.display());
         }
-        Ok(Self { installation, run_as, data: dir.join("pg"), socket_dir, port: None, child: None })
+        let (encoding, locale) = ("UTF8", "C.UTF-8");
+        Ok(Self { installation, run_as, data: dir.join("pg"), socket_dir, port: None, encoding, locale, child: None })
     }
 
     /// Lets the server that is about to be made listen on 127.0.0.1 as well; it trusts whoever comes from there.
     #[must_use]
     pub fn listening(mut self, port: u16) -> Self {
         self.port = Some(port);
+        self
+    }
+
+    /// Lets the cluster that is about to be made have another encoding and locale than UTF-8.
+    #[must_use]
+    pub fn speaking(mut self, encoding: &'static str, locale: &'static str) -> Self {
+        (self.encoding, self.locale) = (encoding, locale);
         self
     }
 
@@ -71,7 +82,8 @@ impl Instance {
     pub fn init(&self, superuser: &str, settings: &Settings) -> anyhow::Result<()> {
         self.make_dirs()?;
         let mut initdb = self.program("initdb");
-        initdb.args(["--no-sync", "--encoding=UTF8", "--locale=C.UTF-8", "--auth=trust", "--username", superuser]);
+        initdb.args(["--no-sync", "--auth=trust", "--username", superuser]);
+        initdb.args(["--encoding", self.encoding, "--locale", self.locale]);
         run(initdb.arg("--pgdata").arg(&self.data))?;
         self.configure(settings)
     }

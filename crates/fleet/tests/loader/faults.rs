@@ -152,6 +152,39 @@ async fn a_database_keeps_what_it_was_made_with() {
     assert_eq!(place.ask("postgres", "SELECT datallowconn FROM pg_database WHERE datname = 'closed'").await, ["f"]);
 }
 
+/// A server has its own encoding and locale; the databases on it need not have them.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_server_that_speaks_otherwise_takes_a_database_as_it_is() {
+    let setup = "CREATE TABLE t AS SELECT 'ß語é'::text AS \"語\"; CREATE INDEX ON t (\"語\"); CREATE VIEW \"größer\" AS TABLE t;
+                 ALTER DATABASE shop SET app.note = 'x'; COMMENT ON DATABASE shop IS 'larger'";
+    let (source, target) = (Place::start(setup).await, Place::speaking("LATIN1", "C", "").await);
+    let (mut backup, loader) = (Backup::of(&source).await, target.loader());
+    let oid = backup.load_all(&loader, 7, "again", None).await;
+    backup.end(&loader, 7, oid, "again").await.unwrap();
+    assert_eq!(target.dump("again").replace("again", "shop"), source.dump("shop"));
+    assert_eq!(target.ask("again", "TABLE t").await, ["ß語é"]);
+    let own = "SELECT format('%s %s %s', pg_encoding_to_char(encoding), datcollate, datctype) FROM pg_database
+               WHERE datname = current_database()";
+    assert_eq!(target.ask("again", own).await, ["UTF8 C.UTF-8 C.UTF-8"]);
+    assert_eq!(target.ask("postgres", own).await, ["LATIN1 C C"]);
+
+    // A comment is kept in what all databases share, which does not know this sign: said before anybody has the name.
+    backup.plan.comment = Some("語".to_owned());
+    let oid = backup.load_all(&loader, 8, "other", None).await;
+    answer::<_, ()>(&loader, &backup.finish(8, oid, "other")).await.unwrap();
+    let error = said(call(&loader, &Request::Publish(backup.publish(1, 8, oid, "other"))).await);
+    assert_eq!(error.code.as_str(), "22P05", "{error:?}");
+    assert!(error.message.contains("has no equivalent in encoding \"LATIN1\""), "{error:?}");
+    removed(&target, 8).await;
+
+    backup.plan.comment = None;
+    (backup.plan.collate, backup.plan.ctype) = ("xx_YY.UTF-8".to_owned(), "xx_YY.UTF-8".to_owned());
+    let error = said(call(&loader, &backup.create(9, "other")).await);
+    assert!(error.message.contains("locale name: \"xx_YY.UTF-8\""), "{error:?}");
+    assert_eq!(target.ask("postgres", OURS).await, [""; 0]);
+    assert_eq!(target.ask("postgres", "SELECT 1 FROM pg_database WHERE datname = 'other'").await, [""; 0]);
+}
+
 /// A small disk, where it may be mounted.
 struct Disk(PathBuf, #[expect(dead_code, reason = "it is removed behind the disk")] TempDir);
 

@@ -29,11 +29,17 @@ pub(crate) struct Place {
 
 impl Place {
     pub(crate) async fn start(setup: &str) -> Self {
+        Self::speaking("UTF8", "C.UTF-8", setup).await
+    }
+
+    /// The same with another encoding and locale.
+    pub(crate) async fn speaking(encoding: &'static str, locale: &'static str, setup: &str) -> Self {
         let dir = tempfile::tempdir().unwrap();
         std::fs::set_permissions(dir.path(), std::fs::Permissions::from_mode(0o711)).unwrap();
         let data = dir.path().join("primary");
         std::fs::create_dir_all(&data).unwrap();
-        let mut instance = Instance::new(Installation::find().unwrap(), RunAs::choose().unwrap(), &data).unwrap();
+        let instance = Instance::new(Installation::find().unwrap(), RunAs::choose().unwrap(), &data).unwrap();
+        let mut instance = instance.speaking(encoding, locale);
         instance.init("root", &vec![("autovacuum".to_owned(), "off".to_owned())]).unwrap();
         instance.start("root", &dir.path().join("log")).await.unwrap();
         let place = Self { instance, dir };

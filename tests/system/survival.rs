@@ -86,14 +86,15 @@ fn until_without_session(fleet: &Fleet, node: usize) {
 
 #[test]
 fn a_cancelled_backup_is_removed_although_its_store_is_away_and_its_coordinator_dies() {
-    let mut fleet = Fleet::start(&ONE_SHARD);
+    let (layout, _rows) = ONE_SHARD.split_at(6);
+    let mut fleet = Fleet::start(&[layout, &["--rows", "2000"]].concat());
     let s3 = S3::start();
     let door = s3.failing();
     let backup = format!(
         "BACKUP DATABASE movr INTO 's3://bucket/r?AWS_ACCESS_KEY_ID=key&AWS_SECRET_ACCESS_KEY=hidden&AWS_REGION=us-east-1&AWS_ENDPOINT=http://{}' WITH {FILTER}, DETACHED",
         door.address
     );
-    let job = fleet.held(&backup, "backup.after_record");
+    let job = fleet.held(&backup, "backup.after_export");
     assert!(s3.keys("r/").iter().any(|key| key.contains("/data/")));
     door.fail(Trouble::Refuses, usize::MAX);
     assert_eq!(fleet.demo.ask(1, &format!("CANCEL JOB {job}")), "CANCEL JOBS 1");

@@ -131,7 +131,7 @@ impl AsyncDone<Span, FileEntry> for &mut Noted<'_> {
         let now = Instant::now();
         if let Some(done) = self.pace.moved(weight, now) {
             let (begin, share) = self.shard.progress;
-            let doing = format!("exporting shard {}", self.shard.point.shard);
+            let doing = format!("exporting shard {}{}", self.shard.point.shard, self.shard.point.modes_in_short());
             self.shard.run.progress(begin + share * done, &self.pace.words(&doing, now)).await?;
         }
         Ok(())

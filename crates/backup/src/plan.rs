@@ -20,7 +20,7 @@ use tokio::time::timeout;
 use crate::layout;
 use crate::point::{leaseholder, readable};
 use crate::resume::{JOB_TYPE, Payload};
-use crate::rules::{Replicas, Rules};
+use crate::rules::{Replicas, Rules, modes};
 use crate::settings::{OnRelocation, Settings};
 use crate::targets::{Targets, remark};
 
@@ -186,8 +186,10 @@ impl Backups {
         let (skipped_shards, shards) = (targets.skipped(), targets.shards);
         self.jobs.check_filter(&rules.filter).await?;
         let view = self.peers.cluster().view();
+        let limits = self.jobs.settings().await?.holding();
         for shard in shards.keys() {
-            readable(&view, shard, &rules)?;
+            let (fleet, decision) = readable(&view, shard, &rules)?;
+            modes(&fleet, &decision.first(), rules.standby_mode, &limits)?;
         }
         let subdir = layout::subdir(created);
         let description = format!("{}{}", statement.description(&subdir, &shown), remark(&skipped_shards));
@@ -198,6 +200,7 @@ impl Backups {
             strict: rules.strict,
             replicas: rules.replicas,
             balanced: rules.balanced,
+            standby_mode: rules.standby_mode,
             subdir,
             created,
             description: description.clone(),
@@ -388,6 +391,7 @@ fn rules_of(statement: &Backup, requester: &Requester) -> anyhow::Result<Rules> 
             None => Replicas::Any,
         },
         balanced: requester.settings.balanced()?,
+        standby_mode: requester.settings.standby_mode()?,
     })
 }
 

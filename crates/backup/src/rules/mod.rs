@@ -10,7 +10,7 @@
 //! leading tiers, then by kind (an asynchronous standby bothers nobody, a primary somebody, and a synchronous standby is
 //! never paused), by round trip, by id. `balanced` leaves out the first of these.
 //!
-//! **Which servers beside it** is told in [`together`], and **what keeps what is read** in [`modes`].
+//! **Which servers beside it** is told in [`together`], and **what keeps what is read** in [`mod@modes`].
 
 mod modes;
 mod together;

@@ -316,7 +316,8 @@ fn watcher(job: i64) -> String {
 /// Its first words are those by which a node knows its own pauses (`crate::probe`); of a long statement only the
 /// beginning is listed.
 fn watch(keeper: &str, began: &str, job: i64, longest: Duration) -> String {
-    let looks = longest.as_millis() / WATCH.as_millis() + 1;
+    // Behind the keeper, which knows the time as well and can say why it is over.
+    let looks = (longest + SILENCE_MAX).as_millis() / WATCH.as_millis();
     let silence = SILENCE_MAX.as_millis() / WATCH.as_millis();
     format!(
         "DO $$ -- Behind pg_wal_replay_pause(), until pg_wal_replay_resume().

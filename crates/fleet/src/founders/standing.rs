@@ -200,7 +200,7 @@ fn beyond(seen: &Seen, is_voting: bool, stood: Duration, free: Option<u64>, limi
 
 /// Replay that stands while a point is taken: in a pause of the point's own, or in one that stands already.
 pub(super) enum Halt {
-    Own(Pause),
+    Own(Box<Pause>),
     Shared(Arc<Held>),
 }
 
@@ -209,7 +209,7 @@ impl Halt {
     pub(super) async fn begin(standing: &Standing, server: &Server, job: i64, turn: Turn) -> anyhow::Result<Self> {
         match standing.shared().await {
             Some(held) => Ok(Self::Shared(held)),
-            None => Ok(Self::Own(Pause::begin(server, job, turn).await?)),
+            None => Ok(Self::Own(Box::new(Pause::begin(server, job, turn).await?))),
         }
     }
 
@@ -239,7 +239,7 @@ impl Halt {
     /// Lets it stand while the point is read.
     pub(super) async fn keep(self, standing: &Standing, limits: &PauseLimits) -> Kept {
         match self {
-            Self::Own(pause) => standing.begin(pause, limits).await,
+            Self::Own(pause) => standing.begin(*pause, limits).await,
             Self::Shared(held) => Kept::Held(held),
         }
     }

@@ -42,8 +42,6 @@ async fn close(founders: &Arc<Founders>, lease: Uuid) {
     call(founders, &Request::Close { lease }).await.unwrap();
 }
 
-const REWRITE: &str = "UPDATE account SET balance = balance + 1; VACUUM account";
-
 #[tokio::test(flavor = "multi_thread")]
 async fn replay_stands_until_the_last_lease_that_shares_it_has_ended() {
     let fleet = Fleet::start(true, ACCOUNTS).await;
@@ -53,12 +51,12 @@ async fn replay_stands_until_the_last_lease_that_shares_it_has_ended() {
     let point = opened(&founders, first.clone()).await;
     assert_eq!(ask(&fleet.standby(), "postgres", PAUSE_STATE).await, "paused");
     fleet.in_database("shop", "UPDATE account SET balance = balance + 1").await;
-    fleet.in_database("shop", "ALTER TABLE account DROP COLUMN note").await;
+    fleet.in_database("shop", "ALTER TABLE account ADD COLUMN note text DEFAULT ''").await;
     // Whoever comes while it stands takes its point where it stands.
     for request in [&second, &passing] {
         let beside = opened(&founders, request.clone()).await;
         assert_eq!(beside.point.lsn, point.point.lsn);
-        assert_eq!(table(&beside, "account").columns, ["id", "balance", "note"]);
+        assert_eq!(table(&beside, "account").columns, ["id", "balance"]);
     }
     close(&founders, first.lease).await;
     let both = rows(&founders, second.lease, whole(table(&point, "account"))).await;
@@ -178,6 +176,5 @@ async fn a_point_is_given_up_that_is_held_for_too_long() {
     }
     // With it the pause is over.
     until(&fleet.standby(), PAUSE_STATE, "not paused").await;
-    fleet.in_database("shop", REWRITE).await;
     fleet.caught_up().await;
 }

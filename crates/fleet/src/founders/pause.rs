@@ -115,7 +115,7 @@ pub(super) struct Pause {
 }
 
 /// What a watched pause shows of its server.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Seen {
     /// Whether it is a standby still.
     pub(super) in_recovery: bool,

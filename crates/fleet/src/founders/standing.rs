@@ -255,7 +255,7 @@ mod tests {
         let unlimited = PauseLimits { wal_bytes: 0, free_bytes: 0, ..limits };
         let seen = Seen { in_recovery: true, is_paused: true, waiting: 1000, receives: true };
         let promoted = Seen { in_recovery: false, is_paused: false, waiting: 0, receives: false };
-        let more = Seen { waiting: 1001, ..seen.clone() };
+        let more = Seen { waiting: 1001, ..seen };
         let (short, long) = (Duration::from_secs(59), Duration::from_secs(60));
         for (seen, is_voting, stood, free, limits, expected) in [
             (&seen, false, short, Some(500), &limits, None),
@@ -265,8 +265,8 @@ mod tests {
             (&seen, false, short, Some(499), &limits, Some("has 499 bytes free")),
             (&seen, false, long, Some(500), &unlimited, Some("It stood for 60 seconds")),
             (&more, true, long, Some(0), &limits, Some("Commits may wait")),
-            (&Seen { is_paused: false, ..seen.clone() }, true, short, None, &limits, Some("Somebody resumed it")),
-            (&Seen { receives: false, ..seen.clone() }, true, short, None, &limits, Some("lost its stream")),
+            (&Seen { is_paused: false, ..seen }, true, short, None, &limits, Some("Somebody resumed it")),
+            (&Seen { receives: false, ..seen }, true, short, None, &limits, Some("lost its stream")),
             (&promoted, false, short, None, &limits, Some("promoted")),
         ] {
             let why = beyond(seen, is_voting, stood, free, limits);

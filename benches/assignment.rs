@@ -38,8 +38,16 @@ fn main() {
 
 /// A primary in the east, and a thousand nodes in the west, every third one with a standby.
 fn fleet() -> Fleet {
-    let standing =
-        |role| Standing { role, behind: 0, not_streaming: None, delay: None, paused: false, may_pause: true };
+    let standing = |role| Standing {
+        role,
+        behind: 0,
+        not_streaming: None,
+        delay: None,
+        paused: false,
+        may_pause: true,
+        feedback: true,
+        free: None,
+    };
     let place = |id: i32, locality: String, role: Option<Role>| Place {
         id: NodeId(id),
         locality: locality.parse().unwrap(),

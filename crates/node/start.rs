@@ -11,7 +11,7 @@ use backup::{
 use cluster::registry::Registry;
 use cluster::secret::ClusterSecret;
 use cluster::store::Store;
-use cluster::{Cluster, Dialer, NodeId, NodeInfo, Peers, ServerInfo, follow_peers};
+use cluster::{Cluster, Dialer, NodeId, NodeInfo, Peers, Role, ServerInfo, follow_peers};
 use fleet::Server;
 use fleet::founders::{FOUNDERS, Founders};
 use fleet::loader::{LOADER, Loader};
@@ -137,7 +137,9 @@ fn offer(peers: &Peers, jobs: &Jobs, extern_dir: &Path, server: Option<Server>, 
     });
     peers.offer(FILES, Arc::new(Files::new(extern_dir)));
     if let Some(server) = server {
-        peers.offer(FOUNDERS, Founders::new(server.clone()));
+        let cluster = peers.cluster().clone();
+        let is_voting = Arc::new(move || cluster.view().role(&cluster.me()) == Role::Voting);
+        peers.offer(FOUNDERS, Founders::beside(server.clone(), is_voting));
         peers.offer(LOADER, Loader::new(server));
     }
     peers.offer(EXPORT, Export::new(peers.clone(), stores.clone(), jobs.clone()));

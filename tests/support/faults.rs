@@ -179,11 +179,28 @@ impl Fleet {
         self.restarted.insert(number, command.spawn().unwrap());
     }
 
+    /// The same with another word in the place of one of its command line.
+    #[track_caller]
+    pub fn start_node_with(&mut self, number: usize, word: &str, other: &str) {
+        let words = &mut self.lines[number - 1];
+        let changed: Vec<String> = words.iter().map(|said| said.replace(word, other)).collect();
+        assert_ne!(changed, *words);
+        *words = changed;
+        self.start_node(number);
+    }
+
     /// Makes a job that is held at a pausepoint, and waits until it is there.
     #[track_caller]
     pub fn held(&self, statement: &str, point: &str) -> String {
+        self.held_after("", statement, point)
+    }
+
+    /// The same in a session that has run something before.
+    #[track_caller]
+    pub fn held_after(&self, before: &str, statement: &str, point: &str) -> String {
         let set = format!("SET backhaul.debug_pausepoints = '{point}:hold'");
-        let job = run(self.demo.psql(1).args(["-v", "ON_ERROR_STOP=1", "-Atqc", &set, "-c", statement]));
+        let statements = ["-Atqc", before, "-c", &set, "-c", statement];
+        let job = run(self.demo.psql(1).args(["-v", "ON_ERROR_STOP=1"]).args(statements));
         self.until_held(job.trim(), point);
         job.trim().to_owned()
     }

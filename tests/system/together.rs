@@ -356,3 +356,38 @@ fn where_it_cannot_be_proven_one_server_is_read_and_the_plan_says_why() {
         assert_replays(&demo, number);
     }
 }
+
+#[test]
+fn a_right_that_one_of_them_lacks_is_said_once_and_not_in_every_job() {
+    let mut fleet = Fleet::start(&TWIN);
+    let statement = format!("BACKUP DATABASE movr INTO 'nodelocal://1/b' WITH {WEST}, DETACHED");
+    until_explained(&fleet.demo, &statement, "read beside it: node");
+    // All that the service role may do, but for pausing.
+    let role = "CREATE ROLE powerless LOGIN BYPASSRLS IN ROLE pg_read_all_data, pg_monitor;
+                ALTER ROLE powerless SET lo_compat_privileges = on";
+    run(psql(&fleet.demo.direct_url(1)).args(["-v", "ON_ERROR_STOP=1", "-qc", role]));
+    fleet.end_node(3, Signal::SIGTERM);
+    fleet.start_node_with(3, "user=backhaul", "user=powerless");
+    fleet.until_all_live();
+    until("the plan to say so", || {
+        let plan = fleet.demo.ask(1, &format!("EXPLAIN {statement}"));
+        if plan.contains("the role of its node may not pause its replay") { Ok(()) } else { Err(plan) }
+    });
+    let mut said: BTreeMap<String, usize> = BTreeMap::new();
+    for number in 1..=8 {
+        // On a busy machine a server may take too long to be asked for a plan.
+        let job = until("a job to be made", || {
+            let said = fleet.demo.ask(1, &statement);
+            if said.parse::<i64>().is_ok() { Ok(said) } else { Err(said) }
+        });
+        assert_eq!(fleet.end_of(&job), ("succeeded".to_owned(), String::new()));
+        let errors = fleet.job(&job, "execution_errors::text");
+        if errors.contains("may not pause its replay") {
+            assert!(errors.contains("Node 3's cannot be read beside others"), "{errors}");
+            *said.entry(fleet.job(&job, "coordinator_id")).or_default() += 1;
+        }
+        assert_eq!(read_from(&newest(&fleet.demo, "b").manifest["shards"][0]).len(), 1, "job {number}: {errors}");
+    }
+    // Each coordinator says it for itself.
+    assert!(!said.is_empty() && said.values().all(|times| *times == 1), "{said:?}");
+}

@@ -80,7 +80,7 @@ impl Shard<'_> {
         let (peers, shard) = (self.peers, self.point.shard.as_str());
         let total = spans::weight(spans);
         let done = total - open.iter().map(|(_, weight)| weight).sum::<u64>();
-        self.pace.begins(shard, total, done, Instant::now());
+        self.pace.begins(shard, self.point.modes_in_short(), (done, total), Instant::now());
         let mut noted = Noted { shard: self, finished };
         let at_once = self.point.opened.point.readers;
         let deal = Deal { peers, rules: self.rules, shard, servers: self.servers, at_once, busy: self.busy };

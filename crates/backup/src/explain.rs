@@ -10,6 +10,7 @@ use std::collections::BTreeMap;
 use std::time::Duration;
 
 use anyhow::Context as _;
+use cluster::settings::Holding;
 use cluster::{Locality, NodeId, Role, View};
 use fleet::founders::{DatabasePlan, FOUNDERS, Looked, Open, Request, What};
 use pgerror::PgError;
@@ -19,7 +20,7 @@ use crate::assign::{assign, sharers};
 use crate::manifest::left_out;
 use crate::plan::{Backups, Judged, Requester, in_time};
 use crate::point::{leaseholder, readers};
-use crate::rules::{Decision, Fleet, Replica, Rules, anchor, decide, nearest, nothing_to_read, workers};
+use crate::rules::{Decision, Fleet, Mode, Replica, Rules, anchor, decide, modes, nearest, nothing_to_read, workers};
 use crate::spans::{self, Span, Tables};
 
 /// A look at a server takes no longer; the whole plan has a deadline of its own.
@@ -67,9 +68,10 @@ impl Backups {
             let judged = self.judge(statement, requester).await?;
             let mut page = Page::default();
             self.coordinator(&mut page, &judged, statement.options.detached).await?;
+            let limits = self.jobs.settings().await?.holding();
             let mut total = Sums::default();
             for (shard, databases) in &judged.targets.shards {
-                total.add(&self.shard(&mut page, (shard, databases), &judged.rules).await?);
+                total.add(&self.shard(&mut page, (shard, databases), (&judged.rules, &limits)).await?);
             }
             for shard in &judged.targets.without {
                 page.say(0, format!("shard {shard}: holds none of the databases"));
@@ -132,16 +134,17 @@ impl Backups {
         &self,
         page: &mut Page,
         (shard, databases): (&str, &[String]),
-        rules: &Rules,
+        (rules, limits): (&Rules, &Holding),
     ) -> anyhow::Result<Sums> {
         let view = self.peers.cluster().view();
         let leader = leaseholder(&view, shard)?;
         page.say(0, format!("shard {shard}: leaseholder {} ({})", leader.name(), leader.locality));
         let fleet = Fleet::of(&view, shard);
         let decision = decide(&fleet, rules);
-        let found = self.look_at_best(page, &view, &decision, databases).await?;
+        let seen = Sight { view: &view, fleet: &fleet, rules, limits };
+        let found = self.look_at_best(page, &seen, &decision, databases).await?;
         let servers = match &found {
-            Some((replica, looked)) => self.beside(page, &view, &decision, (replica, looked), databases).await?,
+            Some((replica, looked)) => self.beside(page, &seen, &decision, (replica, looked), databases).await?,
             None => Vec::new(),
         };
         for replica in decision.candidates().filter(|replica| !servers.contains(&replica.node)) {
@@ -179,17 +182,17 @@ impl Backups {
     async fn look_at_best<'d>(
         &self,
         page: &mut Page,
-        view: &View,
+        seen: &Sight<'_>,
         decision: &'d Decision,
         databases: &[String],
     ) -> anyhow::Result<Option<(&'d Replica, Looked)>> {
         for replica in decision.candidates() {
-            let node = named(view, replica.node);
+            let node = named(seen.view, replica.node);
             match self.look_at(replica.node, databases).await {
                 Ok(looked) => {
                     page.say(1, format!("read: {node}, {}", replica.role));
                     page.say(2, format!("why: {replica}"));
-                    how(page, view, replica, &looked);
+                    how(page, seen, replica, &looked);
                     page.say(2, connections(databases.len(), &looked));
                     return Ok(Some((replica, looked)));
                 }
@@ -207,7 +210,7 @@ impl Backups {
     async fn beside(
         &self,
         page: &mut Page,
-        view: &View,
+        seen: &Sight<'_>,
         decision: &Decision,
         (first, looked): (&Replica, &Looked),
         databases: &[String],
@@ -216,7 +219,7 @@ impl Backups {
         let together = decision.together.contains(&first.node) && looked.in_recovery && looked.may_pause;
         for replica in decision.candidates().filter(|it| it.node != first.node && decision.together.contains(&it.node))
         {
-            let node = named(view, replica.node);
+            let node = named(seen.view, replica.node);
             match self.look_at(replica.node, databases).await {
                 Ok(beside) if together && beside.in_recovery && beside.may_pause => {
                     page.say(1, format!("read beside it: {node}, {}", replica.role));
@@ -224,7 +227,7 @@ impl Backups {
                         2,
                         "why: each node reads the closest; all stand at one position when their point is taken",
                     );
-                    how(page, view, replica, &beside);
+                    how(page, seen, replica, &beside);
                     page.say(2, connections(databases.len(), &beside));
                     servers.push(replica.node);
                 }
@@ -238,7 +241,7 @@ impl Backups {
             }
         }
         for (node, role, why) in decision.apart.iter().filter(|(node, ..)| *node != first.node) {
-            page.say(1, format!("not read beside it: {}, {role}: {why}", named(view, *node)));
+            page.say(1, format!("not read beside it: {}, {role}: {why}", named(seen.view, *node)));
         }
         if let Some((_, _, why)) = decision.apart.iter().find(|(node, ..)| *node == first.node) {
             page.say(2, format!("read alone: {why}"));
@@ -253,8 +256,16 @@ impl Backups {
     }
 }
 
+/// What a shard's servers are seen as, and what is allowed of them.
+struct Sight<'s> {
+    view: &'s View,
+    fleet: &'s Fleet,
+    rules: &'s Rules,
+    limits: &'s Holding,
+}
+
 /// How the point is taken, and what a long read on the server means.
-fn how(page: &mut Page, view: &View, replica: &Replica, looked: &Looked) {
+fn how(page: &mut Page, seen: &Sight<'_>, replica: &Replica, looked: &Looked) {
     page.say(2, match (looked.in_recovery, looked.may_pause, replica.role) {
         (false, ..) => "mode: exported (its sessions share one snapshot)",
         (true, true, Role::NonVoting) => "mode: paused (its replay, for the moment in which snapshots are taken)",
@@ -267,15 +278,14 @@ fn how(page: &mut Page, view: &View, replica: &Replica, looked: &Looked) {
              role of the node may not pause replay)"
         }
     });
-    if looked.in_recovery {
-        let state = view.node(replica.node).and_then(|known| known.info.server_state());
-        page.say(
-            2,
-            match state.is_some_and(|state| state.replay.feedback) {
-                true => "conflicts: feedback (hot_standby_feedback is on: the primary keeps what is read here)",
-                false => "conflicts: retry (hot_standby_feedback is off: a read that VACUUM ends is begun anew)",
-            },
-        );
+    match modes(seen.fleet, &[replica.node], seen.rules.standby_mode, seen.limits) {
+        Ok(modes) => modes.get(&replica.node).into_iter().for_each(|chosen| {
+            page.say(2, format!("conflicts: {} ({})", chosen.mode, chosen.why));
+            if chosen.mode == Mode::Paused {
+                page.say(2, format!("its replay goes on sooner {}", bounds(seen.limits)));
+            }
+        }),
+        Err(refusal) => page.fails(2, &refusal),
     }
     if let Some(trouble) = &looked.no_dump {
         page.say(2, format!("error: {trouble}"));
@@ -295,6 +305,18 @@ fn connections(databases: usize, looked: &Looked) -> String {
         None => ("least", Open::connections_for(databases, 1)),
     };
     format!("connections: at {word} {count} on its server, where all backups together have {budget}")
+}
+
+/// When a pause ends before everything is read.
+fn bounds(limits: &Holding) -> String {
+    let mut bounds = vec![format!("after {} seconds", limits.pause.as_secs())];
+    if limits.wal > 0 {
+        bounds.push(format!("with {} of WAL to replay", size(limits.wal)));
+    }
+    if limits.free > 0 {
+        bounds.push(format!("with less than {} free on its disk", size(limits.free)));
+    }
+    bounds.join(", or ")
 }
 
 /// Spans and bytes.

@@ -7,6 +7,8 @@ use cluster::NodeId;
 use fleet::founders::{DatabasePlan, Point, Skipped, What};
 use serde::{Deserialize, Serialize};
 
+use crate::rules::Chosen;
+
 /// The version of this format; a reader refuses what it does not know.
 pub(crate) const FORMAT: u32 = 1;
 
@@ -55,6 +57,9 @@ pub struct ShardPart {
     /// The nodes beside the servers that were opened at the same proven point, and read beside it.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub read_beside: Vec<NodeId>,
+    /// What kept what was read, on those of these servers that were standbys when it began.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub modes: BTreeMap<NodeId, Chosen>,
     /// At which point.
     pub point: Point,
     /// The databases at that point: properties, tables, sequences, what was left out.

@@ -85,6 +85,8 @@ struct Shards {
 /// One shard's part of it.
 #[derive(Default)]
 struct Part {
+    /// What is said behind its name.
+    how: String,
     total: u64,
     done: u64,
     is_at_work: bool,
@@ -97,10 +99,11 @@ impl SharedPace {
         self.lock().parts.insert(shard.to_owned(), part);
     }
 
-    /// This shard's export begins, perhaps anew at another point: `done` of `total` is there already.
-    pub(crate) fn begins(&self, shard: &str, total: u64, done: u64, now: Instant) {
+    /// This shard's export begins, perhaps anew at another point: `done` of `total` is there already. `how` is said behind
+    /// its name.
+    pub(crate) fn begins(&self, shard: &str, how: String, (done, total): (u64, u64), now: Instant) {
         let mut shards = self.lock();
-        shards.parts.insert(shard.to_owned(), Part { total, done, is_at_work: true });
+        shards.parts.insert(shard.to_owned(), Part { how, total, done, is_at_work: true });
         shards.pace.get_or_insert_with(|| Pace::new(0, 0, now));
         shards.sum();
     }
@@ -143,10 +146,10 @@ impl Shards {
         }
     }
 
-    /// `exporting shard s1`, or `exporting shards s1, s2`.
+    /// `exporting shard s1 (node 3: paused)`, or `exporting shards s1, s2`.
     fn doing(&self) -> String {
         let at_work = self.parts.iter().filter(|(_, part)| part.is_at_work);
-        let names: Vec<&str> = at_work.map(|(name, _)| name.as_str()).collect();
+        let names: Vec<String> = at_work.map(|(name, part)| format!("{name}{}", part.how)).collect();
         format!("exporting shard{} {}", if names.len() > 1 { "s" } else { "" }, names.join(", "))
     }
 }
@@ -187,19 +190,19 @@ mod tests {
         }
         assert_eq!(pace.fraction(), 0.0);
         // What an earlier run has done counts, and what waits for its turn does, too.
-        pace.begins("s1", 100_000_000, 50_000_000, begun);
-        pace.begins("s2", 300_000_000, 0, begun);
+        pace.begins("s1", String::new(), (50_000_000, 100_000_000), begun);
+        pace.begins("s2", " (node 3: paused)".to_owned(), (0, 300_000_000), begun);
         assert_eq!(pace.fraction(), 0.05);
         assert_eq!(pace.moved("s1", 50_000_000, after(500)), None);
         let told = pace.moved("s2", 100_000_000, after(2_000));
-        assert_eq!(told, Some((0.2, "exporting shards s1, s2: 200 of 1000 MB, 75 MB/s".to_owned())));
+        assert_eq!(told, Some((0.2, "exporting shards s1, s2 (node 3: paused): 200 of 1000 MB, 75 MB/s".to_owned())));
         // It is told once in a while, whichever moves.
         assert_eq!(pace.moved("s2", 50_000_000, after(2_500)), None);
         pace.ends("s1");
         let told = pace.moved("s2", 50_000_000, after(3_000));
-        assert_eq!(told, Some((0.3, "exporting shard s2: 300 of 1000 MB, 83 MB/s".to_owned())));
+        assert_eq!(told, Some((0.3, "exporting shard s2 (node 3: paused): 300 of 1000 MB, 83 MB/s".to_owned())));
         // One that has to begin anew gives back only what was its own.
-        pace.begins("s2", 300_000_000, 0, after(4_000));
+        pace.begins("s2", String::new(), (0, 300_000_000), after(4_000));
         assert_eq!(pace.fraction(), 0.1);
     }
 }

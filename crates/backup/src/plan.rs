@@ -21,7 +21,7 @@ use tokio::time::timeout;
 use crate::layout;
 use crate::point::{leaseholder, readable};
 use crate::resume::{JOB_TYPE, Payload};
-use crate::rules::{Replicas, Rules};
+use crate::rules::{Replicas, Rules, modes};
 use crate::settings::{OnRelocation, Settings};
 use crate::targets::{Targets, remark};
 
@@ -187,8 +187,10 @@ impl Backups {
         let (skipped_shards, skipped, shards) = (targets.skipped(), targets.left_out, targets.shards);
         self.jobs.check_filter(&rules.filter).await?;
         let view = self.peers.cluster().view();
+        let limits = self.jobs.settings().await?.holding();
         for shard in shards.keys() {
-            readable(&view, shard, &rules)?;
+            let (fleet, decision) = readable(&view, shard, &rules)?;
+            modes(&fleet, &decision.first(), rules.standby_mode, &limits)?;
         }
         let subdir = layout::subdir(created);
         let description = format!("{}{}", statement.description(&subdir, &shown), remark(&skipped_shards));
@@ -205,6 +207,7 @@ impl Backups {
             strict: rules.strict,
             replicas: rules.replicas,
             balanced: rules.balanced,
+            standby_mode: rules.standby_mode,
             subdir,
             created,
             description: description.clone(),
@@ -393,6 +396,7 @@ fn rules_of(statement: &Backup, requester: &Requester) -> anyhow::Result<Rules> 
             None => Replicas::Any,
         },
         balanced: requester.settings.balanced()?,
+        standby_mode: requester.settings.standby_mode()?,
     })
 }
 

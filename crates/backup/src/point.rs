@@ -1,10 +1,13 @@
 //! A shard's point: which servers are read, and the founders that hold it.
 
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
 use anyhow::{Context as _, anyhow};
+use cluster::settings::Holding;
 use cluster::{NodeId, NodeInfo, Peers, Role, View};
-use fleet::founders::{FOUNDERS, Open, Opened, Request};
+use fleet::founders::{FOUNDERS, Open, Opened, PauseLimits, PointLimits, Request};
 use futures_util::future::join_all;
 use jobs::{Retryable, Run};
 use pgerror::{PgError, SqlState};
@@ -14,7 +17,7 @@ use tokio_util::task::AbortOnDropHandle;
 use uuid::Uuid;
 
 use crate::away;
-use crate::rules::{Apart, Decision, Fleet, Rules, decide, nothing_to_read};
+use crate::rules::{Apart, Chosen, Decision, Fleet, Mode, Rules, decide, modes, nothing_to_read};
 use crate::together::{self, Together};
 
 /// Taking a point includes the dump of the schemas.
@@ -46,6 +49,9 @@ const PASSING: [SqlState; 5] = [
     SqlState::OBJECT_IN_USE,
 ];
 
+/// The servers, by shard, of which this process has said in a job that a right is missing.
+static TOLD: Mutex<BTreeSet<(String, NodeId)>> = Mutex::new(BTreeSet::new());
+
 /// What the next coordinator must know to go on at the same point.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub(crate) struct ShardPoint {
@@ -58,6 +64,9 @@ pub(crate) struct ShardPoint {
     pub(crate) others: Vec<NodeId>,
     /// The founders' lease, the same on each of these servers.
     pub(crate) lease: Uuid,
+    /// What keeps what is read, on those of these servers that are standbys.
+    #[serde(default)]
+    pub(crate) modes: BTreeMap<NodeId, Chosen>,
     /// What became of the points of this shard that were taken before this one.
     #[serde(default)]
     pub(crate) tries: Tries,
@@ -69,6 +78,13 @@ impl ShardPoint {
     /// The nodes that had founders when the point was taken, the first one first.
     pub(crate) fn nodes(&self) -> Vec<NodeId> {
         [self.node].into_iter().chain(self.others.iter().copied()).collect()
+    }
+
+    /// The modes, for a text that has to be short: ` (node 3: paused)`, or nothing.
+    pub(crate) fn modes_in_short(&self) -> String {
+        let modes: Vec<String> =
+            self.modes.iter().map(|(node, chosen)| format!("node {node}: {}", chosen.mode)).collect();
+        if modes.is_empty() { String::new() } else { format!(" ({})", modes.join(", ")) }
     }
 }
 
@@ -119,15 +135,16 @@ pub(crate) fn leaseholder<'v>(view: &'v View, shard: &str) -> anyhow::Result<&'v
 /// # Errors
 ///
 /// The shard cannot be reached, or the rules leave no server of it to be read; both may pass.
-pub(crate) fn readable(view: &View, shard: &str, rules: &Rules) -> anyhow::Result<Decision> {
+pub(crate) fn readable(view: &View, shard: &str, rules: &Rules) -> anyhow::Result<(Fleet, Decision)> {
     leaseholder(view, shard)?;
-    let decision = decide(&Fleet::of(view, shard), rules);
+    let fleet = Fleet::of(view, shard);
+    let decision = decide(&fleet, rules);
     for (node, _, reason) in &decision.passed_over {
         tracing::debug!(%node, shard, "not read: {reason}");
     }
     match decision.reads.is_empty() {
         true => Err(anyhow::Error::new(nothing_to_read(shard, &decision, rules)).context(Retryable)),
-        false => Ok(decision),
+        false => Ok((fleet, decision)),
     }
 }
 
@@ -144,47 +161,141 @@ pub(crate) async fn open(
     rules: &Rules,
     tries: Tries,
 ) -> anyhow::Result<ShardPoint> {
-    let job = run.id.0;
-    let decision = readable(&peers.cluster().view(), shard, rules)?;
-    for (node, _, why) in decision.apart.iter().filter(|(_, _, why)| *why == Apart::NoRight) {
-        note_apart(run, shard, format!("Node {node}'s cannot be read beside others: {why}.")).await?;
+    let limits = run.settings().await?.holding();
+    let (fleet, decision) = readable(&peers.cluster().view(), shard, rules)?;
+    let opening = Opening { run, peers, shard, databases, rules, limits, fleet };
+    opening.tell_apart(&decision).await?;
+    if decision.together.len() > 1
+        && let Some(point) = opening.of_several(&decision, tries).await?
+    {
+        return Ok(point);
     }
-    if decision.together.len() > 1 {
-        let request = |lease| open_request(job, lease, databases, false);
-        match together::open(peers, shard, &decision.together, request).await {
-            Ok(Together { lease, node, others, opened }) => {
+    opening.of_one(&decision, tries).await
+}
+
+/// Of a shard's servers that lack a right those of which it has not been said; one that got it is news when it loses it.
+fn news(told: &mut BTreeSet<(String, NodeId)>, shard: &str, powerless: Vec<NodeId>) -> Vec<NodeId> {
+    told.retain(|(of, node)| of != shard || powerless.contains(node));
+    powerless.into_iter().filter(|node| told.insert((shard.to_owned(), *node))).collect()
+}
+
+/// A point that is being taken.
+struct Opening<'o> {
+    run: &'o Run,
+    peers: &'o Peers,
+    shard: &'o str,
+    databases: &'o [String],
+    rules: &'o Rules,
+    limits: Holding,
+    fleet: Fleet,
+}
+
+impl Opening<'_> {
+    /// Says which servers could be read beside others, but for a right that is missing: in the first job that would, and
+    /// not in each that follows. EXPLAIN and `backhaul check` say it whenever they are asked.
+    async fn tell_apart(&self, decision: &Decision) -> anyhow::Result<()> {
+        let powerless = decision.apart.iter().filter(|(_, _, why)| *why == Apart::NoRight).map(|(node, ..)| *node);
+        let news = news(&mut TOLD.lock().unwrap_or_else(PoisonError::into_inner), self.shard, powerless.collect());
+        for node in news {
+            let why = Apart::NoRight;
+            self.note_apart(format!("Node {node}'s cannot be read beside others: {why}.")).await?;
+        }
+        Ok(())
+    }
+
+    /// Of several servers at once; nothing where that cannot be had.
+    async fn of_several(&self, decision: &Decision, tries: Tries) -> anyhow::Result<Option<ShardPoint>> {
+        let (job, shard) = (self.run.id.0, self.shard);
+        let taken = match self.modes(&decision.together) {
+            Ok(modes) => {
+                let request = |lease, node| self.request(lease, false, modes.get(&node));
+                together::open(self.peers, shard, &decision.together, request).await.map(|taken| (taken, modes))
+            }
+            Err(error) => Err(error.into()),
+        };
+        match taken {
+            Ok((Together { lease, node, others, opened }, mut modes)) => {
                 tracing::info!(job, shard, %node, ?others, lsn = %opened.point.lsn, "one point taken of several servers");
-                return Ok(ShardPoint { shard: shard.to_owned(), node, others, lease, tries, opened });
+                modes.retain(|of, _| *of == node || others.contains(of));
+                Ok(Some(ShardPoint { shard: shard.to_owned(), node, others, lease, modes, tries, opened }))
             }
             Err(error) => {
                 tracing::warn!(job, shard, "no point of several servers: {error:#}");
                 let said = PgError::of(&error).map_or_else(String::new, together::sentence);
-                note_apart(run, shard, said).await?;
+                self.note_apart(said).await?;
+                Ok(None)
             }
         }
     }
-    let mut last = anyhow!("shard \"{shard}\" has no server that can be read").context(Retryable);
-    for candidate in decision.candidates() {
-        let lease = Uuid::new_v4();
-        let request = Request::Open(open_request(job, lease, databases, candidate.role == Role::Voting));
-        match ask::<Opened>(peers, candidate.node, &request, OPEN_DEADLINE).await {
-            Ok(opened) => {
-                let point = &opened.point;
-                tracing::info!(job, shard, node = %candidate.node, lsn = %point.lsn, mode = ?point.mode, "point taken");
-                let (shard, node) = (shard.to_owned(), candidate.node);
-                return Ok(ShardPoint { shard, node, others: Vec::new(), lease, tries, opened });
+
+    async fn of_one(&self, decision: &Decision, tries: Tries) -> anyhow::Result<ShardPoint> {
+        let (job, shard) = (self.run.id.0, self.shard);
+        let mut last = anyhow!("shard \"{shard}\" has no server that can be read").context(Retryable);
+        let mut is_refused = false;
+        for candidate in decision.candidates() {
+            let node = candidate.node;
+            if is_refused && candidate.role == Role::Leaseholder {
+                // A mode was asked for that a standby cannot have; to read the primary instead would be a way around it.
+                continue;
             }
-            Err(error) => {
-                tracing::warn!(job, shard, node = %candidate.node, "no point on this server: {error:#}");
-                run.note(&error).await?;
-                // It may have been taken all the same.
-                close(peers, candidate.node, lease).await;
-                let passes = PgError::of(&error).is_some_and(|said| PASSING.contains(&said.code));
-                last = if passes { error.context(Retryable) } else { error };
+            let modes = match self.modes(&[node]) {
+                Ok(modes) => modes,
+                Err(refusal) => {
+                    is_refused = true;
+                    let refusal = anyhow::Error::from(refusal);
+                    self.run.note(&refusal).await?;
+                    last = refusal.context(Retryable);
+                    continue;
+                }
+            };
+            let lease = Uuid::new_v4();
+            let request = Request::Open(self.request(lease, candidate.role == Role::Voting, modes.get(&node)));
+            match ask::<Opened>(self.peers, node, &request, OPEN_DEADLINE).await {
+                Ok(opened) => {
+                    let point = &opened.point;
+                    tracing::info!(job, shard, %node, lsn = %point.lsn, mode = ?point.mode, "point taken");
+                    let (shard, others) = (shard.to_owned(), Vec::new());
+                    return Ok(ShardPoint { shard, node, others, lease, modes, tries, opened });
+                }
+                Err(error) => {
+                    tracing::warn!(job, shard, %node, "no point on this server: {error:#}");
+                    self.run.note(&error).await?;
+                    // It may have been taken all the same.
+                    close(self.peers, node, lease).await;
+                    let passes = PgError::of(&error).is_some_and(|said| PASSING.contains(&said.code));
+                    last = if passes { error.context(Retryable) } else { error };
+                }
             }
         }
+        Err(last).with_context(|| format!("take a point of shard \"{shard}\""))
     }
-    Err(last).with_context(|| format!("take a point of shard \"{shard}\""))
+
+    fn modes(&self, nodes: &[NodeId]) -> Result<BTreeMap<NodeId, Chosen>, PgError> {
+        modes(&self.fleet, nodes, self.rules.standby_mode, &self.limits)
+    }
+
+    fn request(&self, lease: Uuid, voting: bool, chosen: Option<&Chosen>) -> Open {
+        let ms = |time: Duration| u64::try_from(time.as_millis()).unwrap_or(u64::MAX);
+        let Holding { pause, wal, free, age, xmin_age } = self.limits;
+        let is_kept = chosen.is_some_and(|chosen| chosen.mode == Mode::Paused);
+        Open {
+            lease,
+            job: self.run.id.0,
+            databases: self.databases.to_vec(),
+            readers: readers(self.databases.len()),
+            voting,
+            life_ms: ms(LEASE_LIFE),
+            pause: is_kept.then(|| PauseLimits { longest_ms: ms(pause), wal_bytes: wal, free_bytes: free }),
+            limits: PointLimits { age_ms: ms(age), xmin_age },
+        }
+    }
+
+    /// Says in the job why one server is read where there are several.
+    async fn note_apart(&self, why: String) -> anyhow::Result<()> {
+        let message = format!("not all servers of shard \"{}\" that are near are read at once", self.shard);
+        let error = PgError::new(SqlState::OBJECT_NOT_IN_PREREQUISITE_STATE, message).detail(why);
+        self.run.note(&anyhow::Error::from(error)).await
+    }
 }
 
 /// Asks the founders' node, for as long as its server answers it: one that freezes keeps its sessions open, and every
@@ -208,35 +319,42 @@ pub(crate) async fn ask<T: DeserializeOwned>(
     }
 }
 
-fn open_request(job: i64, lease: Uuid, databases: &[String], voting: bool) -> Open {
-    let life_ms = u64::try_from(LEASE_LIFE.as_millis()).unwrap_or(u64::MAX);
-    Open { lease, job, databases: databases.to_vec(), readers: readers(databases.len()), voting, life_ms }
-}
-
-/// Says in the job why one server is read where there are several.
-async fn note_apart(run: &Run, shard: &str, why: String) -> anyhow::Result<()> {
-    let message = format!("not all servers of shard \"{shard}\" that are near are read at once");
-    let error = PgError::new(SqlState::OBJECT_NOT_IN_PREREQUISITE_STATE, message).detail(why);
-    run.note(&anyhow::Error::from(error)).await
-}
-
-/// The nodes whose founders still live; renews them.
-pub(crate) async fn alive(peers: &Peers, point: &ShardPoint) -> Vec<NodeId> {
+/// The nodes whose founders still live; renews them. Where replay was to stay paused and goes on before everything is read,
+/// `run` is told, once.
+pub(crate) async fn alive(run: Option<&Run>, peers: &Peers, point: &ShardPoint) -> Vec<NodeId> {
     let request = &Request::Renew { lease: point.lease };
     let renew = |node| async move {
-        let renewed = peers.call::<()>(node, FOUNDERS, request, ASK_DEADLINE).await;
-        renewed.is_ok().then_some(node)
+        let renewed = peers.call::<Option<String>>(node, FOUNDERS, request, ASK_DEADLINE).await;
+        renewed.ok().map(|over| (node, over))
     };
-    join_all(point.nodes().into_iter().map(renew)).await.into_iter().flatten().collect()
+    let renewed: Vec<_> = join_all(point.nodes().into_iter().map(renew)).await.into_iter().flatten().collect();
+    for (run, node, why) in renewed.iter().filter_map(|(node, over)| Some((run?, *node, over.as_ref()?))) {
+        if let Err(error) = tell_over(run, point, node, why).await {
+            tracing::info!(%node, "that its replay goes on could not be told: {error:#}");
+        }
+    }
+    renewed.into_iter().map(|(node, _)| node).collect()
 }
 
-/// Renews the founders until dropped.
-pub(crate) fn keep_alive(peers: &Peers, point: &ShardPoint) -> AbortOnDropHandle<()> {
-    let (peers, point) = (peers.clone(), point.clone());
+/// Says in the job that a standby's replay goes on.
+async fn tell_over(run: &Run, point: &ShardPoint, node: NodeId, why: &str) -> anyhow::Result<()> {
+    let key = format!("resumed/{}/{node}", point.lease);
+    if run.kept::<bool>(&key).await?.is_some() {
+        return Ok(());
+    }
+    run.keep(&key, &true).await?;
+    let message = format!("replay on the standby beside node {node} goes on before everything is read there");
+    let error = PgError::new(SqlState::OBJECT_NOT_IN_PREREQUISITE_STATE, message);
+    run.note(&anyhow::Error::from(error.detail(format!("{why} It is read on as in mode \"retry\".")))).await
+}
+
+/// Renews the founders until dropped; `run` is told as by [`alive`].
+pub(crate) fn keep_alive(run: Option<&Run>, peers: &Peers, point: &ShardPoint) -> AbortOnDropHandle<()> {
+    let (run, peers, point) = (run.cloned(), peers.clone(), point.clone());
     AbortOnDropHandle::new(tokio::spawn(async move {
         loop {
             tokio::time::sleep(LEASE_LIFE / 6).await;
-            let alive = alive(&peers, &point).await;
+            let alive = alive(run.as_ref(), &peers, &point).await;
             for node in point.nodes().iter().filter(|node| !alive.contains(node)) {
                 // Whoever reads there will be told; a node that was away for a moment is asked again.
                 tracing::info!(shard = point.shard, %node, "founders could not be renewed");
@@ -254,5 +372,26 @@ pub(crate) async fn close_all(peers: &Peers, point: &ShardPoint) {
 pub(crate) async fn close(peers: &Peers, node: NodeId, lease: Uuid) {
     if let Err(error) = peers.call::<()>(node, FOUNDERS, &Request::Close { lease }, ASK_DEADLINE).await {
         tracing::info!(%node, "founders end by themselves: {error:#}");
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_missing_right_is_said_once_until_it_was_there() {
+        let mut told = BTreeSet::new();
+        let (two, three) = (NodeId(2), NodeId(3));
+        for (shard, powerless, expected) in [
+            ("s1", vec![two], vec![two]),
+            ("s1", vec![two, three], vec![three]),
+            ("s2", vec![two], vec![two]),
+            ("s1", vec![two, three], vec![]),
+            ("s1", vec![three], vec![]),
+            ("s1", vec![two, three], vec![two]),
+        ] {
+            assert_eq!(news(&mut told, shard, powerless), expected);
+        }
     }
 }

@@ -32,7 +32,7 @@ use crate::pausepoints::{AFTER_EXPORT, AFTER_LATEST, AFTER_LOCK, AFTER_POINTS, A
 use crate::plan::SealSource;
 use crate::point::{self, ShardPoint, Tries};
 use crate::revert::Trace;
-use crate::rules::{Replicas, Rules};
+use crate::rules::{Chosen, Replicas, Rules, Wanted};
 use crate::seal::{Place, Recorded, When};
 use crate::{elsewhere, layout, seal, sequences, spans};
 
@@ -87,12 +87,16 @@ pub(crate) struct Payload {
     /// Whether all matching nodes that hold a replica share the spans.
     #[serde(default)]
     pub(crate) balanced: bool,
+    /// What is to keep standbys from taking away what is read.
+    #[serde(default)]
+    pub(crate) standby_mode: Wanted,
 }
 
 impl Payload {
     fn rules(&self) -> anyhow::Result<Rules> {
         let filter = self.filter.parse().context("read the job's filter")?;
-        Ok(Rules { filter, strict: self.strict, replicas: self.replicas, balanced: self.balanced })
+        let Self { strict, replicas, balanced, standby_mode, .. } = *self;
+        Ok(Rules { filter, strict, replicas, balanced, standby_mode })
     }
 }
 
@@ -346,10 +350,10 @@ impl Story<'_> {
             [] => None,
             _ => self.run.kept::<ShardPoint>(&format!("point/{shard}")).await?,
         };
-        let _before = before.map(|point| point::keep_alive(self.peers, &point));
+        let _before = before.map(|point| point::keep_alive(None, self.peers, &point));
         let held = self.hold(shard, &spoilt).await;
         let point = self.point(shard, databases).await?;
-        Ok(Taken { alive: point::keep_alive(self.peers, &point), point, spoilt, held })
+        Ok(Taken { alive: point::keep_alive(None, self.peers, &point), point, spoilt, held })
     }
 
     /// The point of an earlier run, if its founders live; else a new one.
@@ -378,7 +382,7 @@ impl Story<'_> {
 
     /// Whether somebody still holds the point. The schema is on the first server alone until it has been moved.
     async fn is_usable(&self, point: &ShardPoint) -> anyhow::Result<bool> {
-        let alive = point::alive(self.peers, point).await;
+        let alive = point::alive(None, self.peers, point).await;
         if alive.is_empty() || alive.contains(&point.node) {
             return Ok(!alive.is_empty());
         }
@@ -402,6 +406,12 @@ impl Story<'_> {
         }
         self.run.progress(self.pace.fraction(), &format!("taking a point of shard {shard}")).await?;
         let point = point::open(self.run, self.peers, (shard, databases), &self.rules, tries).await?;
+        let modes: Vec<String> = point.modes.iter().map(told).collect();
+        if !modes.is_empty() {
+            self.run
+                .progress(self.pace.fraction(), &format!("a point of shard {shard} is taken: {}", modes.join("; ")))
+                .await?;
+        }
         // Kept before anything is read at it: two points are never mixed.
         self.run.forget(&format!("span/{shard}/")).await?;
         self.run.forget(&format!("schema/{shard}/")).await?;
@@ -457,12 +467,20 @@ impl Story<'_> {
         view.leader(shard).is_some_and(|leader| self.rules.forbid(&leader.locality))
     }
 
+    /// Reads a shard at its point, and says in the job whose replay went on before that was done.
     async fn read(&self, point: &ShardPoint) -> anyhow::Result<ShardPart> {
-        let _alive = point::keep_alive(self.peers, point);
+        let alive = point::keep_alive(Some(self.run), self.peers, point);
+        let part = Box::pin(self.read_at(point)).await;
+        drop(alive);
+        point::alive(Some(self.run), self.peers, point).await;
+        part
+    }
+
+    async fn read_at(&self, point: &ShardPoint) -> anyhow::Result<ShardPart> {
         let schemas = self.schemas(point).await?;
         self.run.pausepoint(AFTER_SCHEMAS).await?;
         let finished: Vec<Finished> = self.run.kept_under(&drive::key(point)).await?;
-        let alive = point::alive(self.peers, point).await;
+        let alive = point::alive(None, self.peers, point).await;
         // Where none answers now, reading tells why.
         let servers = if alive.is_empty() { point.nodes() } else { alive };
         let (run, peers, rules) = (self.run, self.peers, &self.rules);
@@ -480,6 +498,7 @@ impl Story<'_> {
             read_from: point.node,
             read_beside: point.others.clone(),
             point: point.opened.point.clone(),
+            modes: point.modes.clone(),
             databases,
             schemas,
             files,
@@ -596,6 +615,11 @@ impl Story<'_> {
 /// The key under which a schema is remembered that has been moved to the store.
 fn schema_key(point: &ShardPoint, database: &str) -> String {
     format!("schema/{}/{}/{database}", point.shard, point.lease)
+}
+
+/// A standby's mode, for whoever looks at the job.
+fn told((node, chosen): (&NodeId, &Chosen)) -> String {
+    format!("node {node} {} ({})", chosen.mode, chosen.why)
 }
 
 fn stalled(point: &ShardPoint) -> PgError {

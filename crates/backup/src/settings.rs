@@ -8,6 +8,7 @@ use pgerror::{PgError, SqlState};
 
 use crate::PAUSEPOINTS;
 use crate::plan::Requester;
+use crate::rules::Wanted;
 
 /// What a pausepoint may end in.
 const HOLD: &str = ":hold";
@@ -23,6 +24,8 @@ pub struct Settings {
     pub progress: String,
     /// `backhaul.backup.balanced_distribution`.
     pub balanced: String,
+    /// `backhaul.backup.standby_mode`.
+    pub standby_mode: String,
 }
 
 /// What an attached client gets when its job has to run elsewhere.
@@ -36,7 +39,7 @@ pub(crate) enum OnRelocation {
 
 impl Settings {
     /// Their names, values, defaults, and what they do.
-    pub fn listed(&self) -> [(&'static str, String, &'static str, &'static str); 4] {
+    pub fn listed(&self) -> [(&'static str, String, &'static str, &'static str); 5] {
         let value = |value: &str, default: &str| if value.is_empty() { default.to_owned() } else { value.to_owned() };
         [
             (
@@ -44,6 +47,12 @@ impl Settings {
                 value(&self.balanced, "off"),
                 "off",
                 "whether all matching nodes that hold a replica share a backup's spans, the leaseholder's or not",
+            ),
+            (
+                "backhaul.backup.standby_mode",
+                value(&self.standby_mode, "auto"),
+                "auto",
+                "what keeps a standby from taking away what is read on it: paused, feedback, retry, or auto",
             ),
             (
                 "backhaul.debug_pausepoints",
@@ -86,6 +95,14 @@ impl Settings {
     /// Whether all matching nodes that hold a replica share a backup's spans.
     pub(crate) fn balanced(&self) -> Result<bool, PgError> {
         truth("backhaul.backup.balanced_distribution", &self.balanced)
+    }
+
+    /// What is to keep a standby from taking away what is read on it.
+    pub(crate) fn standby_mode(&self) -> Result<Wanted, PgError> {
+        Wanted::parse(&self.standby_mode).ok_or_else(|| {
+            invalid("backhaul.backup.standby_mode", &self.standby_mode)
+                .hint("Available values: auto, paused, feedback, retry.")
+        })
     }
 }
 

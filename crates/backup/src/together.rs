@@ -58,12 +58,12 @@ pub(crate) async fn open(
     peers: &Peers,
     shard: &str,
     nodes: &[NodeId],
-    request: impl Fn(Uuid) -> Open,
+    request: impl Fn(Uuid, NodeId) -> Open,
 ) -> anyhow::Result<Together> {
     let mut tries = 0;
     loop {
         let lease = Uuid::new_v4();
-        let error = match attempt(peers, nodes, &request(lease)).await {
+        let error = match attempt(peers, nodes, lease, &request).await {
             Ok(together) => return Ok(together),
             Err(error) => error,
         };
@@ -77,12 +77,17 @@ pub(crate) async fn open(
     }
 }
 
-async fn attempt(peers: &Peers, nodes: &[NodeId], open: &Open) -> anyhow::Result<Together> {
-    let ready = prepare(peers, nodes, open).await?;
-    let at = one_position(peers, &ready, open.lease).await?;
+async fn attempt(
+    peers: &Peers,
+    nodes: &[NodeId],
+    lease: Uuid,
+    request: impl Fn(Uuid, NodeId) -> Open,
+) -> anyhow::Result<Together> {
+    let ready = prepare(peers, nodes, |node| request(lease, node)).await?;
+    let at = one_position(peers, &ready, lease).await?;
     let (node, others) = ready.split_first().context("take a point of no server")?;
     let take = |node: NodeId, with_schema: bool| {
-        let request = Request::Take { lease: open.lease, at: at.clone(), with_schema };
+        let request = Request::Take { lease, at: at.clone(), with_schema };
         async move { ask::<Opened>(peers, node, &request, TAKE_DEADLINE).await }
     };
     let taking = others.iter().map(|node| take(*node, false));
@@ -104,27 +109,28 @@ async fn attempt(peers: &Peers, nodes: &[NodeId], open: &Open) -> anyhow::Result
         (false, _) => {
             for node in others.iter().filter(|node| !proven.contains(node)) {
                 tracing::warn!(%node, "its server is not read beside the others");
-                close(peers, *node, open.lease).await;
+                close(peers, *node, lease).await;
             }
-            Ok(Together { lease: open.lease, node: *node, others: proven, opened })
+            Ok(Together { lease, node: *node, others: proven, opened })
         }
     }
 }
 
 /// Opens sessions; gives the nodes on which that was possible, in the order of `nodes`.
-async fn prepare(peers: &Peers, nodes: &[NodeId], open: &Open) -> anyhow::Result<Vec<NodeId>> {
+async fn prepare(peers: &Peers, nodes: &[NodeId], open: impl Fn(NodeId) -> Open) -> anyhow::Result<Vec<NodeId>> {
     let mut sorted = nodes.to_vec();
     sorted.sort();
-    let request = Request::Prepare(open.clone());
     let mut ready = Vec::new();
     let mut refused = None;
     for node in sorted {
-        match ask::<()>(peers, node, &request, PREPARE_DEADLINE).await {
+        let open = open(node);
+        let lease = open.lease;
+        match ask::<()>(peers, node, &Request::Prepare(open), PREPARE_DEADLINE).await {
             Ok(()) => ready.push(node),
             Err(error) => {
                 tracing::warn!(%node, "its server cannot be read beside others: {error:#}");
                 // It may have been prepared all the same.
-                close(peers, node, open.lease).await;
+                close(peers, node, lease).await;
                 refused = Some(error);
             }
         }

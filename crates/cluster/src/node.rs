@@ -128,7 +128,7 @@ pub struct ServerState {
 /// How a standby replays.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Replay {
-    /// Somebody has paused it, and it is no pause for a backup's point: those are over in a moment.
+    /// Somebody has paused it, and it is no pause of a backup's: those end by themselves.
     pub paused: bool,
     /// `recovery_min_apply_delay`, as PostgreSQL prints it, if there is one.
     pub delay: Option<String>,
@@ -137,12 +137,17 @@ pub struct Replay {
     /// Whether the node's role may pause and resume it.
     #[serde(default)]
     pub may_pause: bool,
+    /// Bytes that are free where the server keeps its WAL, if the node may know it. Moves all the time, as the position.
+    #[serde(default)]
+    pub free: Option<u64>,
 }
 
 impl ServerState {
-    /// Whether two states differ in anything but the WAL position.
+    /// Whether two states differ in anything but the WAL position and the room that is left.
     pub fn differs(&self, other: &Self) -> bool {
-        Self { lsn: other.lsn, ..self.clone() } != *other
+        let mut alike = Self { lsn: other.lsn, ..self.clone() };
+        alike.replay.free = other.replay.free;
+        alike != *other
     }
 }
 

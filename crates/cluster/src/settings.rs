@@ -18,6 +18,8 @@ pub enum Kind {
     Duration(i64, i64),
     /// Bytes: none, or between these many.
     Bytes(i64, i64),
+    /// A number: none, or between these.
+    Count(i64, i64),
 }
 
 /// A setting.
@@ -31,7 +33,7 @@ pub struct Setting {
     pub description: &'static str,
     /// The name of its row.
     row: &'static str,
-    /// In milliseconds, in bytes, or 0 and 1.
+    /// In milliseconds, in bytes, a number, or 0 and 1.
     default: i64,
 }
 
@@ -53,14 +55,65 @@ const RETENTION_MAX: i64 = 3660 * DAY;
 const RATE_MIN: i64 = 64 * KIB;
 const RATE_MAX: i64 = 1024 * KIB * KIB * KIB;
 
+/// A point that may not grow this old cannot be read at all.
+const AGE_MIN: i64 = MINUTE;
+const AGE_MAX: i64 = 30 * DAY;
+
+/// A standby that stands for longer is none any more.
+const PAUSE_MIN: i64 = 1000;
+const PAUSE_MAX: i64 = DAY;
+
+/// With less, the WAL of one moment would end every pause; and no disk has more.
+const ROOM_MIN: i64 = 1024 * KIB;
+const ROOM_MAX: i64 = 1024 * 1024 * KIB * KIB * KIB;
+
+/// With fewer, a busy primary would end a backup before it begins. Of more than these PostgreSQL would stop itself.
+const XMIN_MIN: i64 = 10_000;
+const XMIN_MAX: i64 = 1_000_000_000;
+
 /// All of them, by name.
-pub const SETTINGS: [Setting; 5] = [
+pub const SETTINGS: [Setting; 10] = [
     Setting {
         name: "bulkio.backup.node_rate_limit",
         kind: Kind::Bytes(RATE_MIN, RATE_MAX),
         description: "how many bytes of rows a node reads for backups in a second, all its jobs together; 0 is no limit",
         row: "bulkio.backup.node_rate_limit",
         default: 0,
+    },
+    Setting {
+        name: "bulkio.backup.snapshot_age_limit",
+        kind: Kind::Duration(AGE_MIN, AGE_MAX),
+        description: "how old the point of a backup may grow while it is read; beyond it the backup fails",
+        row: "bulkio.backup.snapshot_age_limit",
+        default: DAY,
+    },
+    Setting {
+        name: "bulkio.backup.standby_free_space_floor",
+        kind: Kind::Bytes(ROOM_MIN, ROOM_MAX),
+        description: "with less room on its disk a standby is not kept paused for a backup; 0 is no floor",
+        row: "bulkio.backup.standby_free_space_floor",
+        default: 2 * KIB * KIB * KIB,
+    },
+    Setting {
+        name: "bulkio.backup.standby_pause_limit",
+        kind: Kind::Duration(PAUSE_MIN, PAUSE_MAX),
+        description: "how long a standby is kept paused for backups; beyond it replay goes on, and so do they",
+        row: "bulkio.backup.standby_pause_limit",
+        default: 30 * MINUTE,
+    },
+    Setting {
+        name: "bulkio.backup.standby_wal_limit",
+        kind: Kind::Bytes(ROOM_MIN, ROOM_MAX),
+        description: "with more WAL to replay a standby is not kept paused for a backup; 0 is no limit",
+        row: "bulkio.backup.standby_wal_limit",
+        default: 8 * KIB * KIB * KIB,
+    },
+    Setting {
+        name: "bulkio.backup.xmin_age_limit",
+        kind: Kind::Count(XMIN_MIN, XMIN_MAX),
+        description: "of how many transactions a backup may keep dead rows on a primary; beyond it, it fails; 0 is no limit",
+        row: "bulkio.backup.xmin_age_limit",
+        default: 100_000_000,
     },
     Setting {
         name: "feature.backup.enabled",
@@ -112,6 +165,7 @@ impl Setting {
             Kind::Bool => "b",
             Kind::Duration(..) => "d",
             Kind::Bytes(..) => "z",
+            Kind::Count(..) => "i",
         }
     }
 
@@ -134,6 +188,9 @@ impl Setting {
             Kind::Bytes(least, most) => measured(text, &SIZES)
                 .filter(|value| *value == 0 || (least..=most).contains(value))
                 .ok_or_else(|| invalid(&format!("{}, or 0; units are B, KiB, MiB and GiB.", between(least, most)))),
+            Kind::Count(least, most) => (text.trim().parse().ok())
+                .filter(|value| *value == 0 || (least..=most).contains(value))
+                .ok_or_else(|| invalid(&format!("{}, or 0.", between(least, most)))),
         }
     }
 
@@ -143,6 +200,7 @@ impl Setting {
             Kind::Bool => (value != 0).to_string(),
             Kind::Duration(..) => in_units(value, &["d", "h", "min", "s", "ms"], &TIMES, ""),
             Kind::Bytes(..) => in_units(value, &["GiB", "MiB", "KiB", "B"], &SIZES, " "),
+            Kind::Count(..) => value.to_string(),
         }
     }
 
@@ -150,7 +208,7 @@ impl Setting {
     pub fn stored(&self, value: i64) -> String {
         match self.kind {
             Kind::Bool => (value != 0).to_string(),
-            Kind::Duration(..) | Kind::Bytes(..) => value.to_string(),
+            Kind::Duration(..) | Kind::Bytes(..) | Kind::Count(..) => value.to_string(),
         }
     }
 
@@ -217,6 +275,21 @@ fn truth(text: &str) -> Option<bool> {
     }
 }
 
+/// What a backup may cost a server that it reads, and that server's primary.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Holding {
+    /// How long replay of a standby is kept paused.
+    pub pause: Duration,
+    /// Bytes of WAL that may wait to be replayed meanwhile; 0 is any number.
+    pub wal: u64,
+    /// Bytes that have to be free on the standby's disk; 0 is none.
+    pub free: u64,
+    /// How old a point may grow.
+    pub age: Duration,
+    /// Of how many transactions a primary may have to keep dead rows; 0 is any number.
+    pub xmin_age: u64,
+}
+
 /// The values of all settings at one moment.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct FleetSettings(BTreeMap<&'static str, i64>);
@@ -229,7 +302,9 @@ impl FleetSettings {
             // The bounds are for people; a test may go below them.
             let value = match setting.kind {
                 Kind::Bool => truth(&value).map(i64::from),
-                Kind::Duration(..) | Kind::Bytes(..) => value.parse().ok().filter(|value: &i64| *value >= 0),
+                Kind::Duration(..) | Kind::Bytes(..) | Kind::Count(..) => {
+                    value.parse().ok().filter(|value: &i64| *value >= 0)
+                }
             };
             value.map(|value| (setting.name, value))
         };
@@ -263,6 +338,18 @@ impl FleetSettings {
     /// How many bytes of rows this node may read for backups in a second; `None` is any number.
     pub fn backup_rate(&self) -> Option<u64> {
         u64::try_from(self.named("bulkio.backup.node_rate_limit")).ok().filter(|rate| *rate > 0)
+    }
+
+    /// How long, and at what price for others, a backup may hold back what it reads.
+    pub fn holding(&self) -> Holding {
+        let number = |name: &str| u64::try_from(self.named(&format!("bulkio.backup.{name}"))).unwrap_or(0);
+        Holding {
+            pause: Duration::from_millis(number("standby_pause_limit")),
+            wal: number("standby_wal_limit"),
+            free: number("standby_free_space_floor"),
+            age: Duration::from_millis(number("snapshot_age_limit")),
+            xmin_age: number("xmin_age_limit"),
+        }
     }
 
     /// How long a job that has ended is kept.
@@ -301,6 +388,13 @@ mod tests {
             ("jobs.retention_time", "0", ""),
             ("jobs.retention_time", "99999999999999999d", ""),
             ("bulkio.backup.node_rate_limit", "1 KiB", ""),
+            ("bulkio.backup.xmin_age_limit", "50000000", "50000000"),
+            ("bulkio.backup.xmin_age_limit", "0", "0"),
+            ("bulkio.backup.xmin_age_limit", "many", ""),
+            ("bulkio.backup.xmin_age_limit", "9999", ""),
+            ("bulkio.backup.standby_wal_limit", "64 MiB", "64 MiB"),
+            ("bulkio.backup.standby_pause_limit", "90min", "90min"),
+            ("bulkio.backup.standby_pause_limit", "0", ""),
         ] {
             let setting = Setting::named(name).expect(name);
             match setting.parse(text) {

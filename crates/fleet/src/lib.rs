@@ -8,6 +8,7 @@
 //!   lent to another node without the service password ever leaving the host;
 //! - [`door`]: the check that a server does not let everybody in who comes from its own host, which is where all
 //!   clients of a node seem to come from;
+//! - [`disk`]: how much room is left where it keeps its data;
 //! - [`founders`]: sessions that hold one point of a server for a backup, and are lent span by span;
 //! - [`loader`]: what makes a database of a backup again, on the server beside the node;
 //! - [`readiness`]: what a server lacks for backups and restores, and the statements that mend it;
@@ -15,6 +16,7 @@
 //!
 //! Nothing here writes to a server of a user, except the loader, into a database that it makes for that.
 
+pub mod disk;
 pub mod door;
 pub mod founders;
 pub mod loader;

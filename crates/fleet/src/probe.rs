@@ -10,6 +10,7 @@ use tokio_postgres::Client;
 use tokio_postgres::error::SqlState;
 use uuid::Uuid;
 
+use crate::disk::DataDirectory;
 use crate::{Server, door};
 
 /// Time between two questions: an upper bound on how late a promotion is noticed.
@@ -26,6 +27,9 @@ const REFUSED_WAIT: Duration = Duration::from_secs(1);
 
 /// How often the ways in are looked at again. Each look leaves lines in the server's log.
 const DOOR_PERIOD: Duration = Duration::from_secs(60);
+
+/// How often it is looked how much room its disk has.
+const FREE_PERIOD: Duration = Duration::from_secs(2);
 
 /// Whether clients may be relayed to the server.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -91,6 +95,8 @@ impl Probe {
         }
         let login = timeout(LOGIN_DEADLINE, self.server.session()).await.context("log into the server")?;
         let (client, _connection) = login.map_err(refused)?;
+        let directory = DataDirectory::of(&client).await;
+        let mut free = (Instant::now(), directory.free().await);
         let mut rules_read = None;
         let mut paused_before = false;
         loop {
@@ -113,6 +119,10 @@ impl Probe {
             // Seen twice: a pause for a point may begin or end between two looks of one statement.
             let paused = std::mem::replace(&mut paused_before, state.replay.paused);
             state.replay.paused &= paused;
+            if free.0.elapsed() >= FREE_PERIOD {
+                free = (Instant::now(), directory.free().await);
+            }
+            state.replay.free = free.1.filter(|_| state.in_recovery);
             report(ServerInfo::Up(state));
             // Once it was up and is lost, it may come back with other rules.
             *checked = None;
@@ -203,6 +213,7 @@ async fn ask(client: &Client) -> anyhow::Result<ServerState> {
             delay: row.get::<_, Option<String>>(11).filter(|_| in_recovery),
             feedback: in_recovery && row.get(12),
             may_pause: in_recovery && row.get(13),
+            free: None,
         },
     })
 }

@@ -11,7 +11,8 @@ use std::time::{Duration, Instant};
 use cluster::service::{Reply, Service as _};
 use fleet::Server;
 use fleet::founders::{
-    Founders, Mode, Open, Opened, Request, SpanRequest, Standstill, TablePlan, What, is_invalidated, is_point_lost,
+    Founders, Mode, Open, Opened, PauseLimits, PointLimits, Request, SpanRequest, Standstill, TablePlan, What,
+    is_invalidated, is_point_lost,
 };
 use fleet::private::{Installation, Instance, RunAs, Settings};
 use futures_util::StreamExt as _;
@@ -30,6 +31,8 @@ mod guards;
 mod points;
 #[path = "founders/shared.rs"]
 mod shared;
+#[path = "founders/standing.rs"]
+mod standing;
 
 const DEADLINE: Duration = Duration::from_secs(30);
 
@@ -140,7 +143,8 @@ async fn until(server: &Server, query: &str, expected: &str) {
 }
 
 fn open(lease: Uuid, readers: usize) -> Open {
-    Open { lease, job: 7, databases: vec!["shop".to_owned()], readers, voting: false, life_ms: 120_000 }
+    let (databases, limits) = (vec!["shop".to_owned()], PointLimits::default());
+    Open { lease, job: 7, databases, readers, voting: false, life_ms: 120_000, pause: None, limits }
 }
 
 async fn call(founders: &Arc<Founders>, request: &Request) -> anyhow::Result<Reply> {

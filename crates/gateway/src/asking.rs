@@ -31,8 +31,9 @@ const WHO: &str = "
         (5, pg_catalog.current_setting('backhaul.on_relocation', true)),
         (6, pg_catalog.current_setting('backhaul.progress', true)),
         (7, pg_catalog.current_setting('backhaul.backup.balanced_distribution', true)),
-        (8, pg_catalog.current_database()::text),
-        (9, pg_catalog.to_json(pg_catalog.current_schemas(true))::text)) AS asked (number, text) ORDER BY number";
+        (8, pg_catalog.current_setting('backhaul.backup.standby_mode', true)),
+        (9, pg_catalog.current_database()::text),
+        (10, pg_catalog.to_json(pg_catalog.current_schemas(true))::text)) AS asked (number, text) ORDER BY number";
 
 /// No more of a value that is no id is told.
 const TOLD_MAX: usize = 60;
@@ -264,9 +265,10 @@ fn requester(told: &[Option<String>]) -> Option<Requester> {
         on_relocation,
         progress,
         balanced,
+        standby_mode,
         Some(database),
         Some(path),
-    ] = <[Option<String>; 9]>::try_from(told).ok()?
+    ] = <[Option<String>; 10]>::try_from(told).ok()?
     else {
         return None;
     };
@@ -280,6 +282,7 @@ fn requester(told: &[Option<String>]) -> Option<Requester> {
             on_relocation: on_relocation.unwrap_or_default(),
             progress: progress.unwrap_or_default(),
             balanced: balanced.unwrap_or_default(),
+            standby_mode: standby_mode.unwrap_or_default(),
         },
         database,
         search_path: serde_json::from_str(&path).ok()?,
@@ -332,7 +335,7 @@ mod tests {
     fn tell_who(asking: &mut Asking) {
         let hex = |text: &str| text.bytes().map(|byte| format!("{byte:02x}")).collect::<String>();
         let settings = [Some("jürgen"), Some("on"), Some("50"), None, Some("wait"), Some("")];
-        for value in settings.into_iter().chain([Some("off"), Some("movr"), Some(r#"["pg_catalog","ü"]"#)]) {
+        for value in settings.into_iter().chain([Some("off"), None, Some("movr"), Some(r#"["pg_catalog","ü"]"#)]) {
             let digits = value.map(hex);
             asking.told(&row(&[digits.as_deref()]));
         }

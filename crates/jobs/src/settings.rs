@@ -4,6 +4,8 @@ use anyhow::Context as _;
 use cluster::settings::{FleetSettings, Setting};
 use tokio::sync::watch;
 
+use crate::ledger::Ledger;
+use crate::run::Run;
 use crate::runner::Jobs;
 
 impl Jobs {
@@ -13,9 +15,7 @@ impl Jobs {
     ///
     /// The registry is not reachable.
     pub async fn settings(&self) -> anyhow::Result<FleetSettings> {
-        let rows = self.ledger().query("SELECT name, value FROM registry.settings", &[]).await;
-        let rows = rows.context("read the settings of the fleet")?;
-        Ok(FleetSettings::of_rows(rows.iter().map(|row| (row.get(0), row.get(1)))))
+        read(self.ledger()).await
     }
 
     /// The settings as this node last heard of them: with its last heartbeat.
@@ -34,4 +34,21 @@ impl Jobs {
         let written = self.ledger().query(write, &[&setting.row(), &setting.stored(value)]).await;
         written.context("write a setting of the fleet").map(drop)
     }
+}
+
+impl Run {
+    /// The settings as the registry has them now.
+    ///
+    /// # Errors
+    ///
+    /// The registry is not reachable.
+    pub async fn settings(&self) -> anyhow::Result<FleetSettings> {
+        read(&self.ledger).await
+    }
+}
+
+async fn read(ledger: &Ledger) -> anyhow::Result<FleetSettings> {
+    let rows = ledger.query("SELECT name, value FROM registry.settings", &[]).await;
+    let rows = rows.context("read the settings of the fleet")?;
+    Ok(FleetSettings::of_rows(rows.iter().map(|row| (row.get(0), row.get(1)))))
 }

@@ -11,7 +11,6 @@ use cluster::service::{Boxed, Reply, Service};
 use cluster::{Known, Peers, Purpose, View};
 use fleet::Server;
 use fleet::readiness::{self, Closed, ServerFacts};
-use nix::sys::statvfs::statvfs;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use sql::Verb;
@@ -274,8 +273,7 @@ async fn own(place: &Place) -> Own {
 }
 
 fn disk(what: &str, path: &Path) -> Option<Disk> {
-    let stat = statvfs(path).ok()?;
-    let free = stat.blocks_available().saturating_mul(stat.fragment_size());
+    let free = fleet::disk::free(path)?;
     Some(Disk { what: what.to_owned(), path: path.display().to_string(), free })
 }
 

@@ -10,8 +10,9 @@
 //! leading tiers, then by kind (an asynchronous standby bothers nobody, a primary somebody, and a synchronous standby is
 //! never paused), by round trip, by id. `balanced` leaves out the first of these.
 //!
-//! **Which servers beside it** is told in [`together`].
+//! **Which servers beside it** is told in [`together`], and **what keeps what is read** in [`mod@modes`].
 
+mod modes;
 mod together;
 
 use std::cmp::Reverse;
@@ -22,6 +23,8 @@ use cluster::{Filter, Locality, NodeId, Role, Tier, View};
 use pgerror::{PgError, SqlState};
 use serde::{Deserialize, Serialize};
 
+pub(crate) use self::modes::modes;
+pub use self::modes::{Chosen, Hindrance, Mode, Wanted, choose};
 pub use self::together::{Apart, TOGETHER_MAX, nearest};
 use crate::assign::{Anchor, Worker};
 
@@ -81,6 +84,8 @@ pub struct Rules {
     pub replicas: Replicas,
     /// Whether spans are shared among all matching nodes that hold a replica, instead of being the leaseholder's.
     pub balanced: bool,
+    /// What is to keep standbys from taking away what is read.
+    pub standby_mode: Wanted,
 }
 
 impl Rules {
@@ -110,6 +115,10 @@ pub struct Standing {
     pub paused: bool,
     /// Whether its node's role may pause its replay.
     pub may_pause: bool,
+    /// `hot_standby_feedback`.
+    pub feedback: bool,
+    /// Bytes that its disk has free, if that is known.
+    pub free: Option<u64>,
 }
 
 /// A node.
@@ -149,6 +158,8 @@ impl Fleet {
                 delay: state.and_then(|state| state.replay.delay.clone()),
                 paused: state.is_some_and(|state| state.replay.paused),
                 may_pause: state.is_some_and(|state| state.replay.may_pause),
+                feedback: state.is_some_and(|state| state.replay.feedback),
+                free: state.and_then(|state| state.replay.free),
             };
             Some(Place {
                 id: known.info.node_id?,
@@ -287,6 +298,12 @@ pub struct Decision {
 }
 
 impl Decision {
+    /// Those that are read, if each of them gives a point.
+    pub(crate) fn first(&self) -> Vec<NodeId> {
+        let alone = || self.reads.first().map(|replica| replica.node).into_iter().collect();
+        if self.together.is_empty() { alone() } else { self.together.clone() }
+    }
+
     /// The servers that may be read, in the order in which they are asked for a point.
     pub(crate) fn candidates(&self) -> impl Iterator<Item = &Replica> {
         let is_first = |replica: &&Replica| self.together.first() == Some(&replica.node);

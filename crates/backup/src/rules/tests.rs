@@ -28,6 +28,8 @@ fn fleet(lines: &str) -> Fleet {
             delay: has("delayed").then(|| "5min".to_owned()),
             paused: has("paused"),
             may_pause: !has("powerless"),
+            feedback: has("feedback"),
+            free: (!has("unknown")).then_some(if has("full") { 99 } else { 100 }),
         });
         let round_trip = Duration::from_millis(if has("far") { 90 } else { 1 });
         Place { id, locality, reachable: !has("gone"), round_trip, server }
@@ -332,4 +334,66 @@ fn a_worker_reads_its_own_server_else_the_closest() {
         assert_eq!(nearest(&fleet, NodeId(worker), &servers), Some(NodeId(expected)), "{worker} of {servers:?}");
     }
     assert_eq!(nearest(&fleet, NodeId(3), &[]), None);
+}
+
+#[test]
+fn the_mode_of_a_standby_is_chosen_with_its_reason() {
+    let limits = cluster::settings::Holding {
+        pause: Duration::from_secs(60),
+        wal: LAG_MAX,
+        free: 100,
+        age: Duration::ZERO,
+        xmin_age: 0,
+    };
+    for (server, auto, paused, feedback) in [
+        ("primary", "none", "none", "none"),
+        ("primary feedback powerless", "none", "none", "none"),
+        ("async", "paused", "paused", "no: hot_standby_feedback is off"),
+        ("async feedback", "feedback", "paused", "feedback"),
+        ("async powerless", "retry", "no: the role of its node may not", "no: hot"),
+        ("async powerless feedback", "feedback", "no: the role of its node may not", "feedback"),
+        ("async delayed", "retry", "no: its replay is late by", "no: hot"),
+        ("async paused", "retry", "no: its replay is paused by somebody else", "no: hot"),
+        ("async lags", "retry", "no: it has 1073741825 bytes of WAL to replay, more than", "no: hot"),
+        ("async full", "retry", "no: its disk has 99 bytes free, less than", "no: hot"),
+        // What is not known is no reason to risk it, and none against whoever asks for it.
+        ("async unknown", "retry", "paused", "no: hot"),
+        ("sync", "retry", "no: commits may wait for it", "no: hot"),
+        ("sync feedback", "feedback", "no: commits may wait for it", "feedback"),
+    ] {
+        let fleet = fleet(&format!("1 a=b {server}"));
+        let told = |wanted: &str| {
+            let wanted = Wanted::parse(wanted).unwrap();
+            match choose(fleet.places[0].server.as_ref().unwrap(), wanted, &limits) {
+                Ok(chosen) => chosen.map_or("none".to_owned(), |chosen| chosen.mode.to_string()),
+                Err(why) => format!("no: {why}"),
+            }
+        };
+        assert_eq!(told("auto"), auto, "{server}");
+        assert_eq!(told("retry"), if auto == "none" { "none" } else { "retry" }, "{server}");
+        assert!(told("paused").starts_with(paused), "{server}: {}", told("paused"));
+        assert!(told("feedback").starts_with(feedback), "{server}: {}", told("feedback"));
+    }
+    let unlimited = cluster::settings::Holding { wal: 0, free: 0, ..limits };
+    let fleet = fleet("1 a=b async lags unknown\n2 a=b sync");
+    let all = [NodeId(1), NodeId(2)];
+    let chosen = modes(&fleet, &all, Wanted::Auto, &unlimited).unwrap();
+    assert_eq!((chosen[&all[0]].mode, chosen[&all[1]].mode), (Mode::Paused, Mode::Retry));
+    assert!(
+        chosen[&all[1]].why.ends_with("not paused, because commits may wait for it, so its replay is never paused")
+    );
+    let refused = modes(&fleet, &all, Wanted::Only(Mode::Paused), &unlimited).unwrap_err();
+    assert_eq!(refused.message, "the standby beside node 2 cannot be read in mode \"paused\"");
+}
+
+#[test]
+fn a_wanted_mode_survives_the_job_it_is_kept_in() {
+    for (text, stored) in
+        [("", "auto"), ("AUTO", "auto"), ("paused", "paused"), ("Feedback", "feedback"), ("retry", "retry")]
+    {
+        let wanted = Wanted::parse(text).unwrap();
+        assert_eq!(serde_json::to_value(wanted).unwrap(), stored);
+        assert_eq!(serde_json::from_value::<Wanted>(stored.into()).unwrap(), wanted);
+    }
+    assert_eq!(Wanted::parse("pause"), None);
 }

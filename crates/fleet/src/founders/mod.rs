@@ -3,7 +3,8 @@
 //! A backup reads many tables with many sessions and has to see one state of the database in all of them. So the node
 //! beside a server opens a bounded number of sessions whose snapshots are of the same point, and lends them: a worker
 //! on any node asks it for a span of a table, and gets its rows. How the point is made one is told in `open`, how a
-//! standby is kept from staying paused in `pause`, how sessions are lent in `pool`, and why a span is never read from
+//! standby is kept from staying paused in `pause`, when it stays so while it is read in `standing`, when a point is held for
+//! too long in `limits`, how sessions are lent in `pool`, and why a span is never read from
 //! another table than the one that was planned in `span`. A plan that is only shown takes a `look`, which holds nothing.
 //!
 //! All of it hangs on a *lease*. Whoever opened it renews it; when it is closed, replaced, or not renewed in time,
@@ -13,6 +14,7 @@
 mod budget;
 mod catalog;
 mod dump;
+mod limits;
 mod look;
 mod open;
 mod pause;
@@ -20,10 +22,11 @@ mod pool;
 pub(crate) mod session;
 mod shared;
 mod span;
+mod standing;
 mod types;
 
 use std::collections::{BTreeMap, HashMap};
-use std::sync::{Arc, Mutex, PoisonError, Weak};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError, Weak};
 use std::time::Duration;
 
 use anyhow::Context as _;
@@ -41,6 +44,8 @@ use self::open::Taken;
 use self::pause::Turn;
 use self::pool::Pool;
 use self::shared::Waiting;
+pub use self::standing::IsVoting;
+use self::standing::{Kept, Standing};
 pub use self::types::*;
 use crate::Server;
 
@@ -67,6 +72,8 @@ pub struct Founders {
     opening: Arc<tokio::sync::Mutex<()>>,
     /// The connections of all leases.
     budget: Budget,
+    /// Replay that stands while it is read.
+    standing: Arc<Standing>,
     me: Weak<Self>,
 }
 
@@ -76,7 +83,10 @@ struct Lease {
     pools: BTreeMap<String, Arc<Pool>>,
     _end: DropGuard,
     _share: Share,
-    expiry: Mutex<Option<AbortOnDropHandle<()>>>,
+    /// After the sessions, which would be in replay's way. Gone when the lease was given up.
+    kept: Mutex<Option<Kept>>,
+    given_up: OnceLock<PgError>,
+    tasks: Mutex<Vec<AbortOnDropHandle<()>>>,
 }
 
 impl Lease {
@@ -87,17 +97,35 @@ impl Lease {
     fn ends(&self) -> Instant {
         *self.ends.lock().unwrap_or_else(PoisonError::into_inner)
     }
+
+    /// Why replay goes on, where it was to stay paused.
+    fn pause_over(&self) -> Option<String> {
+        self.kept.lock().unwrap_or_else(PoisonError::into_inner).as_ref().and_then(Kept::over)
+    }
+
+    /// Ends everything but the lease itself, which says why.
+    fn give_up(&self, why: PgError) {
+        drop(self.given_up.set(why.clone()));
+        self.pools.values().for_each(|pool| pool.give_up(why.clone()));
+        drop(self.kept.lock().unwrap_or_else(PoisonError::into_inner).take());
+    }
 }
 
 impl Founders {
-    /// The founders of `server`; there are none yet.
+    /// The founders of `server`, for which no commit waits; there are none yet.
     pub fn new(server: Server) -> Arc<Self> {
+        Self::beside(server, Arc::new(|| false))
+    }
+
+    /// The same of a server that may become a synchronous standby: while `is_voting` its replay is not paused.
+    pub fn beside(server: Server, is_voting: IsVoting) -> Arc<Self> {
         Arc::new_cyclic(|me| Self {
             server,
             leases: Mutex::default(),
             waiting: Waiting::default(),
             opening: Arc::default(),
             budget: Budget::default(),
+            standing: Arc::new(Standing::new(is_voting)),
             me: me.clone(),
         })
     }
@@ -116,8 +144,9 @@ impl Founders {
                 Ok(Reply::Answer(serde_json::to_value(self.take(lease, &at, with_schema).await?)?))
             }
             Request::Renew { lease } => {
-                self.lease(lease)?.renew();
-                Ok(Reply::Answer(Value::Null))
+                let lease = self.lease(lease)?;
+                lease.renew();
+                Ok(Reply::Answer(serde_json::to_value(lease.pause_over())?))
             }
             Request::Close { lease } => {
                 self.remove(lease);
@@ -170,7 +199,9 @@ impl Founders {
         let end = CancellationToken::new();
         // Whatever was opened until an error is closed by this.
         let guard = end.clone().drop_guard();
-        let taken = open::open(&self.server, &request, &end, turn, &self.budget).await.context("open founders")?;
+        let standing = Arc::clone(&self.standing);
+        let taken =
+            open::open(&self.server, &request, &end, (turn, standing), &self.budget).await.context("open founders")?;
         Ok(self.keep(&request, taken, guard))
     }
 
@@ -179,9 +210,14 @@ impl Founders {
         let life = Duration::from_millis(request.life_ms).clamp(LIFE_MIN, LIFE_MAX);
         let pools = taken.pools.into_iter().map(|pool| (pool.database.clone(), Arc::new(pool))).collect();
         let ends = Mutex::new(Instant::now() + life);
-        let lease = Arc::new(Lease { life, ends, pools, _end: guard, _share: taken.share, expiry: Mutex::default() });
+        let unpaused = || Kept::Ended("It could not be paused when the point was taken.".to_owned());
+        let kept = taken.kept.or_else(|| request.pause.is_some().then(unpaused));
+        let (kept, given_up, tasks) = (Mutex::new(kept), OnceLock::new(), Mutex::default());
+        let lease = Arc::new(Lease { life, ends, pools, _end: guard, _share: taken.share, kept, given_up, tasks });
         let expiry = tokio::spawn(expire(self.me.clone(), request.lease, Arc::downgrade(&lease)));
-        *lease.expiry.lock().unwrap_or_else(PoisonError::into_inner) = Some(AbortOnDropHandle::new(expiry));
+        let limits = tokio::spawn(limits::watch(Arc::downgrade(&lease), request.job, request.limits.clone()));
+        let tasks = [expiry, limits].map(AbortOnDropHandle::new);
+        lease.tasks.lock().unwrap_or_else(PoisonError::into_inner).extend(tasks);
         self.leases.lock().unwrap_or_else(PoisonError::into_inner).insert(request.lease, lease);
         taken.opened
     }
@@ -195,7 +231,11 @@ impl Founders {
     fn lease(&self, lease: Uuid) -> anyhow::Result<Arc<Lease>> {
         let leases = self.leases.lock().unwrap_or_else(PoisonError::into_inner);
         let held = leases.get(&lease).cloned();
-        held.ok_or_else(|| point_lost(&self.server.address(), "Its lease has ended.").into())
+        let held = held.ok_or_else(|| point_lost(&self.server.address(), "Its lease has ended."))?;
+        match held.given_up.get() {
+            Some(why) => Err(why.clone().into()),
+            None => Ok(held),
+        }
     }
 
     fn pool(&self, lease: Uuid, database: &str) -> anyhow::Result<Arc<Pool>> {

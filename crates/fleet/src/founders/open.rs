@@ -11,6 +11,7 @@
 //! Whatever was disturbed is done again, a bounded number of times, with the same sessions, or others in the place of
 //! those that were ended.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context as _, anyhow};
@@ -25,9 +26,10 @@ use tokio_util::sync::CancellationToken;
 use super::budget::{Budget, Share};
 use super::catalog;
 use super::dump::{Program, Schema};
-use super::pause::{PAUSE_WORK, Pause, Turn};
+use super::pause::{PAUSE_WORK, Turn};
 use super::pool::{Anchor, BACK_TO_REST, BEGIN, Crew, Pool, REST, import};
 use super::session::{Session, has_code, late, quoted};
+use super::standing::{Halt, Kept, Standing};
 use super::types::{DatabasePlan, Mode, Open, Opened, Point, READERS_MAX};
 use crate::Server;
 
@@ -98,6 +100,8 @@ pub(super) struct Taken {
     pub(super) pools: Vec<Pool>,
     /// Of the server's connections.
     pub(super) share: Share,
+    /// The pause that was to stay, if one was.
+    pub(super) kept: Option<Kept>,
 }
 
 /// Why a point has to be taken anew.
@@ -151,6 +155,7 @@ pub(super) struct Taking {
     pub(super) request: Open,
     end: CancellationToken,
     pub(super) turn: Turn,
+    pub(super) standing: Arc<Standing>,
     control: Session,
     program: Program,
     version: i32,
@@ -172,10 +177,10 @@ pub(super) async fn open(
     server: &Server,
     request: &Open,
     end: &CancellationToken,
-    turn: Turn,
+    (turn, standing): (Turn, Arc<Standing>),
     budget: &Budget,
 ) -> anyhow::Result<Taken> {
-    let taking = Taking::begin(server, request, end, turn, budget).await?;
+    let taking = Taking::begin(server, request, end, (turn, standing), budget).await?;
     match taking.in_recovery {
         false => taking.unpaused(Mode::Exported).await,
         true if taking.may_be_paused() => taking.paused().await,
@@ -189,7 +194,7 @@ impl Taking {
         server: &Server,
         request: &Open,
         end: &CancellationToken,
-        turn: Turn,
+        (turn, standing): (Turn, Arc<Standing>),
         budget: &Budget,
     ) -> anyhow::Result<Self> {
         let control = Session::open(server, server.database(), request.job, end).await?;
@@ -201,6 +206,7 @@ impl Taking {
             request: Open { readers, ..request.clone() },
             end: end.clone(),
             turn,
+            standing,
             control,
             program: Program::find(version).await?,
             version,
@@ -216,7 +222,7 @@ impl Taking {
 
     /// Whether its replay may be paused: by the node's role, and without any commit having to wait.
     pub(super) fn may_be_paused(&self) -> bool {
-        self.in_recovery && self.may_pause && !self.request.voting
+        self.in_recovery && self.may_pause && !self.request.voting && !self.standing.is_voting()
     }
 
     fn readers(&self) -> usize {
@@ -240,18 +246,18 @@ impl Taking {
     async fn paused(mut self) -> anyhow::Result<Taken> {
         let (mut tries, mut lock_tries) = (0, 0);
         loop {
-            let pause = Pause::begin(&self.server, self.request.job, self.turn.clone()).await?;
-            let work = timeout(PAUSE_WORK, self.in_pause(&pause, true)).await;
+            let halt = Halt::begin(&self.standing, &self.server, self.request.job, self.turn.clone()).await?;
+            let work = timeout(PAUSE_WORK, self.in_pause(&halt, true)).await;
             // Before replay goes on, or it could meet what the founders still hold.
             let stood_down = if matches!(work, Ok(Ok(_))) { Ok(()) } else { self.stand_down().await };
-            pause.end().await;
+            let kept = self.after(halt, matches!(work, Ok(Ok(_)))).await;
             let Ok(work) = work else {
                 tracing::info!("the point could not be taken within one pause of replay; it is sought without one");
                 stood_down?;
                 return self.unpaused(Mode::Still).await;
             };
             match work {
-                Ok((moment, plans)) => return Ok(self.taken(Mode::Paused, moment, plans)),
+                Ok((moment, plans)) => return Ok(Taken { kept, ..self.taken(Mode::Paused, moment, plans) }),
                 Err(Disturbance::Locked(error)) if lock_tries >= LOCK_TRIES => return Err(error.into()),
                 Err(Disturbance::Locked(_)) => lock_tries += 1,
                 Err(Disturbance::Fatal(error)) => return Err(error),
@@ -263,8 +269,19 @@ impl Taking {
         }
     }
 
+    /// Lets replay go on, or keeps it paused where that is wanted of a point that was taken.
+    pub(super) async fn after(&self, halt: Halt, is_taken: bool) -> Option<Kept> {
+        match self.request.pause.as_ref().filter(|_| is_taken) {
+            Some(limits) => Some(halt.keep(&self.standing, limits).await),
+            None => {
+                halt.end().await;
+                None
+            }
+        }
+    }
+
     /// Everything that is done while replay is paused; the schema is dumped if it is wanted.
-    pub(super) async fn in_pause(&self, pause: &Pause, with_schema: bool) -> Result<(Moment, Plans), Disturbance> {
+    pub(super) async fn in_pause(&self, halt: &Halt, with_schema: bool) -> Result<(Moment, Plans), Disturbance> {
         for team in &self.teams {
             if let Some(row) = team.guard.rows(LOCKED, &[]).await?.first() {
                 let table = format!("{}.{}", row.get::<_, &str>(0), row.get::<_, &str>(1));
@@ -277,7 +294,7 @@ impl Taking {
         try_join_all(self.teams.iter().flat_map(|team| &team.founders).map(hold)).await?;
         let plans = self.plans(Mode::Paused, with_schema).await?;
         let after = self.position().await?;
-        if after.lsn != position.lsn || !after.in_recovery || !pause.still_stands().await? {
+        if after.lsn != position.lsn || !after.in_recovery || !halt.still_stands().await? {
             return Err(Disturbance::Moved);
         }
         Ok((Moment { position, databases_at_one_point: true }, plans))
@@ -469,7 +486,7 @@ impl Taking {
             databases.push(plan);
         }
         self.share.shrink(&self.request);
-        Taken { opened: Opened { point, databases }, pools, share: self.share }
+        Taken { opened: Opened { point, databases }, pools, share: self.share, kept: None }
     }
 }
 

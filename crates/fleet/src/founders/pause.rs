@@ -8,12 +8,17 @@
 //! Whoever pauses has a *turn*, and a pause keeps it until replay goes on and nothing is left on the server that would
 //! resume, so that the next one's pause is not ended by this one.
 //!
+//! A pause that is to last longer than a point takes is *watched*: in the place of the statement that sleeps comes one
+//! that looks, again and again, whether the session of this module's that keeps the pause still shows life. A process that
+//! is killed has no session any more, and one that is frozen or cut off says nothing on it; in either case the server
+//! resumes. It counts its own looks, so that no clock has a say. How long such a pause lasts is told in `super::standing`.
+//!
 //! A pause of somebody else's is left alone. (Should one begin while ours lasts, PostgreSQL cannot tell the two apart.)
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use anyhow::bail;
+use anyhow::{anyhow, bail};
 use cluster::Lsn;
 use pgerror::{PgError, SqlState};
 use tokio::sync::OwnedMutexGuard;
@@ -24,6 +29,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::session::{Session, cancel, has_code};
 use crate::Server;
+use crate::disk::DataDirectory;
 
 /// The server resumes by itself after this.
 const SWITCH: Duration = Duration::from_secs(60);
@@ -54,6 +60,15 @@ const RESUME_DEADLINE: Duration = Duration::from_secs(10);
 /// A cancelled switch that has not ended by then is terminated, and waited for once more.
 const SWITCH_DEADLINE: Duration = Duration::from_secs(5);
 
+/// A watched pause is looked after so often in the server.
+const WATCH: Duration = Duration::from_millis(250);
+
+/// A keeper that has said nothing for so long is taken for frozen or cut off, and replay goes on.
+pub(super) const SILENCE_MAX: Duration = Duration::from_secs(10);
+
+/// A statement that is to watch and is not seen at work by then is given up.
+const WATCHED_DEADLINE: Duration = Duration::from_secs(5);
+
 const NOT_PAUSED: &str = "not paused";
 
 /// The right to pause; free when the last of its clones is dropped.
@@ -71,6 +86,21 @@ struct Switch {
 }
 
 impl Switch {
+    /// Starts a statement that outlives this process.
+    async fn start(server: &Server, job: i64, statement: String) -> anyhow::Result<Self> {
+        let sleeper = Session::open(server, server.database(), job, &CancellationToken::new()).await?;
+        // With the check of its client on, the statement would end with this process, and not resume.
+        sleeper.run("SET client_connection_check_interval = 0").await?;
+        let pid = sleeper.row("SELECT pg_catalog.pg_backend_pid()", &[]).await?.get(0);
+        let cancel = sleeper.client.cancel_token();
+        let task = tokio::spawn(async move {
+            // The whole session, or its connection would be closed here.
+            let sleeper = sleeper;
+            sleeper.client.batch_execute(&statement).await.is_ok()
+        });
+        Ok(Self { pid, cancel, task: Some(task), seen: false })
+    }
+
     fn is_over(&self) -> bool {
         self.task.as_ref().is_none_or(JoinHandle::is_finished)
     }
@@ -81,7 +111,20 @@ pub(super) struct Pause {
     server: Server,
     job: i64,
     /// Taken when the pause is ended.
-    held: Option<(Session, Switch, Turn)>,
+    held: Option<(Session, Switch, Option<Turn>)>,
+}
+
+/// What a watched pause shows of its server.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Seen {
+    /// Whether it is a standby still.
+    pub(super) in_recovery: bool,
+    /// Whether its replay is paused.
+    pub(super) is_paused: bool,
+    /// Bytes of WAL that it has received and not replayed.
+    pub(super) waiting: u64,
+    /// Whether it receives WAL. Only replay would begin that anew.
+    pub(super) receives: bool,
 }
 
 impl Pause {
@@ -92,29 +135,19 @@ impl Pause {
 
     /// The same, with another life of the switch.
     async fn begin_for(server: &Server, job: i64, turn: Turn, switch: Duration) -> anyhow::Result<Self> {
-        let end = CancellationToken::new();
-        let control = Session::open(server, server.database(), job, &end).await?;
+        let control = Session::open(server, server.database(), job, &CancellationToken::new()).await?;
         if state(&control).await? != NOT_PAUSED {
             let message = "replay on the server is paused by somebody else";
             return Err(PgError::new(SqlState::OBJECT_NOT_IN_PREREQUISITE_STATE, message)
                 .hint("Resume it with pg_wal_replay_resume(), or let the backup read another server.")
                 .into());
         }
-        let sleeper = Session::open(server, server.database(), job, &end).await?;
-        // With the check of its client on, the statement would end with this process, and not resume.
-        sleeper.run("SET client_connection_check_interval = 0").await?;
-        let pid = sleeper.row("SELECT pg_catalog.pg_backend_pid()", &[]).await?.get(0);
         let statement = format!(
             "SELECT pg_catalog.pg_wal_replay_pause(), pg_catalog.pg_sleep({}), pg_catalog.pg_wal_replay_resume()",
             switch.as_secs()
         );
-        let cancel = sleeper.client.cancel_token();
-        let task = tokio::spawn(async move {
-            // The whole session, or its connection would be closed here.
-            let sleeper = sleeper;
-            sleeper.client.batch_execute(&statement).await.is_ok()
-        });
-        let held = Some((control, Switch { pid, cancel, task: Some(task), seen: false }, turn));
+        let switch = Switch::start(server, job, statement).await?;
+        let held = Some((control, switch, Some(turn)));
         let mut pause = Self { server: server.clone(), job, held };
         match pause.stands().await {
             Ok(()) => Ok(pause),
@@ -163,6 +196,45 @@ impl Pause {
         }
         control.run(&step(until)).await?;
         self.stands().await
+    }
+
+    /// Lets it last for up to `longest`, as long as this process shows life with [`Pause::look`]; its turn is free from now
+    /// on. There is no moment without a statement that would resume.
+    pub(super) async fn watched(&mut self, longest: Duration) -> anyhow::Result<()> {
+        let Some((control, switch, turn)) = &mut self.held else { bail!("replay is not paused") };
+        let row = control.row(KEEPER, &[]).await?;
+        let statement = watch(&row.get::<_, String>(0), &row.get::<_, String>(1), self.job, longest);
+        let mut watching = Switch::start(&self.server, self.job, statement).await?;
+        watching.seen = true;
+        let at_work = timeout(WATCHED_DEADLINE, at_work(control, &watching)).await;
+        let at_work =
+            at_work.unwrap_or_else(|_| Err(anyhow!("the statement that watches a pause was not seen at work")));
+        if let Err(error) = at_work {
+            // Should it be at work all the same, it ends by itself when replay goes on.
+            silence(control, watching).await;
+            return Err(error);
+        }
+        silence(control, std::mem::replace(switch, watching)).await;
+        // Whoever begins a pause asks first whether this one stands.
+        drop(turn.take());
+        Ok(())
+    }
+
+    /// What the server shows; with it this process shows life.
+    pub(super) async fn look(&self) -> anyhow::Result<Seen> {
+        let Some((control, switch, _)) = &self.held else { bail!("replay is not paused") };
+        let row = control.row(SEEN, &[]).await?;
+        let is_paused = row.get::<_, bool>(1) && !switch.is_over();
+        let waiting = u64::try_from(row.get::<_, i64>(2)).unwrap_or(0);
+        Ok(Seen { in_recovery: row.get(0), is_paused, waiting, receives: row.get(3) })
+    }
+
+    /// Where the server keeps its data.
+    pub(super) async fn directory(&self) -> DataDirectory {
+        match &self.held {
+            Some((control, ..)) => DataDirectory::of(&control.client).await,
+            None => DataDirectory::default(),
+        }
     }
 
     /// Resumes replay. Given up midway, it goes on by itself.
@@ -218,6 +290,78 @@ fn step(until: Lsn) -> String {
         END $$",
         STEP_MAX.as_millis()
     )
+}
+
+/// The session that asks, which keeps a watched pause: its process and when that began, for numbers are used again.
+const KEEPER: &str = "
+    SELECT pid::text, backend_start::text FROM pg_catalog.pg_stat_activity WHERE pid = pg_catalog.pg_backend_pid()";
+
+/// None of these may be asked of a server that was promoted.
+const SEEN: &str = "
+    SELECT pg_catalog.pg_is_in_recovery(),
+           CASE WHEN pg_catalog.pg_is_in_recovery() THEN pg_catalog.pg_get_wal_replay_pause_state() = 'paused'
+                ELSE false END,
+           CASE WHEN pg_catalog.pg_is_in_recovery() THEN coalesce(pg_catalog.pg_wal_lsn_diff(
+                pg_catalog.pg_last_wal_receive_lsn(), pg_catalog.pg_last_wal_replay_lsn()), 0) ELSE 0 END::int8,
+           EXISTS (SELECT FROM pg_catalog.pg_stat_wal_receiver)";
+
+/// The name under which a statement that watches is listed once it is at work.
+fn watcher(job: i64) -> String {
+    format!("backhaul job {job}, watching its pause")
+}
+
+/// Watches a pause that stands already, and resumes it when its keeper is gone or silent. It never pauses, and where
+/// somebody has resumed before it, it does nothing: a pause that it finds later would be another one.
+///
+/// Its first words are those by which a node knows its own pauses (`crate::probe`); of a long statement only the
+/// beginning is listed.
+fn watch(keeper: &str, began: &str, job: i64, longest: Duration) -> String {
+    // Behind the keeper, which knows the time as well and can say why it is over.
+    let looks = (longest + SILENCE_MAX).as_millis() / WATCH.as_millis();
+    let silence = SILENCE_MAX.as_millis() / WATCH.as_millis();
+    format!(
+        "DO $$ -- Behind pg_wal_replay_pause(), until pg_wal_replay_resume().
+        DECLARE
+            said timestamptz;
+            said_before timestamptz;
+            silent int := 0;
+        BEGIN
+            PERFORM pg_catalog.set_config('application_name', '{}', false);
+            FOR look IN 1..{looks} LOOP
+                PERFORM pg_catalog.pg_sleep({});
+                IF NOT pg_catalog.pg_is_in_recovery() THEN
+                    RETURN;
+                ELSIF NOT pg_catalog.pg_is_wal_replay_paused() THEN
+                    RETURN;
+                END IF;
+                PERFORM pg_catalog.pg_stat_clear_snapshot();
+                SELECT max(state_change) INTO said FROM pg_catalog.pg_stat_activity
+                WHERE pid = {keeper} AND backend_start::text = '{began}';
+                EXIT WHEN said IS NULL;
+                silent := CASE WHEN said = said_before THEN silent + 1 ELSE 0 END;
+                said_before := said;
+                EXIT WHEN silent >= {silence};
+            END LOOP;
+            PERFORM pg_catalog.pg_wal_replay_resume();
+        END $$",
+        watcher(job),
+        WATCH.as_secs_f64()
+    )
+}
+
+/// Waits until a statement that watches is listed as one.
+async fn at_work(control: &Session, watching: &Switch) -> anyhow::Result<()> {
+    let listed = "SELECT EXISTS (SELECT FROM pg_catalog.pg_stat_activity
+                                 WHERE pid = $1 AND state = 'active' AND application_name LIKE '%, watching its pause')";
+    loop {
+        if watching.is_over() {
+            bail!("the statement that watches a pause was ended by the server");
+        }
+        if control.row(listed, &[&watching.pid]).await?.get(0) {
+            return Ok(());
+        }
+        sleep(POLL).await;
+    }
 }
 
 /// Resumes first and cancels the switch only then: in between, it would still resume if this process died.
@@ -328,6 +472,30 @@ mod tests {
         state(&session).await.unwrap()
     }
 
+    /// A pause that is watched, and nothing but the watch to end it.
+    async fn watched_until(server: &Server, turn: Turn, end: &str, longest: Duration) {
+        let mut pause = Pause::begin(server, 0, turn).await.unwrap();
+        pause.watched(longest).await.unwrap();
+        // Longer than any look of the server's.
+        sleep(WATCH * 3).await;
+        assert_eq!(ask(server).await, "paused", "{end}");
+        if end == "gone" {
+            let (control, switch, _) = pause.held.take().unwrap();
+            switch.task.unwrap().abort();
+            drop(control);
+        }
+        let begun = Instant::now();
+        while ask(server).await != NOT_PAUSED {
+            assert!(begun.elapsed() < SILENCE_MAX * 3, "replay stays paused: {end}");
+            sleep(POLL).await;
+            if end == "over" {
+                drop(pause.look().await);
+            }
+        }
+        pause.end().await;
+        assert_eq!(ask(server).await, NOT_PAUSED);
+    }
+
     #[tokio::test]
     async fn the_server_resumes_by_itself_when_nobody_is_left_to_do_it() {
         let dir = tempfile::tempdir().unwrap();
@@ -374,6 +542,10 @@ mod tests {
         let sleeping = "SELECT count(*) FROM pg_stat_activity WHERE state = 'active' AND query LIKE '%pg_sleep%'
                         AND pid <> pg_backend_pid()";
         assert_eq!(session.row(sleeping, &[]).await.unwrap().get::<_, i64>(0), 0);
+        // A pause that is watched ends when its keeper is gone, when it says nothing, and in the end by itself.
+        for (end, longest) in [("gone", SWITCH), ("silent", SWITCH), ("over", Duration::from_secs(1))] {
+            watched_until(&server, turn().await, end, longest).await;
+        }
         stop(&mut standby).await;
         stop(&mut primary).await;
     }

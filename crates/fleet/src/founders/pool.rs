@@ -7,7 +7,7 @@
 //! session that exported the snapshot, which is never lent.
 
 use std::collections::BTreeMap;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::Duration;
 
 use anyhow::Context as _;
@@ -71,6 +71,8 @@ pub(super) struct Pool {
     /// None where another server's founders have it.
     pub(super) schema: Option<Schema>,
     pub(super) end: CancellationToken,
+    /// Why it was given up, if it was.
+    given_up: OnceLock<PgError>,
     anchor: Option<Anchor>,
     founders: Mutex<Founders>,
     /// Told to one waiter when a founder comes back, and to all when one is lost.
@@ -119,6 +121,7 @@ impl Pool {
             copy_encoding: plan.copy_encoding.clone(),
             schema,
             end,
+            given_up: OnceLock::new(),
             anchor: crew.anchor,
             founders: Mutex::new(Founders { idle: crew.founders, living: size, size }),
             freed: Notify::new(),
@@ -204,8 +207,18 @@ impl Pool {
         Ok(lent)
     }
 
+    /// Ends all its sessions; whoever reads, or comes to read, is told why.
+    pub(super) fn give_up(&self, why: PgError) {
+        // Only the first reason counts.
+        drop(self.given_up.set(why));
+        self.end.cancel();
+    }
+
     /// That nothing can be read at the point any more.
     pub(super) fn lost(&self, detail: &str) -> anyhow::Error {
+        if let Some(why) = self.given_up.get() {
+            return why.clone().into();
+        }
         let detail = if self.end.is_cancelled() { "Its lease has ended." } else { detail };
         point_lost(&self.server.address(), detail).into()
     }

@@ -12,7 +12,7 @@
 //! wait for each other.
 
 use std::collections::HashMap;
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use anyhow::Context as _;
@@ -24,7 +24,8 @@ use tokio_util::task::AbortOnDropHandle;
 use uuid::Uuid;
 
 use super::open::{Taken, Taking, given_up};
-use super::pause::{PAUSE_WORK, Pause};
+use super::pause::PAUSE_WORK;
+use super::standing::Halt;
 use super::types::{Mode, Open, Opened, Standstill, point_lost};
 use super::{Founders, check};
 use crate::Server;
@@ -39,7 +40,7 @@ const SILENCE_MAX: Duration = Duration::from_secs(10);
 /// One server on its way to a point that others share.
 pub(super) struct Preparation {
     /// First, so that replay goes on before anything else is closed.
-    pause: Option<(Pause, Instant)>,
+    pause: Option<(Halt, Instant)>,
     taking: Taking,
     guard: DropGuard,
 }
@@ -52,13 +53,18 @@ impl Preparation {
     /// Pauses replay, or lets it go on up to `until`.
     async fn step(&mut self, until: Option<Lsn>) -> anyhow::Result<Standstill> {
         match (&mut self.pause, until) {
-            (Some((pause, begun)), Some(until)) if begun.elapsed() < PAUSE_WORK => pause.step(until).await?,
+            (Some((pause, begun)), Some(until)) if begun.elapsed() < PAUSE_WORK => {
+                if !pause.step(until).await? {
+                    return Err(moved("Its replay stands for another backup, which reads it.").into());
+                }
+            }
             (Some(_), None) => {}
             (Some(_), Some(_)) => return Err(moved("Replay stood for too long.").into()),
             (None, _) => {
                 let taking = &self.taking;
                 let begun = Instant::now();
-                let pause = Pause::begin(&taking.server, taking.request.job, taking.turn.clone()).await?;
+                let turn = taking.turn.clone();
+                let pause = Halt::begin(&taking.standing, &taking.server, taking.request.job, turn).await?;
                 self.pause = Some((pause, begun));
             }
         }
@@ -85,16 +91,16 @@ impl Preparation {
             // Before replay goes on, or it could meet what the founders still hold.
             drop(taking.stand_down().await);
         }
-        pause.end().await;
+        let kept = taking.after(pause, work.is_ok()).await;
         let (moment, plans) = work?;
         let request = taking.request.clone();
-        Ok((request, taking.taken(Mode::Paused, moment, plans), guard))
+        Ok((request, Taken { kept, ..taking.taken(Mode::Paused, moment, plans) }, guard))
     }
 }
 
 async fn in_pause(
     taking: &Taking,
-    pause: &Pause,
+    pause: &Halt,
     at: &Standstill,
     with_schema: bool,
 ) -> anyhow::Result<(super::open::Moment, super::open::Plans)> {
@@ -132,7 +138,9 @@ impl Founders {
         let turn = self.turn(request.lease).await?;
         let end = CancellationToken::new();
         let guard = end.clone().drop_guard();
-        let taking = Taking::begin(&self.server, &request, &end, turn, &self.budget).await.context("open founders")?;
+        let (standing, budget) = (Arc::clone(&self.standing), &self.budget);
+        let taking =
+            Taking::begin(&self.server, &request, &end, (turn, standing), budget).await.context("open founders")?;
         if !taking.may_be_paused() {
             return Err(may_not_be_paused(&self.server).into());
         }

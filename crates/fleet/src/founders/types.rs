@@ -40,7 +40,8 @@ pub enum Request {
         /// Whether the schema is dumped here; one server's is enough.
         with_schema: bool,
     },
-    /// Hold it for another life. Answered with null.
+    /// Hold it for another life. Answered with null; or, where replay was to stay paused and goes on before the lease has
+    /// ended, with the reason as a sentence.
     Renew {
         /// The lease.
         lease: Uuid,
@@ -90,11 +91,45 @@ pub struct Open {
     pub voting: bool,
     /// The lease ends after this many milliseconds, and with it all its sessions, unless it is renewed.
     pub life_ms: u64,
+    /// Keep the server's replay paused until the lease ends, or one of these limits is passed; a refusal of the server's
+    /// is no reason to refuse the point. `None` pauses it for the moment in which the point is taken.
+    #[serde(default)]
+    pub pause: Option<PauseLimits>,
+    /// When the point is given up.
+    #[serde(default)]
+    pub limits: PointLimits,
 }
+
+/// How long replay may be kept paused. Beyond any of these it goes on, and the founders stay.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PauseLimits {
+    /// Milliseconds.
+    pub longest_ms: u64,
+    /// Bytes of WAL that may wait to be replayed; 0 is any number.
+    pub wal_bytes: u64,
+    /// Bytes that have to stay free on the server's disk, where that is known.
+    pub free_bytes: u64,
+}
+
+/// How long a point may be held. Beyond any of these the lease is given up, with 53400.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PointLimits {
+    /// Milliseconds; 0 is any number.
+    pub age_ms: u64,
+    /// Transactions that may begin on the primary while it has to keep what the point shows; 0 is any number.
+    pub xmin_age: u64,
+}
+
+/// The settings of the fleet that these come from, for messages.
+pub(super) const PAUSE_SETTING: &str = "bulkio.backup.standby_pause_limit";
+pub(super) const WAL_SETTING: &str = "bulkio.backup.standby_wal_limit";
+pub(super) const FREE_SETTING: &str = "bulkio.backup.standby_free_space_floor";
+pub(super) const AGE_SETTING: &str = "bulkio.backup.snapshot_age_limit";
+pub(super) const XMIN_SETTING: &str = "bulkio.backup.xmin_age_limit";
 
 impl Open {
     /// How many connections this takes on the server, at most: founders with a spare and the guard of each database,
-    /// and while it is being opened the pause's two and one of `pg_dump`.
+    /// and while it is being opened the pause's two and one of `pg_dump`. A pause that is kept has two to the end.
     pub fn connections_max(&self) -> usize {
         Self::connections_for(self.databases.len(), self.readers)
     }

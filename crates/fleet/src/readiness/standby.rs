@@ -22,8 +22,8 @@ pub(super) fn findings(facts: &ServerFacts, seat: &Seat) -> Vec<Finding> {
         );
     }
     if facts.settings.get("hot_standby_feedback").is_some_and(|value| value == "off") {
-        let what = "hot_standby_feedback is off: VACUUM on the primary may end what a backup reads here, which then \
-                    begins anew";
+        let what = "hot_standby_feedback is off: a backup keeps this server paused while it reads, or begins anew what \
+                    VACUUM on the primary ends";
         found.push(Finding::advice(what).reloaded(facts, "hot_standby_feedback", "on"));
     } else if facts.settings.get("wal_receiver_status_interval").is_some_and(|value| value == "0") {
         let what = "wal_receiver_status_interval is 0, so hot_standby_feedback never reaches the primary";

@@ -8,7 +8,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use cluster::service::{Reply, Upload};
 use fleet::Server;
-use fleet::founders::{self, DatabasePlan, Founders, Open, Opened, SpanRequest, What};
+use fleet::founders::{self, DatabasePlan, Founders, Open, Opened, PointLimits, SpanRequest, What};
 use fleet::loader::{Create, Created, Finish, JobDatabase, Load, Loaded, Loader, Publish, RESTORE_ROLE, Request};
 use fleet::private::{Installation, Instance, RunAs};
 use futures_util::StreamExt as _;
@@ -108,7 +108,16 @@ impl Backup {
     pub(crate) async fn of(place: &Place) -> Self {
         let (founders, lease) = (Founders::new(place.server("root")), Uuid::new_v4());
         let databases = vec!["shop".to_owned()];
-        let open = Open { lease, job: 1, databases, readers: 1, voting: false, life_ms: 60_000 };
+        let open = Open {
+            lease,
+            job: 1,
+            databases,
+            readers: 1,
+            voting: false,
+            life_ms: 60_000,
+            pause: None,
+            limits: PointLimits::default(),
+        };
         let mut opened: Opened = answer(&founders, &founders::Request::Open(open)).await.unwrap();
         let plan = opened.databases.remove(0);
         let database = plan.name.clone();

@@ -130,7 +130,7 @@ mod tests {
         for (text, expected) in [
             ("BEGIN; SHOW JOBS; COMMIT", vec!["BEGIN", "SHOW JOBS", "COMMIT"]),
             (" ;; a ;/* b; */; -- c;\n d;", vec!["a", "-- c;\n d"]),
-            ("a';';b\";\";c$$;$$;d", vec!["a';'", "b\";\"", "c$$;$$", "d"]),
+            ("a';';b\";\";c $$;$$;d$e$;f$e$", vec!["a';'", "b\";\"", "c $$;$$", "d$e$", "f$e$"]),
             ("DO INSTEAD (a; b); c", vec!["DO INSTEAD (a; b)", "c"]),
             ("a; BEGIN ATOMIC b; END; c", vec!["a", "BEGIN ATOMIC b; END; c"]),
             ("a; 'b; c", vec!["a", "'b; c"]),

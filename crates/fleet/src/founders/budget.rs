@@ -110,7 +110,9 @@ pub(super) struct Share {
 impl Share {
     /// Keeps what `request` needs once its point is taken.
     pub(super) fn shrink(&mut self, request: &Open) {
-        let count = Open::connections_held(request.databases.len(), request.readers).min(self.count);
+        // A pause that is kept has a session that watches it, and one that shows life.
+        let pause = if request.pause.is_some() { 2 } else { 0 };
+        let count = (Open::connections_held(request.databases.len(), request.readers) + pause).min(self.count);
         self.give_back(self.count - count);
         self.count = count;
     }

@@ -70,10 +70,10 @@ pub struct Founders {
     waiting: Waiting,
     /// One point at a time: two could not both pause replay.
     opening: Arc<tokio::sync::Mutex<()>>,
-    /// The connections of all leases.
-    budget: Budget,
     /// Replay that stands while it is read.
     standing: Arc<Standing>,
+    /// The connections of all leases.
+    budget: Budget,
     me: Weak<Self>,
 }
 
@@ -82,10 +82,10 @@ struct Lease {
     ends: Mutex<Instant>,
     pools: BTreeMap<String, Arc<Pool>>,
     _end: DropGuard,
-    _share: Share,
     /// After the sessions, which would be in replay's way. Gone when the lease was given up.
     kept: Mutex<Option<Kept>>,
     given_up: OnceLock<PgError>,
+    _share: Share,
     tasks: Mutex<Vec<AbortOnDropHandle<()>>>,
 }
 
@@ -124,8 +124,8 @@ impl Founders {
             leases: Mutex::default(),
             waiting: Waiting::default(),
             opening: Arc::default(),
-            budget: Budget::default(),
             standing: Arc::new(Standing::new(is_voting)),
+            budget: Budget::default(),
             me: me.clone(),
         })
     }
@@ -199,9 +199,8 @@ impl Founders {
         let end = CancellationToken::new();
         // Whatever was opened until an error is closed by this.
         let guard = end.clone().drop_guard();
-        let standing = Arc::clone(&self.standing);
-        let taken =
-            open::open(&self.server, &request, &end, (turn, standing), &self.budget).await.context("open founders")?;
+        let place = (turn, Arc::clone(&self.standing));
+        let taken = open::open(&self.server, &request, &end, place, &self.budget).await.context("open founders")?;
         Ok(self.keep(&request, taken, guard))
     }
 
@@ -213,7 +212,7 @@ impl Founders {
         let unpaused = || Kept::Ended("It could not be paused when the point was taken.".to_owned());
         let kept = taken.kept.or_else(|| request.pause.is_some().then(unpaused));
         let (kept, given_up, tasks) = (Mutex::new(kept), OnceLock::new(), Mutex::default());
-        let lease = Arc::new(Lease { life, ends, pools, _end: guard, _share: taken.share, kept, given_up, tasks });
+        let lease = Arc::new(Lease { life, ends, pools, _end: guard, kept, given_up, _share: taken.share, tasks });
         let expiry = tokio::spawn(expire(self.me.clone(), request.lease, Arc::downgrade(&lease)));
         let limits = tokio::spawn(limits::watch(Arc::downgrade(&lease), request.job, request.limits.clone()));
         let tasks = [expiry, limits].map(AbortOnDropHandle::new);

@@ -98,10 +98,10 @@ const LOCKED: &str = "
 pub(super) struct Taken {
     pub(super) opened: Opened,
     pub(super) pools: Vec<Pool>,
-    /// Of the server's connections.
-    pub(super) share: Share,
     /// The pause that was to stay, if one was.
     pub(super) kept: Option<Kept>,
+    /// Of the server's connections.
+    pub(super) share: Share,
 }
 
 /// Why a point has to be taken anew.
@@ -486,7 +486,7 @@ impl Taking {
             databases.push(plan);
         }
         self.share.shrink(&self.request);
-        Taken { opened: Opened { point, databases }, pools, share: self.share, kept: None }
+        Taken { opened: Opened { point, databases }, pools, kept: None, share: self.share }
     }
 }
 

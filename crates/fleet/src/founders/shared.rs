@@ -138,9 +138,8 @@ impl Founders {
         let turn = self.turn(request.lease).await?;
         let end = CancellationToken::new();
         let guard = end.clone().drop_guard();
-        let (standing, budget) = (Arc::clone(&self.standing), &self.budget);
-        let taking =
-            Taking::begin(&self.server, &request, &end, (turn, standing), budget).await.context("open founders")?;
+        let place = (turn, Arc::clone(&self.standing));
+        let taking = Taking::begin(&self.server, &request, &end, place, &self.budget).await.context("open founders")?;
         if !taking.may_be_paused() {
             return Err(may_not_be_paused(&self.server).into());
         }

@@ -31,6 +31,11 @@ pub(crate) struct Column {
     pub(crate) kind: Kind,
 }
 
+/// One column of a list of them.
+pub(crate) const fn column(name: &'static str, kind: Kind) -> Column {
+    Column { name, kind }
+}
+
 /// The types that our answers have.
 #[derive(Clone, Copy, Debug)]
 pub(crate) enum Kind {

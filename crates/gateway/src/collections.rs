@@ -7,11 +7,7 @@ use pgerror::{PgError, SqlState};
 use sql::{ShowBackup, ShowBackupWhat, Text};
 
 use crate::Gateway;
-use crate::answer::{Answer, Column, Kind, Value};
-
-const fn column(name: &'static str, kind: Kind) -> Column {
-    Column { name, kind }
-}
+use crate::answer::{Answer, Column, Kind, Value, column};
 
 pub(crate) const BACKUPS: [Column; 1] = [column("path", Kind::Text)];
 

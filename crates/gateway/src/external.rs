@@ -12,12 +12,12 @@ use storage::{Change, Connections, Uri};
 use tokio_postgres::Client;
 
 use crate::Gateway;
-use crate::answer::{Answer, Column, Kind, Value};
+use crate::answer::{Answer, Column, Kind, Value, column};
 
 pub(crate) const COLUMNS: [Column; 3] = [
-    Column { name: "connection_name", kind: Kind::Text },
-    Column { name: "connection_uri", kind: Kind::Text },
-    Column { name: "connection_type", kind: Kind::Text },
+    column("connection_name", Kind::Text),
+    column("connection_uri", Kind::Text),
+    column("connection_type", Kind::Text),
 ];
 
 /// A node that has not reached a store by then has not reached it.

@@ -7,11 +7,7 @@ use backup::{Range, Region, Requester};
 use sql::{Backup, ShowRanges};
 
 use crate::Gateway;
-use crate::answer::{Answer, Column, Kind, Value};
-
-const fn column(name: &'static str, kind: Kind) -> Column {
-    Column { name, kind }
-}
+use crate::answer::{Answer, Column, Kind, Value, column};
 
 pub(crate) const EXPLAIN: [Column; 1] = [column("info", Kind::Text)];
 

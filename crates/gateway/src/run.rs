@@ -9,12 +9,8 @@ use sql::{Literals, ShowJobs, Statement};
 use tokio::sync::{mpsc, watch};
 
 use crate::Gateway;
-use crate::answer::{Answer, Column, Kind, Value, spoken};
+use crate::answer::{Answer, Column, Kind, Value, column, spoken};
 use crate::{collections, control, external, plans, progress, settings, show};
-
-const fn column(name: &'static str, kind: Kind) -> Column {
-    Column { name, kind }
-}
 
 const LOCALITY: [Column; 1] = [column("locality", Kind::Text)];
 

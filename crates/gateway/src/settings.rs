@@ -8,31 +8,31 @@ use pgerror::{PgError, SqlState};
 use sql::{Settings, Text};
 
 use crate::Gateway;
-use crate::answer::{Answer, Column, Kind, Value};
+use crate::answer::{Answer, Column, Kind, Value, column};
 use crate::route::TARGET;
 
 /// `SHOW ALL BACKHAUL SETTINGS`.
 const ALL: [Column; 5] = [
-    Column { name: "name", kind: Kind::Text },
-    Column { name: "value", kind: Kind::Text },
-    Column { name: "default_value", kind: Kind::Text },
-    Column { name: "scope", kind: Kind::Text },
-    Column { name: "description", kind: Kind::Text },
+    column("name", Kind::Text),
+    column("value", Kind::Text),
+    column("default_value", Kind::Text),
+    column("scope", Kind::Text),
+    column("description", Kind::Text),
 ];
 
 /// `SHOW CLUSTER SETTINGS`; CockroachDB's columns.
 const FLEET: [Column; 6] = [
-    Column { name: "variable", kind: Kind::Text },
-    Column { name: "value", kind: Kind::Text },
-    Column { name: "setting_type", kind: Kind::Text },
-    Column { name: "description", kind: Kind::Text },
-    Column { name: "default_value", kind: Kind::Text },
-    Column { name: "origin", kind: Kind::Text },
+    column("variable", Kind::Text),
+    column("value", Kind::Text),
+    column("setting_type", Kind::Text),
+    column("description", Kind::Text),
+    column("default_value", Kind::Text),
+    column("origin", Kind::Text),
 ];
 
 /// `SHOW CLUSTER SETTING name`: one column, which has the setting's name.
 static ONE: LazyLock<Vec<[Column; 1]>> =
-    LazyLock::new(|| SETTINGS.iter().map(|setting| [Column { name: setting.name, kind: Kind::Text }]).collect());
+    LazyLock::new(|| SETTINGS.iter().map(|setting| [column(setting.name, Kind::Text)]).collect());
 
 /// The columns of an answer.
 pub(crate) fn columns(statement: &Settings) -> &'static [Column] {

@@ -5,22 +5,22 @@ use cluster::registry::{Listed, Registry};
 use cluster::{Cluster, View};
 use pgerror::{PgError, SqlState};
 
-use crate::answer::{Answer, Column, Kind, Value};
+use crate::answer::{Answer, Column, Kind, Value, column};
 
 /// Named after the columns of `cockroach node status` and `crdb_internal.gossip_nodes` where they mean the same.
 pub(crate) const NODES: [Column; 12] = [
-    Column { name: "node_id", kind: Kind::Int8 },
-    Column { name: "address", kind: Kind::Text },
-    Column { name: "locality", kind: Kind::Text },
-    Column { name: "shard", kind: Kind::Text },
-    Column { name: "role", kind: Kind::Text },
-    Column { name: "is_live", kind: Kind::Bool },
-    Column { name: "is_reachable", kind: Kind::Bool },
-    Column { name: "build", kind: Kind::Text },
-    Column { name: "started_at", kind: Kind::Timestamp },
-    Column { name: "updated_at", kind: Kind::Timestamp },
-    Column { name: "timeline", kind: Kind::Int8 },
-    Column { name: "lsn", kind: Kind::Text },
+    column("node_id", Kind::Int8),
+    column("address", Kind::Text),
+    column("locality", Kind::Text),
+    column("shard", Kind::Text),
+    column("role", Kind::Text),
+    column("is_live", Kind::Bool),
+    column("is_reachable", Kind::Bool),
+    column("build", Kind::Text),
+    column("started_at", Kind::Timestamp),
+    column("updated_at", Kind::Timestamp),
+    column("timeline", Kind::Int8),
+    column("lsn", Kind::Text),
 ];
 
 /// All nodes of the registry, with what this node sees of them. While the registry cannot be reached the list is this

@@ -27,7 +27,7 @@ const ROOM: &str = "
            CASE WHEN (SELECT rolsuper FROM pg_catalog.pg_roles WHERE rolname = CURRENT_USER) THEN 0
                 ELSE pg_catalog.current_setting('superuser_reserved_connections')::bigint
                      + coalesce(pg_catalog.current_setting('reserved_connections', true), '0')::bigint END,
-           (SELECT count(*) FROM pg_catalog.pg_stat_activity 
+           (SELECT count(*) FROM pg_catalog.pg_stat_activity
             WHERE backend_type = 'client backend' OR backend_type IS NULL AND datid IS NOT NULL)";
 
 /// What a server has room for.

@@ -2,9 +2,9 @@
 //!
 //! A point on a standby is taken in a pause of a moment ([`super::pause`]). A point that is asked to keep it hands the
 //! pause over to this module, where it stands until the last lease that shares it has ended, or until it has to end
-//! before: the server was promoted, it lost its stream, commits may wait for it now, somebody has resumed it, or a limit is passed. Then the
-//! founders stay as they are; what replay brings from there on may conflict with them as on any other standby. Why it was
-//! is told with the next renewal of the lease.
+//! before: the server was promoted, it lost its stream, commits may wait for it now, somebody has resumed it, or a limit
+//! is passed. Then the founders stay as they are; what replay brings from there on may conflict with them as on any other
+//! standby. Why it was is told with the next renewal of the lease.
 //!
 //! One pause stands on a server at a time. A backup that comes while it does takes its point in it, where replay stands,
 //! and may keep it, too; how long it lasts counts from its beginning all the same.

@@ -7,6 +7,8 @@
 use std::io::{BufRead as _, BufReader, Write as _};
 use std::process::{Command, Stdio};
 
+use sqlx::postgres::PgDatabaseError;
+use sqlx::{Column as _, Connection as _, Executor as _, PgConnection, Row as _};
 use tokio_postgres::NoTls;
 
 use super::drivers::{drivers, script};
@@ -57,13 +59,15 @@ fn every_driver_takes_the_same_steps() {
         let mut command = Command::new("node");
         run(command.env("NODE_PATH", drivers().join("node_modules")).arg(script("steps.js")).args([url.as_str(), into]))
     };
-    let steps: [(&str, &Steps<'_>); 6] = [
+    let runtime = || tokio::runtime::Runtime::new().unwrap();
+    let steps: [(&str, &Steps<'_>); 7] = [
         ("psycopg, in C", &|into| python("steps_psycopg.py", "binary", &url, into)),
         ("psycopg, in Python", &|into| python("steps_psycopg.py", "python", &url, into)),
         ("asyncpg", &|into| python("steps_asyncpg.py", "", &url, into)),
         ("node-postgres", &node_js),
         ("pgjdbc", &java),
-        ("tokio-postgres", &|into| tokio::runtime::Runtime::new().unwrap().block_on(tokio_postgres(&url, into))),
+        ("tokio-postgres", &|into| runtime().block_on(tokio_postgres(&url, into))),
+        ("sqlx", &|into| runtime().block_on(sqlx(&url, into))),
     ];
     std::thread::scope(|scope| {
         let steps = steps.map(|(driver, steps)| {
@@ -129,6 +133,52 @@ async fn tokio_postgres(url: &str, into: &str) -> String {
     said.push(client.query_one("SELECT 'usable'", &[]).await.unwrap().get::<_, &str>(0).to_owned());
     drop(client);
     connection.await.unwrap().unwrap();
+    said.join("\n") + "\n"
+}
+
+/// sqlx has no request to cancel: what an application has instead is the session's statement_timeout. Nor has it
+/// pipelines, so the two statements follow each other.
+async fn sqlx(url: &str, into: &str) -> String {
+    let mut connection = PgConnection::connect(url).await.unwrap();
+    let mut said = Vec::new();
+    let described = connection.describe(BACKUP).await.unwrap();
+    let names: Vec<&str> = described.columns().iter().map(sqlx::Column::name).collect();
+    said.push(names.join(" "));
+    let backup = |where_to: &'static str| sqlx::query(BACKUP).bind(into).bind(where_to);
+    let row = backup("").fetch_one(&mut connection).await.unwrap();
+    let (status, fraction): (&str, f64) = (row.get(1), row.get(2));
+    let (rows, bytes): (i64, i64) = (row.get("rows"), row.get("bytes"));
+    said.push(format!("{status} {} {} {}", fraction == 1.0, rows > 0, bytes > 0));
+    let error = backup("region=us-west-1").fetch_one(&mut connection).await.unwrap_err();
+    let error = error.as_database_error().unwrap().downcast_ref::<PgDatabaseError>();
+    let job = error.message().split(' ').nth(3).unwrap();
+    let severity = format!("{:?}", error.severity()).to_uppercase();
+    let fields = [error.code(), &severity, error.message(), error.detail().unwrap(), error.hint().unwrap()];
+    said.push(fields.join("|").replace(job, "ID"));
+    let detached = format!("{BACKUP}, DETACHED");
+    let made = sqlx::query(&detached).bind(into).bind("region=us-west-1").fetch_one(&mut connection).await.unwrap();
+    let one: i32 = sqlx::query_scalar("SELECT 1").fetch_one(&mut connection).await.unwrap();
+    let id: i64 = made.get(0);
+    said.push(format!("{} {} {one}", made.columns()[0].name(), id.to_string().len()));
+    let show = |job: i64| sqlx::query("SHOW JOB WHEN COMPLETE $1").bind(job);
+    let row = show(id).fetch_one(&mut connection).await.unwrap();
+    let (job_type, status): (&str, &str) = (row.get(1), row.get("status"));
+    let typed = row.try_get::<chrono::NaiveDateTime, _>("created").is_ok();
+    let (fraction, errors): (f64, Vec<String>) = (row.get(11), row.get("execution_errors"));
+    let same = row.get::<i64, _>(0) == id;
+    said.push(format!("{same} {job_type} {status} {} {} {typed}", fraction == 1.0, errors.is_empty()));
+    connection.execute("SET backhaul.debug_pausepoints = 'backup.after_lock:hold'").await.unwrap();
+    let held: i64 = sqlx::query_scalar(&detached).bind(into).bind("").fetch_one(&mut connection).await.unwrap();
+    connection.execute("RESET backhaul.debug_pausepoints; SET statement_timeout = '200ms'").await.unwrap();
+    let waited = show(held).fetch_one(&mut connection).await.unwrap_err();
+    said.push(format!("canceled {}", waited.as_database_error().unwrap().code().unwrap()));
+    connection.execute("RESET statement_timeout").await.unwrap();
+    let canceled = sqlx::query("CANCEL JOB $1").bind(held).execute(&mut connection).await.unwrap();
+    said.push(canceled.rows_affected().to_string());
+    let row = show(held).fetch_one(&mut connection).await.unwrap();
+    said.push(row.get::<&str, _>("status").to_owned());
+    said.push(sqlx::query_scalar("SELECT 'usable'").fetch_one(&mut connection).await.unwrap());
+    connection.close().await.unwrap();
     said.join("\n") + "\n"
 }
 

@@ -66,7 +66,7 @@ fn beyond(age: Duration, transactions: u64, limits: &PointLimits) -> Option<PgEr
     };
     let most = Duration::from_millis(limits.age_ms);
     if limits.age_ms > 0 && age >= most {
-        let detail = format!("It is {} seconds old, and may be {}.", age.as_secs(), most.as_secs_f64());
+        let detail = format!("It is {:.1} s old, and may be {:.1} s.", age.as_secs_f64(), most.as_secs_f64());
         return Some(given_up("the backup's point has become too old", detail, AGE_SETTING));
     }
     if limits.xmin_age > 0 && transactions > limits.xmin_age {
@@ -91,7 +91,7 @@ mod tests {
         for (age, transactions, limits, detail) in [
             (young, 10, &limits, None),
             (old, u64::MAX, &unlimited, None),
-            (old, 0, &limits, Some("It is 1 seconds old, and may be 1.5.")),
+            (old, 0, &limits, Some("It is 1.5 s old, and may be 1.5 s.")),
             (young, 11, &limits, Some("Dead rows of the last 11 transactions are kept for it, and may be of 10.")),
         ] {
             let error = beyond(age, transactions, limits);

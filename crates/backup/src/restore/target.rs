@@ -11,7 +11,7 @@ use crate::away;
 
 /// A target that is away for so long is not waited for: another server may lead its shard by then, and the job's next
 /// run asks that one. Longer than where pieces can go to somebody else, because what was begun here is begun anew.
-const AWAY_MAX: Duration = Duration::from_secs(30);
+const AWAY_MAX: Duration = Duration::from_secs(15);
 
 /// Asks the node beside a target, for as long as the target's server answers it.
 ///

@@ -19,7 +19,7 @@ use crate::run::{ERRORS_MAX, LostClaim, MINE, NOTED, words};
 use crate::runner::{Claimed, Jobs, Resumer};
 
 /// A node that cannot remove everything in so long gives the claim back.
-const TRY_FOR: Duration = Duration::from_secs(30);
+const TRY_FOR: Duration = Duration::from_secs(15);
 
 /// What is there still after so long stays.
 const REVERT_MAX: Duration = Duration::from_secs(24 * 3600);

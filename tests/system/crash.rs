@@ -47,7 +47,7 @@ pub(crate) const ONE_SHARD: [&str; 8] = [
 ];
 
 /// n1 and n3 hold s1 with the registry, n2 and n4 hold s2; n5 and n6 have no servers, and jobs run there.
-const TWO_SHARDS: [&str; 10] = [
+pub(crate) const TWO_SHARDS: [&str; 10] = [
     "--nodes",
     "6",
     "--servers",

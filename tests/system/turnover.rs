@@ -7,7 +7,7 @@ use std::process::Stdio;
 use nix::sys::signal::Signal;
 use serde_json::Value;
 
-use crate::crash::{FILTER, ONE_SHARD};
+use crate::crash::{FILTER, ONE_SHARD, TWO_SHARDS};
 use crate::support::demo::psql;
 use crate::support::faults::{Fleet, Trouble};
 use crate::support::jobs::{WEST, relocated};
@@ -308,4 +308,32 @@ fn a_server_that_is_silent_for_a_moment_keeps_its_point() {
         is_kept
     });
     assert!(is_kept, "the point was given up each time");
+}
+
+#[test]
+fn a_target_that_freezes_while_it_is_restored_to_is_left_for_the_one_that_leads_then() {
+    let fleet = Fleet::start(&TWO_SHARDS);
+    let made = fleet.demo.ask(1, &format!("BACKUP DATABASE movr INTO 'nodelocal://1/b' WITH {FILTER}, DETACHED"));
+    assert_eq!(fleet.end_of(&made).0, "succeeded");
+    let restore = "RESTORE DATABASE movr FROM LATEST IN 'nodelocal://1/b' WITH new_db_name = 'again', DETACHED";
+    let job = fleet.held(restore, "restore.after_load");
+    fleet.demo.signal_server(2, Signal::SIGSTOP);
+    fleet.let_go(&job, "restore.after_load");
+    // Its connections stay open, and what was asked has days to be answered.
+    until("the target to be given up", || {
+        let noted = fleet.job(&job, "execution_errors::text");
+        if noted.contains(r#"shard \"s2\" cannot be reached"#) || noted.contains("the server beside node 2 was lost") {
+            Ok(())
+        } else {
+            Err(fleet.demo.ask(1, &format!("SHOW JOB {job}")))
+        }
+    });
+    fleet.demo.promote(4);
+    let ended = fleet.end_of(&job);
+    fleet.demo.signal_server(2, Signal::SIGCONT);
+    assert_eq!(ended, ("succeeded".to_owned(), String::new()));
+    for gateway in [1, 4] {
+        let sum = "SELECT count(*), sum(hashtext(rides::text)) FROM rides";
+        assert_eq!(fleet.on(gateway, "again", sum), fleet.on(gateway, "movr", sum));
+    }
 }

@@ -29,6 +29,7 @@ use super::parts::{self, Part};
 use super::plan::superuser_of;
 use super::shard_map::ShardMap;
 use super::source::Source;
+use super::target;
 use crate::busy::Busy;
 use crate::deal::{AsyncDone, Deal, End};
 use crate::manifest::FileEntry;
@@ -134,7 +135,7 @@ impl ResumeRestore {
             let removed = async {
                 let node = leader_of(&view, &shard, "A database that was not finished may be there.")?;
                 let request = Request::Drop { job: JobDatabase { job: run.id.0, nth }, run: number };
-                self.peers.call::<()>(node, LOADER, &request, ASK_DEADLINE).await.map_err(passing)
+                target::ask::<()>(&self.peers, node, &request, ASK_DEADLINE).await
             };
             if let Err(error) = removed.await {
                 tracing::warn!(job = %run.id, shard, "an unfinished database may be left: {error:#}");
@@ -296,7 +297,7 @@ impl Story<'_> {
         let target = part.target.clone();
         let (job, run, plan) = (part.which, self.number, part.database.clone());
         let request = Request::Create(Box::new(Create { job, run, target, plan }));
-        let created: Created = self.peers.call(part.node, LOADER, &request, ASK_DEADLINE).await.map_err(passing)?;
+        let created: Created = target::ask(self.peers, part.node, &request, ASK_DEADLINE).await?;
         self.run.pausepoint(pausepoints::AFTER_CREATE).await?;
         if !created.progress.pre_data {
             self.schema(source, part, created.oid).await?;
@@ -315,7 +316,8 @@ impl Story<'_> {
             upload.write(dump).await?;
             upload.finish().await
         };
-        tokio::time::timeout(SCHEMA_DEADLINE, made).await.context("make the objects")?.map_err(passing)
+        let made = target::watching(self.peers, part.node, made);
+        tokio::time::timeout(SCHEMA_DEADLINE, made).await.context("make the objects")?
     }
 
     /// Loads until the target itself says that every file is in: a server that crashed may have lost the last ones.
@@ -331,7 +333,7 @@ impl Story<'_> {
             noted.pace.back_to(before);
             self.load_missing(source, part, created, noted).await?;
             let request = Request::Progress { job: part.which };
-            created.progress = self.peers.call(part.node, LOADER, &request, ASK_DEADLINE).await.map_err(passing)?;
+            created.progress = target::ask(self.peers, part.node, &request, ASK_DEADLINE).await?;
             if created.progress.whole
                 || part.files().zip(0..).all(|(_, number)| created.progress.spans.contains(&number))
             {
@@ -379,7 +381,7 @@ impl Story<'_> {
             self.peers.call::<()>(worker, IMPORT, &task, FILE_DEADLINE).await
         };
         // Another server leads the shard: the next run goes there.
-        let ends = |said: &PgError, _server: NodeId| {
+        let ends = |_: &(u32, FileEntry), said: &PgError, _server: NodeId| {
             let view = self.peers.cluster().view();
             let moved = view.leader(shard).is_some_and(|leader| leader.node_id != Some(part.node));
             (moved && said.code == SqlState::CONNECTION_FAILURE).then(|| End::All(said.clone().into()))
@@ -422,13 +424,13 @@ impl Story<'_> {
             plan: part.database.clone(),
             rows: rows.collect(),
         }));
-        match self.peers.call::<()>(part.node, LOADER, &request, FINISH_DEADLINE).await {
+        match target::ask::<()>(self.peers, part.node, &request, FINISH_DEADLINE).await {
             Err(error) if PgError::of(&error).is_some_and(needs_schema) => {
                 // That node was restarted, and its copy is gone.
                 self.schema(source, part, oid).await?;
-                self.peers.call::<()>(part.node, LOADER, &request, FINISH_DEADLINE).await.map_err(passing)
+                target::ask::<()>(self.peers, part.node, &request, FINISH_DEADLINE).await
             }
-            done => done.map_err(passing),
+            done => done,
         }
     }
 

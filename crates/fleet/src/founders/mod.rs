@@ -39,6 +39,7 @@ use tokio_util::task::AbortOnDropHandle;
 use uuid::Uuid;
 
 use self::budget::{Budget, Share};
+pub use self::dump::SCHEMA_BYTES_MAX;
 pub(crate) use self::dump::pg_dump_version;
 use self::open::Taken;
 use self::pause::Turn;

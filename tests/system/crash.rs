@@ -341,7 +341,7 @@ const USUAL: [(Fault, &[&str]); 13] = [
     (Fault::RestartReadServer, &["backup.after_schemas"]),
     (Fault::Store(Trouble::Refuses), &["backup.after_latest"]),
     (Fault::Store(Trouble::Hangs), &["restore.after_source"]),
-    (Fault::Store(Trouble::LosesAnswers), &["backup.after_seal"]),
+    (Fault::Store(Trouble::LosesAnswers), &["backup.after_checksum", "backup.after_seal"]),
     (Fault::Store(Trouble::Answers("503 Slow Down")), &["restore.after_create"]),
     (Fault::Store(Trouble::Answers("507 Insufficient Storage")), &["backup.after_first_span"]),
 ];

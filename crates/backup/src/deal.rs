@@ -307,6 +307,8 @@ impl Deal<'_> {
         let may_pass = connection || code.is_some_and(|code| PASSING.contains(&code)) || storage::is_transient(&error);
         match failures.patience.after_failure(Instant::now()).filter(|_| may_pass) {
             Some(rest) => Ok(Some(Failures { rest, ..failures })),
+            // A store that stays away: the job has come to it before.
+            None if code == Some(SqlState::IO_ERROR) => Err(error.context(Retryable)),
             None => Err(error),
         }
     }

@@ -15,6 +15,7 @@ use tokio::time::Instant;
 use crate::busy::Busy;
 use crate::deal::{AsyncDone, Deal, End};
 use crate::export::{EXPORT, Request, Task};
+use crate::holders::Holders;
 use crate::layout;
 use crate::manifest::FileEntry;
 use crate::pace::SharedPace;
@@ -59,6 +60,8 @@ pub(crate) struct Shard<'s> {
     pub(crate) busy: &'s Busy,
     /// How far the job is, with all its shards.
     pub(crate) pace: &'s SharedPace,
+    /// Whose own directories are written to.
+    pub(crate) holders: &'s Holders<'s>,
 }
 
 /// The key under which a finished span is remembered.
@@ -115,6 +118,7 @@ impl Shard<'_> {
             founder: server,
             span: SpanRequest { lease: self.point.lease, database: span.database, what: span.what },
         };
+        self.holders.note(worker).await?;
         self.peers.call(worker, EXPORT, &Request::Span(Box::new(task)), SPAN_DEADLINE).await
     }
 }
@@ -149,7 +153,7 @@ impl AsyncDone<Span, FileEntry> for &mut Noted<'_> {
         let key = format!("{}{:08}", key(self.shard.point), span.number);
         self.shard.run.keep(&key, &entry).await?;
         self.finished.push(entry);
-        self.shard.run.bears_fruit();
+        self.shard.run.bears_fruit().await?;
         self.shard.run.pausepoint(AFTER_FIRST_SPAN).await?;
         let shard = self.shard;
         match shard.pace.moved(&shard.point.shard, weight, Instant::now()) {

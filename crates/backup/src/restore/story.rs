@@ -34,6 +34,7 @@ use crate::busy::Busy;
 use crate::deal::{AsyncDone, Deal, End};
 use crate::manifest::FileEntry;
 use crate::pace::Pace;
+use crate::patience::{later, patiently};
 use crate::pausepoints;
 use crate::plan::{SealSource, in_time};
 use crate::targets::remark;
@@ -67,6 +68,9 @@ const NAMED_AT: f64 = 0.99;
 
 /// Under which key it stands that all rows are in: its value has the OIDs of the databases, in the order of the parts.
 const FINISHING: &str = "finishing";
+
+/// Under which key the directory of the backup stands, once it was found: the newest is the newest when the job began.
+const SUBDIR: &str = "subdir";
 
 /// What a restore job was made with, for everybody to read.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -159,7 +163,15 @@ impl ResumeRestore {
 
 impl Resumer for ResumeRestore {
     fn resume(&self, run: Run) -> Boxed<'_, Value> {
-        Box::pin(async move { self.story(&run).await })
+        Box::pin(async move {
+            match self.story(&run).await {
+                // What has been found once is there.
+                Err(error) if storage::is_transient(&error) && run.kept::<String>(SUBDIR).await?.is_some() => {
+                    Err(later(error))
+                }
+                done => done,
+            }
+        })
     }
 
     fn revert(&self, run: Run) -> Boxed<'_, Option<Value>> {
@@ -178,13 +190,11 @@ impl Story<'_> {
             giving.give_again(self.peers, self.number).await?;
             return Ok(giving.result);
         }
-        // The newest is the newest when the job began: a later run takes the same.
-        let chosen = match self.run.kept::<String>("subdir").await? {
-            Some(subdir) => Some(subdir),
-            None => self.payload.subdir.clone(),
-        };
-        let source = Source::find(self.stores, self.peers, &self.collection, chosen.as_deref(), &self.filter).await?;
-        self.run.keep("subdir", &source.subdir).await?;
+        let found = self.run.kept::<String>(SUBDIR).await?;
+        let chosen = found.as_deref().or(self.payload.subdir.as_deref());
+        let find = || Source::find(self.stores, self.peers, &self.collection, chosen, &self.filter);
+        let source = patiently(find).await.map_err(|error| self.absent(error, found.is_some()))?;
+        self.run.keep(SUBDIR, &source.subdir).await?;
         let skipped = &source.manifest.skipped_shards;
         if let Some((before, behind)) = &self.payload.description
             && (self.payload.subdir.is_none() || !skipped.is_empty())
@@ -197,6 +207,13 @@ impl Story<'_> {
         self.restore(&source, &parts).await
     }
 
+    /// Of a node's own directory nothing is seen while it is away: a backup that was found there before is there still.
+    fn absent(&self, error: anyhow::Error, was_found: bool) -> anyhow::Error {
+        let is_absent = PgError::of(&error).is_some_and(|said| said.code == SqlState::UNDEFINED_FILE);
+        let has_own = self.collection.on(NodeId(0)).is_some();
+        if was_found && has_own && is_absent { error.context(Retryable) } else { error }
+    }
+
     /// What is in a backup runs as SQL with all rights, so its user has to have them where it runs, and to have them
     /// still.
     async fn check_rights(&self, parts: &[Part<'_>]) -> anyhow::Result<()> {
@@ -206,7 +223,7 @@ impl Story<'_> {
 
     async fn restore(&self, source: &Source, parts: &[Part<'_>]) -> anyhow::Result<Value> {
         let files: Vec<&FileEntry> = parts.iter().flat_map(|part| part.files().chain(part.schemas())).collect();
-        source.check(self.stores, &files).await?;
+        patiently(|| source.check(self.stores, &files)).await?;
         // An earlier run had all rows in, and some of the databases may have their names already: then nothing but the
         // end of it can be repeated.
         let oids = match self.run.kept::<Vec<u32>>(FINISHING).await? {
@@ -251,7 +268,7 @@ impl Story<'_> {
             anyhow::Ok(())
         });
         try_join_all(finished).await?;
-        self.run.bears_fruit();
+        self.run.bears_fruit().await?;
         self.run.pausepoint(pausepoints::AFTER_FINISH).await?;
         self.run.progress(NAMED_AT, "giving databases their names").await?;
         let named = parts.iter().zip(oids).map(|(part, oid)| {
@@ -292,7 +309,7 @@ impl Story<'_> {
     /// Gives the schema to the node beside the target, which makes the objects unless they are there.
     async fn schema(&self, source: &Source, part: &Part<'_>, oid: u32) -> anyhow::Result<()> {
         let file = part.schemas().next().context("find the schema in the manifest")?;
-        let dump = source.read(self.stores, file).await?;
+        let dump = patiently(|| source.read(self.stores, file)).await?;
         let request = Request::PreData { job: part.which, database_oid: oid, run: self.number };
         let made = async {
             let mut upload = self.peers.upload(part.node, LOADER, &request, ASK_DEADLINE).await?;
@@ -463,7 +480,7 @@ struct Noted<'n> {
 
 impl AsyncDone<(u32, FileEntry), ()> for &mut Noted<'_> {
     async fn done(&mut self, _file: (u32, FileEntry), weight: u64, (): ()) -> anyhow::Result<()> {
-        self.run.bears_fruit();
+        self.run.bears_fruit().await?;
         self.run.pausepoint(pausepoints::AFTER_FIRST_FILE).await?;
         let now = Instant::now();
         if let Some(done) = self.pace.moved(weight, now) {

@@ -182,7 +182,8 @@ impl Story<'_> {
         let servers = if alive.is_empty() { point.nodes() } else { alive };
         let (run, peers, rules) = (self.run, self.peers, &self.rules);
         let (uri, busy, pace) = (self.uri.as_str(), &self.busy, &self.pace);
-        let shard = Shard { run, peers, point, servers: &servers, uri, rules, busy, pace };
+        let holders = &self.holders;
+        let shard = Shard { run, peers, point, servers: &servers, uri, rules, busy, pace, holders };
         let files = shard.export(&spans::cut(&point.opened.databases), finished).await?;
         let mut databases = point.opened.databases.clone();
         if !point.opened.point.in_recovery {

@@ -375,3 +375,34 @@ fn an_option_of_the_connection_follows_a_relocated_job() {
     let row = run(&mut client);
     assert_eq!(row.split('|').nth(1), Some("succeeded"), "{row}");
 }
+
+#[test]
+fn jobs_are_listed_with_the_latest_first_and_old_ones_not_at_all() {
+    let fleet = Fleet::start(&["--nodes", "1", "--rows", "100"]);
+    let point = "backup.after_lock";
+    let held: Vec<String> = (1..=3)
+        .map(|n| fleet.held(&format!("BACKUP DATABASE movr INTO 'nodelocal://1/c{n}' WITH DETACHED"), point))
+        .collect();
+    let listed = || -> Vec<String> {
+        let rows = fleet.demo.ask(1, "SHOW JOBS");
+        rows.lines().map(|row| row.split('|').next().unwrap().to_owned()).collect()
+    };
+    let newest_first: Vec<String> = held.iter().rev().cloned().collect();
+    for job in &held {
+        // A row that is written anew has another place in its table.
+        fleet.registry(&format!("UPDATE registry.jobs SET running_status = running_status WHERE id = {job}"));
+        assert_eq!(listed(), newest_first);
+    }
+    // What runs comes before what has ended, and what ended long ago is only there by its number.
+    tag(&fleet.demo, 1, &format!("CANCEL JOB {}", held[2]));
+    assert_eq!(fleet.end_of(&held[2]).0, "canceled");
+    assert_eq!(listed(), [&*held[1], &held[0], &held[2]]);
+    for (age, left) in [("11 hours", 3), ("13 hours", 2)] {
+        let aged =
+            format!("UPDATE registry.jobs SET finished = clock_timestamp() - interval '{age}' WHERE id = {}", held[2]);
+        fleet.registry(&aged);
+        assert_eq!(listed().len(), left, "{age}");
+    }
+    assert!(fleet.demo.ask(1, &format!("SHOW JOB {}", held[2])).contains("|canceled|"));
+    tag(&fleet.demo, 1, "CANCEL ALL BACKUP JOBS");
+}

@@ -29,7 +29,7 @@ impl Jobs {
         let query = format!(
             "SELECT {COLUMNS} FROM registry.jobs
              WHERE finished IS NULL OR finished > clock_timestamp() - interval '{LISTED_FOR}'
-             ORDER BY coalesce(finished, clock_timestamp()) DESC, started DESC"
+             ORDER BY coalesce(finished, now()) DESC, started DESC, id DESC"
         );
         self.read_settled(&query, &[]).await
     }

@@ -5,44 +5,52 @@ use std::process::Stdio;
 use nix::sys::signal::{Signal, kill};
 
 use crate::crash::{FILTER, ONE_SHARD};
+use crate::support::demo::psql;
 use crate::support::faults::{Fleet, Trouble};
 use crate::support::store::{LocalBackup, S3, files_in};
 use crate::support::{both, run, until};
 
 const WEST: &str = "EXECUTION LOCALITY = 'region=us-west-1'";
 
+/// Where a job is held while a node is restarted, one place for each of them.
+const BACKUP_PLACES: [&str; 4] =
+    ["backup.after_lock", "backup.after_points", "backup.after_schemas", "backup.after_first_span"];
+const RESTORE_PLACES: [&str; 4] =
+    ["restore.after_create", "restore.after_first_file", "restore.after_load", "restore.after_finish"];
+
+/// Restarts every node while a job runs.
+#[track_caller]
+fn roll(fleet: &mut Fleet, statement: &str, places: [&str; 4]) {
+    let holds = places.map(|place| format!("{place}:hold")).join(",");
+    let set = format!("SET backhaul.debug_pausepoints = '{holds}'");
+    let job = run(fleet.demo.psql(1).args(["-v", "ON_ERROR_STOP=1", "-Atqc", &set, "-c", statement]));
+    let job = job.trim();
+    for (node, place) in (1..).zip(places) {
+        fleet.until_held(job, place);
+        fleet.end_node(node, Signal::SIGTERM);
+        // Replication does not run through the port: users commit while any node is away.
+        let commit = "SET statement_timeout = '10s'; CREATE TABLE t (); DROP TABLE t";
+        let other = fleet.demo.direct_url(1).replace("/movr?", "/other?");
+        run(psql(&other).args(["-v", "ON_ERROR_STOP=1", "-qc", commit]));
+        fleet.start_node(node);
+        fleet.until_all_live();
+        fleet.let_go(job, place);
+    }
+    fleet.registry(&format!("UPDATE registry.jobs SET pausepoints = '{{}}' WHERE id = {job}"));
+    assert_eq!(fleet.end_of(job), ("succeeded".to_owned(), String::new()));
+}
+
 #[test]
 fn a_rolling_restart_fails_no_job_and_holds_up_no_commit() {
     let mut fleet = Fleet::start(&["--rows", "20000"]);
     run(fleet.demo.psql_direct(1).args(["-c", "CREATE DATABASE other"]));
-    let holds: Vec<String> = backup_points().iter().map(|point| format!("{point}:hold")).collect();
-    let set = format!("SET backhaul.debug_pausepoints = '{}'", holds.join(","));
-    let backup = format!("BACKUP DATABASE movr INTO 'nodelocal://1/r' WITH {WEST}, DETACHED");
-    let job = run(fleet.demo.psql(1).args(["-v", "ON_ERROR_STOP=1", "-Atqc", &set, "-c", &backup]));
-    let job = job.trim();
-    for (node, point) in [1, 2, 3, 4].into_iter().zip(backup_points()) {
-        fleet.until_held(job, point);
-        fleet.end_node(node, Signal::SIGTERM);
-        // Replication does not run through the port: users commit while any node is away.
-        let commit = "SET statement_timeout = '10s'; CREATE TABLE t (); DROP TABLE t";
-        run(crate::support::demo::psql(&fleet.demo.direct_url(1).replace("/movr?", "/other?")).args([
-            "-v",
-            "ON_ERROR_STOP=1",
-            "-qc",
-            commit,
-        ]));
-        fleet.start_node(node);
-        fleet.until_all_live();
-        fleet.let_go(job, point);
-    }
-    fleet.registry(&format!("UPDATE registry.jobs SET pausepoints = '{{}}' WHERE id = {job}"));
-    assert_eq!(fleet.end_of(job), ("succeeded".to_owned(), String::new()));
+    roll(&mut fleet, &format!("BACKUP DATABASE movr INTO 'nodelocal://1/r' WITH {WEST}, DETACHED"), BACKUP_PLACES);
     let backup = LocalBackup::newest(&[fleet.demo.node_dir(1).join("extern")], "r");
     assert_eq!(backup.rows("rides").len(), 20000);
-}
-
-fn backup_points() -> &'static [&'static str] {
-    &["backup.after_lock", "backup.after_points", "backup.after_schemas", "backup.after_first_span"]
+    let restore = "RESTORE DATABASE movr FROM LATEST IN 'nodelocal://1/r' WITH new_db_name = 'again', DETACHED";
+    roll(&mut fleet, restore, RESTORE_PLACES);
+    let sum = "SELECT count(*), sum(hashtext(rides::text)) FROM rides";
+    assert_eq!(fleet.on(1, "again", sum), fleet.on(1, "movr", sum));
 }
 
 #[test]

@@ -90,7 +90,8 @@ fn a_cancelled_job_leaves_no_backup() {
     });
 }
 
-/// E18: a job that goes on is not stopped by its own lock, and has one only. E17: by another's it is.
+/// E18: a job that goes on is not stopped by its own lock, and has one only (CockroachDB's pausepoint is called
+/// `backup.after.write_lock`; ours are words). E17: by another's it is.
 #[test]
 fn a_directory_has_one_lock() {
     let demo = Demo::start(&["--nodes", "2", "--rows", "300"]);

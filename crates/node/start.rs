@@ -138,7 +138,12 @@ fn offer(peers: &Peers, jobs: &Jobs, extern_dir: &Path, server: Option<Server>, 
     peers.offer(FILES, Arc::new(Files::new(extern_dir)));
     if let Some(server) = server {
         let cluster = peers.cluster().clone();
-        let is_voting = Arc::new(move || cluster.view().role(&cluster.me()) == Role::Voting);
+        // Only the leaseholder's node knows, and it may be away.
+        let is_voting = Arc::new(move || match cluster.view().role(&cluster.me()) {
+            Role::Voting => Some(true),
+            Role::NonVoting => Some(false),
+            Role::Leaseholder | Role::Detached | Role::Overtaken | Role::Down | Role::None => None,
+        });
         peers.offer(FOUNDERS, Founders::beside(server.clone(), is_voting));
         peers.offer(LOADER, Loader::new(server));
     }

@@ -223,8 +223,13 @@ impl Fleet {
     /// Lets a held job go on.
     #[track_caller]
     pub fn let_go(&self, job: &str, point: &str) {
+        self.registry(&Self::letting_go(job, point));
+    }
+
+    /// The statement that does so.
+    pub fn letting_go(job: &str, point: &str) -> String {
         let without = format!("array_remove(pausepoints, '{point}:hold')");
-        self.registry(&format!("UPDATE registry.jobs SET pausepoints = {without} WHERE id = {job}"));
+        format!("UPDATE registry.jobs SET pausepoints = {without} WHERE id = {job}")
     }
 
     /// Waits for a job's end, and gives its status and error.

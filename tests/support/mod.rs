@@ -29,8 +29,18 @@ pub fn backhaul() -> Command {
 ///
 /// It is not there in time; the message is what was waited for, and the last thing that was seen instead.
 #[track_caller]
-pub fn until<T>(what: &str, mut ask: impl FnMut() -> Result<T, String>) -> T {
-    let deadline = Instant::now() + DEADLINE;
+pub fn until<T>(what: &str, ask: impl FnMut() -> Result<T, String>) -> T {
+    until_in(DEADLINE, what, ask)
+}
+
+/// The same for what takes longer by its nature.
+///
+/// # Panics
+///
+/// As [`until`].
+#[track_caller]
+pub fn until_in<T>(time: Duration, what: &str, mut ask: impl FnMut() -> Result<T, String>) -> T {
+    let deadline = Instant::now() + time;
     loop {
         match ask() {
             Ok(answer) => return answer,

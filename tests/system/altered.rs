@@ -62,16 +62,35 @@ fn alter(fleet: &Fleet, table: &str, column: usize) {
     });
 }
 
-/// Kills the coordinator, whose locks end with it, and waits until the next one is held at the same place and holds
-/// what the first one did. The point may be another one by then: its founders may have been on the same node.
+/// Spoils two points of a job, and waits until it is held at the third, and holds the table.
 #[track_caller]
-fn kill_coordinator(fleet: &mut Fleet, job: &str) {
+fn spoilt_twice(fleet: &Fleet) -> String {
+    let job = fleet.held(&format!("BACKUP DATABASE movr INTO 'nodelocal://1/b' WITH {WEST}, DETACHED"), POINT);
+    for spoilt in 0..2 {
+        until_at(fleet, &job, spoilt);
+        assert_eq!(fleet.on(1, "movr", HELD).trim(), "0", "after {spoilt} spoilt points");
+        alter(fleet, "users", spoilt);
+        fleet.let_go(&job, POINT);
+    }
+    until_at(fleet, &job, 2);
+    assert_eq!(fleet.on(1, "movr", HELD).trim(), "1");
+    job
+}
+
+/// Sends the coordinator a signal, and waits until the next one is held at the same place and holds what the first one
+/// did, and nobody else does. The point may be another one by then: its founders may have been on the same node. Gives
+/// the number of the node that it was.
+#[track_caller]
+fn without_coordinator(fleet: &mut Fleet, job: &str, signal: Signal) -> usize {
     let holder = HELD.replace("count(*)", "string_agg(pid::text, ' ')");
     let before = fleet.on(1, "movr", &holder);
     let passed = format!("job_info WHERE job_id = {job} AND key = 'pausepoint/{POINT}'");
     fleet.registry(&format!("DELETE FROM registry.{passed}"));
     let coordinator: usize = fleet.job(job, "coordinator_id").parse().unwrap();
-    fleet.end_node(coordinator, Signal::SIGKILL);
+    match signal {
+        Signal::SIGSTOP => fleet.signal(coordinator, signal),
+        signal => fleet.end_node(coordinator, signal),
+    }
     until("the next coordinator to be there", || {
         let seen = fleet.registry(&format!("SELECT count(*) FROM registry.{passed}"));
         if seen == "1" { Ok(()) } else { Err(fleet.job(job, "concat_ws(' ', running_status, execution_errors)")) }
@@ -80,21 +99,14 @@ fn kill_coordinator(fleet: &mut Fleet, job: &str) {
         let (count, now) = (fleet.on(1, "movr", HELD), fleet.on(1, "movr", &holder));
         if count.trim() == "1" && now != before { Ok(()) } else { Err(format!("{count}: {before}, {now}")) }
     });
+    coordinator
 }
 
 #[test]
 fn twice_spoilt_tables_are_held_on_the_leaseholder() {
     let mut fleet = start();
-    let job = fleet.held(&format!("BACKUP DATABASE movr INTO 'nodelocal://1/b' WITH {WEST}, DETACHED"), POINT);
-    for spoilt in 0..2 {
-        until_at(&fleet, &job, spoilt);
-        assert_eq!(fleet.on(1, "movr", HELD).trim(), "0", "after {spoilt} spoilt points");
-        alter(&fleet, "users", spoilt);
-        fleet.let_go(&job, POINT);
-    }
-    until_at(&fleet, &job, 2);
-    assert_eq!(fleet.on(1, "movr", HELD).trim(), "1");
-    kill_coordinator(&mut fleet, &job);
+    let job = spoilt_twice(&fleet);
+    without_coordinator(&mut fleet, &job, Signal::SIGKILL);
     // Users read and write on; what would spoil the point waits.
     fleet.on(1, "movr", "UPDATE users SET city = city; SELECT count(*) FROM users");
     let url = &fleet.demo.nodes[0].url;
@@ -110,6 +122,23 @@ fn twice_spoilt_tables_are_held_on_the_leaseholder() {
     // The whole backup is of the third point.
     let shown = fleet.demo.ask(1, "SHOW BACKUP SCHEMAS FROM LATEST IN 'nodelocal://1/b'");
     assert!(shown.contains("added_0") && shown.contains("added_1") && !shown.contains("never"), "{shown}");
+}
+
+#[test]
+fn what_a_frozen_coordinator_holds_is_let_go() {
+    let mut fleet = start();
+    let job = spoilt_twice(&fleet);
+    // It renews what it holds for as long as it lives.
+    let renewed = "SELECT count(*) FROM pg_stat_activity WHERE usename = 'backhaul' AND query = ''
+                   AND state = 'idle in transaction' AND xact_start < state_change - interval '9 s'";
+    until("the locks to be renewed", || {
+        let seen = fleet.on(1, "movr", renewed);
+        if seen.trim() == "1" { Ok(()) } else { Err(seen) }
+    });
+    let coordinator = without_coordinator(&mut fleet, &job, Signal::SIGSTOP);
+    fleet.signal(coordinator, Signal::SIGCONT);
+    fleet.let_go(&job, POINT);
+    assert_eq!(fleet.end_of(&job), ("succeeded".to_owned(), String::new()));
 }
 
 #[test]

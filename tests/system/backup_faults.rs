@@ -138,11 +138,10 @@ fn a_store_that_fails_fails_the_job_with_a_reason() {
             "s3://{bucket}/b?AWS_ACCESS_KEY_ID=key&AWS_SECRET_ACCESS_KEY=hidden&AWS_REGION=us-east-1&AWS_ENDPOINT={endpoint}"
         )
     };
-    let door = s3.watched();
-    let job = backup(&demo, &uri("bucket", &format!("http://{}", door.address)));
-    until("rows to be written", || if s3.keys("data/").is_empty() { Err("nothing".to_owned()) } else { Ok(()) });
     let endpoint = s3.endpoint();
     drop(s3);
+    // One that was never there is not waited for as long as one that a job has used (outages.rs).
+    let job = backup(&demo, &uri("bucket", &endpoint));
     assert_eq!(column(&demo, &job, 5, "WHEN COMPLETE"), "failed");
     let error = column(&demo, &job, 12, "");
     assert!(error.contains("the store at s3://bucket/b") && !error.contains("hidden"), "{error}");
@@ -151,7 +150,6 @@ fn a_store_that_fails_fails_the_job_with_a_reason() {
     for (uri, expected) in [
         (uri("bucket", &guarded.endpoint()), "42501: "),
         (uri("nope", &s3.endpoint()), "58P01: bucket \"nope\" does not exist"),
-        (uri("bucket", &endpoint), "58030: the store at s3://bucket/b"),
         ("nodelocal://3/f".to_owned(), "58030: "),
         (
             "nodelocal://3/../../etc".to_owned(),
@@ -173,7 +171,9 @@ fn a_store_that_fails_fails_the_job_with_a_reason() {
 fn rights_are_those_of_the_client_s_role() {
     let demo = Demo::start(&[]);
     let make = "CREATE ROLE plain LOGIN; CREATE ROLE reader LOGIN; GRANT pg_read_all_data TO reader";
-    run(demo.psql_direct(1).args(["-v", "ON_ERROR_STOP=1", "-c", make]));
+    // Some drop what no query of theirs needs.
+    let rid = "DROP SCHEMA information_schema CASCADE";
+    run(demo.psql_direct(1).args(["-v", "ON_ERROR_STOP=1", "-c", make, "-c", rid]));
     let objects = "DO $$ DECLARE o oid; BEGIN FOR o IN SELECT oid FROM pg_largeobject_metadata LOOP
                    EXECUTE format('GRANT SELECT ON LARGE OBJECT %s TO reader', o); END LOOP; END $$";
     let ask = |user: &str, statement: &str| {

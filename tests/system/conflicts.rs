@@ -277,3 +277,22 @@ fn a_mode_that_cannot_be_had_is_refused_and_commits_never_wait_for_a_pause() {
     assert!(errors.contains("Commits may wait for the server now."), "{errors}");
     until_on(demo, 3, STATE, "not paused");
 }
+
+#[test]
+fn a_pause_does_not_outlast_the_node_that_knows_who_votes() {
+    let mut fleet = pausing();
+    let job = fleet.held(&statement(), HELD);
+    assert_still_paused(&fleet, &job);
+    fleet.end_node(1, Signal::SIGKILL);
+    // Behind everybody's back.
+    on_server(&fleet.demo, 1, "ALTER SYSTEM SET synchronous_standby_names = 'FIRST 1 (n3)'");
+    on_server(&fleet.demo, 1, "SELECT pg_reload_conf()");
+    on_server(&fleet.demo, 1, "SET synchronous_commit = remote_apply; CREATE TABLE applied ()");
+    until_on(&fleet.demo, 3, STATE, "not paused");
+    let log = std::fs::read_to_string(fleet.demo.node_dir(3).join("node.log")).unwrap();
+    assert!(log.contains("replay goes on before everything is read: Commits may wait"), "{log}");
+    fleet.start_node(1);
+    fleet.until_all_live();
+    fleet.let_go(&job, HELD);
+    assert_eq!(fleet.end_of(&job), ("succeeded".to_owned(), String::new()));
+}

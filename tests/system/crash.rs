@@ -15,9 +15,10 @@ use backup::PAUSEPOINTS;
 use nix::sys::signal::Signal;
 use serde_json::Value;
 
+use crate::support::demo::psql;
 use crate::support::faults::{FailingDoor, Fleet, Trouble};
 use crate::support::store::{S3, files_in};
-use crate::support::{both, until};
+use crate::support::{both, run, until};
 
 /// What goes wrong.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -25,6 +26,7 @@ enum Fault {
     KillCoordinator,
     KillWorker,
     KillReaderNode,
+    RestartFirstNode,
     StopCoordinator,
     StopWorker,
     PromoteSystemShard,
@@ -47,7 +49,7 @@ pub(crate) const ONE_SHARD: [&str; 8] = [
 ];
 
 /// n1 and n3 hold s1 with the registry, n2 and n4 hold s2; n5 and n6 have no servers, and jobs run there.
-const TWO_SHARDS: [&str; 10] = [
+pub(crate) const TWO_SHARDS: [&str; 10] = [
     "--nodes",
     "6",
     "--servers",
@@ -131,6 +133,13 @@ impl Case {
             Fault::KillCoordinator => self.fleet.signal(coordinator, Signal::SIGKILL),
             Fault::KillWorker => self.fleet.signal(worker, Signal::SIGKILL),
             Fault::KillReaderNode => self.fleet.signal(3, Signal::SIGKILL),
+            // Beside it are the registry, the target of restores and the files of backups: it comes back as any service does.
+            Fault::RestartFirstNode => {
+                self.fleet.end_node(1, Signal::SIGKILL);
+                let url = self.fleet.demo.direct_url(1).replace("/movr?", "/backhaul?");
+                run(psql(&url).args(["-v", "ON_ERROR_STOP=1", "-qc", &Fleet::letting_go(job, point)]));
+                self.fleet.start_node(1);
+            }
             Fault::StopCoordinator | Fault::StopWorker => {
                 let node = if self.fault == Fault::StopWorker { worker } else { coordinator };
                 self.fleet.signal(node, Signal::SIGSTOP);
@@ -252,6 +261,11 @@ fn assert_files(case: &Case, name: &str, succeeded: bool) {
     });
 }
 
+/// Whether a job's error is one for its user.
+fn is_understood(error: &str) -> bool {
+    !error.is_empty() && !error.contains("internal error")
+}
+
 fn backup_case(case: &mut Case, point: &str) -> String {
     case.number += 1;
     let name = format!("b{}", case.number);
@@ -260,7 +274,7 @@ fn backup_case(case: &mut Case, point: &str) -> String {
     case.strike(&job, point);
     let (status, error) = case.fleet.end_of(&job);
     case.heal(&job);
-    assert!(status == "succeeded" || status == "failed" && !error.is_empty(), "{status}: {error}");
+    assert!(status == "succeeded" || status == "failed" && is_understood(&error), "{status}: {error}");
     assert_files(case, &name, status == "succeeded");
     case.assert_nothing_left("again");
     if status == "succeeded" {
@@ -292,7 +306,7 @@ fn restore_equal(case: &mut Case, name: &str, point: &str) -> String {
             case.fleet.on(*gateway, "postgres", "DROP DATABASE again WITH (FORCE)");
         }
     } else {
-        assert!(!point.is_empty() && status == "failed" && !error.is_empty(), "{status}: {error}");
+        assert!(!point.is_empty() && status == "failed" && is_understood(&error), "{status}: {error}");
     }
     case.assert_nothing_left("again");
     status
@@ -330,13 +344,14 @@ fn strike(fault: Fault) {
 }
 
 /// What `cargo test` does: every fault, and every pausepoint.
-const USUAL: [(Fault, &[&str]); 13] = [
+const USUAL: [(Fault, &[&str]); 14] = [
     (Fault::KillCoordinator, &["backup.after_first_span", "restore.after_load"]),
     (Fault::KillWorker, &["backup.after_lock", "restore.after_finish"]),
     (Fault::KillReaderNode, &["backup.after_points"]),
+    (Fault::RestartFirstNode, &["backup.after_export", "restore.after_load"]),
     (Fault::StopCoordinator, &["backup.after_record", "restore.after_release"]),
     (Fault::StopWorker, &["restore.after_first_file"]),
-    (Fault::PromoteSystemShard, &["backup.after_export", "restore.after_pre_data"]),
+    (Fault::PromoteSystemShard, &["backup.after_checksum", "restore.after_pre_data"]),
     (Fault::PromoteDataShard, &["restore.after_publish"]),
     (Fault::RestartReadServer, &["backup.after_schemas"]),
     (Fault::Store(Trouble::Refuses), &["backup.after_latest"]),
@@ -373,6 +388,11 @@ fn a_worker_is_killed() {
 #[test]
 fn the_node_beside_the_read_server_is_killed() {
     strike(Fault::KillReaderNode);
+}
+
+#[test]
+fn the_node_beside_the_registry_is_killed_and_started() {
+    strike(Fault::RestartFirstNode);
 }
 
 #[test]

@@ -20,6 +20,7 @@ mod failover; // promotion, crash and return of servers and nodes
 mod hostile; // operators, functions and types of a client's own that stand before PostgreSQL's
 mod locality; // CockroachDB's cases of EXECUTION LOCALITY: nodes whose tiers cross, several shards
 mod mistakes; // wrong secrets, shards, stores and addresses
+mod outages; // stores, nodes and registries that are away for long: waited for, told, and nothing made twice
 mod plan; // EXPLAIN BACKUP tells what is done; options, ranges and regions; docs/locality.md
 mod restore; // everything comes back the same, once, and damage is noticed
 mod rows; // SHOW as a row source: prepared, in pipelines, with positions, cancelled

@@ -1,8 +1,79 @@
 //! SHOW as a row source, where SQL cannot look: prepared texts, pipelines, positions, cancel. What SQL can see is in
 //! `sql-fixtures/rows/`.
 
-use crate::support::demo::Demo;
+use crate::support::both;
+use crate::support::demo::{Demo, directory};
 use crate::support::wire::Wire;
+
+/// What of a job is shown.
+const JOB: &str = "job_id|bigint job_type|text description|text statement|text user_name|text status|text \
+         running_status|text created|timestamp started|timestamp finished|timestamp modified|timestamp \
+         fraction_completed|double error|text coordinator_id|bigint trace_id|bigint last_run|timestamp \
+         next_run|timestamp num_runs|bigint execution_errors|text[]";
+
+/// The answers' columns with their types (`timestamp` is without a time zone), as docs and reference name them.
+const COLUMNS: [(&str, &str); 20] = [
+    ("SHOW LOCALITY", "locality|text"),
+    (
+        "SHOW NODES",
+        "node_id|bigint address|text locality|text shard|text role|text is_live|boolean is_reachable|boolean \
+         build|text started_at|timestamptz updated_at|timestamptz timeline|bigint lsn|text",
+    ),
+    (
+        "SHOW REGIONS",
+        "region|text zones|text[] database_names|text[] primary_region_of|text[] secondary_region_of|text[]",
+    ),
+    ("SHOW REGIONS FROM CLUSTER", "region|text zones|text[]"),
+    (
+        "SHOW RANGES FROM DATABASE movr",
+        "start_key|text end_key|text range_id|bigint replicas|bigint[] replica_localities|text[] \
+         voting_replicas|bigint[] non_voting_replicas|bigint[] learner_replicas|bigint[] \
+         split_enforced_until|timestamptz",
+    ),
+    (
+        "SHOW RANGES FROM TABLE users WITH DETAILS",
+        "start_key|text end_key|text range_id|bigint range_size_mb|double lease_holder|bigint \
+         lease_holder_locality|text replicas|bigint[] replica_localities|text[] voting_replicas|bigint[] \
+         non_voting_replicas|bigint[] learner_replicas|bigint[] split_enforced_until|timestamptz \
+         range_size|bigint",
+    ),
+    ("SHOW JOBS", JOB),
+    ("SHOW JOB 1", JOB),
+    ("SHOW JOB WHEN COMPLETE 1", JOB),
+    ("SHOW BACKUPS IN 'nodelocal://1/b'", "path|text"),
+    (
+        "SHOW BACKUP FROM LATEST IN 'nodelocal://1/b'",
+        "database_name|text parent_schema_name|text object_name|text object_type|text backup_type|text \
+         start_time|timestamp end_time|timestamp size_bytes|bigint rows|bigint is_full_cluster|boolean \
+         regions|text",
+    ),
+    (
+        "SHOW BACKUP SCHEMAS FROM LATEST IN 'nodelocal://1/b'",
+        "database_name|text parent_schema_name|text object_name|text object_type|text backup_type|text \
+         start_time|timestamp end_time|timestamp size_bytes|bigint rows|bigint is_full_cluster|boolean \
+         create_statement|text regions|text",
+    ),
+    (
+        "SHOW BACKUP FROM LATEST IN 'nodelocal://1/b' WITH check_files",
+        "database_name|text parent_schema_name|text object_name|text object_type|text backup_type|text \
+         start_time|timestamp end_time|timestamp size_bytes|bigint rows|bigint is_full_cluster|boolean \
+         regions|text file_bytes|bigint",
+    ),
+    ("SHOW BACKUP FROM LATEST IN 'nodelocal://1/b' WITH as_json", "manifest|text"),
+    (
+        "SHOW BACKUP FILES FROM LATEST IN 'nodelocal://1/b'",
+        "path|text backup_type|text start_pretty|text end_pretty|text start_key|text end_key|text \
+         size_bytes|bigint rows|bigint locality|text file_bytes|bigint",
+    ),
+    ("SHOW EXTERNAL CONNECTION a", "connection_name|text connection_uri|text connection_type|text"),
+    ("SHOW EXTERNAL CONNECTIONS", "connection_name|text connection_uri|text connection_type|text"),
+    ("SHOW CLUSTER SETTING feature.backup.enabled", "feature.backup.enabled|text"),
+    (
+        "SHOW CLUSTER SETTINGS",
+        "variable|text value|text setting_type|text description|text default_value|text origin|text",
+    ),
+    ("SHOW ALL BACKHAUL SETTINGS", "name|text value|text default_value|text scope|text description|text"),
+];
 
 fn demo() -> Demo {
     Demo::start(&["--nodes", "2", "--servers", "1", "--no-example-database"])
@@ -212,4 +283,20 @@ fn a_wait_in_a_row_source_ends_when_it_is_cancelled_or_takes_too_long() {
         assert_eq!(wire.query("SELECT 1 AS one").hear(), "T one:23:0\nD 1\nC SELECT 1\nZ I");
     }
     demo.ask(1, &format!("CANCEL JOB {}", job.trim()));
+}
+
+/// What each answer is called, as the documentation does; the same in brackets as alone.
+#[test]
+fn every_answer_has_its_columns_alone_and_as_a_row_source() {
+    let demo = Demo::start(&["--nodes", "1", "--rows", "10"]);
+    let dir = directory();
+    for (statement, expected) in COLUMNS {
+        let file = dir.path().join("described.sql");
+        std::fs::write(&file, format!("{statement} \\gdesc\nSELECT * FROM [{statement}] AS shown \\gdesc\n")).unwrap();
+        let described = both(&demo.psql(1).arg("-At").arg("-f").arg(&file).output().unwrap());
+        let expected: Vec<&str> = expected.split_whitespace().collect();
+        let mut of_psql = described.replace("timestamp without time zone", "timestamp").replace(" precision", "");
+        of_psql = of_psql.replace("timestamp with time zone", "timestamptz");
+        assert_eq!(of_psql.lines().collect::<Vec<_>>(), expected.repeat(2), "{statement}");
+    }
 }

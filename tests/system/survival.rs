@@ -257,12 +257,21 @@ fn behind_the_seal_a_store_is_waited_for_and_what_it_refuses_is_no_failure() {
     assert!(fleet.demo.ask(1, "SHOW BACKUPS IN 'nodelocal://2/s'").starts_with("/20"));
 
     let job = fleet.held(&statement, "backup.after_seal");
-    let files = files_in(&fleet.demo.node_dir(2).join("extern/s"));
-    let sealed = files.iter().filter(|file| file.ends_with("BACKUP_MANIFEST")).max().unwrap();
-    std::fs::create_dir(sealed.with_file_name("RESTORE.txt")).unwrap();
+    // Where the pointer to the newest goes, there is a file in the way.
+    let pointers = fleet.demo.node_dir(2).join("extern/s/metadata");
+    std::fs::rename(&pointers, pointers.with_file_name("aside")).unwrap();
+    std::fs::write(&pointers, "").unwrap();
     fleet.let_go(&job, "backup.after_seal");
     assert_eq!(fleet.end_of(&job), ("succeeded".to_owned(), String::new()));
-    assert_eq!(fleet.demo.ask(1, "SHOW BACKUPS IN 'nodelocal://2/s'").lines().count(), 2);
+    let noted = fleet.job(&job, "execution_errors::text");
+    assert!(noted.contains("the store at nodelocal://2/s"), "{noted}");
+    std::fs::remove_file(&pointers).unwrap();
+    std::fs::rename(pointers.with_file_name("aside"), &pointers).unwrap();
+    // It has its name, and is whole.
+    assert_eq!(fleet.demo.ask(1, "SHOW BACKUPS IN 'nodelocal://2/s'").lines().count(), 1);
+    let subdir = fleet.job(&job, "payload ->> 'subdir'");
+    let shown = fleet.demo.ask(1, &format!("SHOW BACKUP FROM '{subdir}' IN 'nodelocal://2/s' WITH check_files"));
+    assert!(shown.contains("movr|public|rides|table|full|"), "{shown}");
 }
 
 #[test]

@@ -7,11 +7,11 @@ use std::process::Stdio;
 use nix::sys::signal::Signal;
 use serde_json::Value;
 
-use crate::crash::{FILTER, ONE_SHARD};
+use crate::crash::{FILTER, ONE_SHARD, TWO_SHARDS};
 use crate::support::demo::psql;
 use crate::support::faults::{Fleet, Trouble};
 use crate::support::jobs::{WEST, relocated};
-use crate::support::store::{LocalBackup, S3};
+use crate::support::store::{LocalBackup, S3, files_in};
 use crate::support::{both, run, until};
 
 /// The sealed manifest of the only backup in a collection.
@@ -115,11 +115,19 @@ fn the_coordinator_holds_a_replica_and_among_equals_has_the_fewest_jobs() {
     }
 }
 
+/// When a node comes back that matches.
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum Back {
+    InTime,
+    ToRemove,
+    Never,
+}
+
 #[test]
 fn a_job_that_no_node_matches_any_more_waits_for_one_and_then_fails_in_the_original_s_words() {
     let mut fleet = Fleet::start(&["--rows", "500"]);
-    for comes_back in [true, false] {
-        let name = format!("back-{comes_back}");
+    for back in [Back::InTime, Back::ToRemove, Back::Never] {
+        let name = format!("{back:?}");
         let statement = format!("BACKUP DATABASE movr INTO 'nodelocal://1/{name}' WITH {WEST}, DETACHED");
         let job = fleet.held(&statement, "backup.after_lock");
         // First the one that is not its coordinator, so that nobody takes over.
@@ -135,7 +143,7 @@ fn a_job_that_no_node_matches_any_more_waits_for_one_and_then_fails_in_the_origi
             if tries.len() > 2 { Ok(()) } else { Err(seen) }
         });
         fleet.let_go(&job, "backup.after_lock");
-        if comes_back {
+        if back == Back::InTime {
             fleet.start_node(4);
             assert_eq!(fleet.end_of(&job), ("succeeded".to_owned(), String::new()));
             assert_eq!(fleet.job(&job, "coordinator_id"), "4");
@@ -152,13 +160,35 @@ fn a_job_that_no_node_matches_any_more_waits_for_one_and_then_fails_in_the_origi
             let seen = fleet.registry(&statement);
             if seen == "aged" { Ok(()) } else { Err(seen) }
         });
+        // The store is for nodes that match: what is there is removed by one that comes back.
+        let nobody = "no instances found matching locality filter region=us-west-1";
+        let not_yet = format!("reverting|what the job has made is not removed yet: {nobody}|f");
+        until("the removal to be put off", || {
+            let seen = fleet.job(&job, "concat_ws('|', status, running_status, next_run IS NULL)");
+            if seen == not_yet { Ok(()) } else { Err(seen) }
+        });
+        let files = |fleet: &Fleet| files_in(&fleet.demo.node_dir(1).join("extern").join(&name)).len();
+        assert_eq!(files(&fleet), 1);
+        match back {
+            Back::ToRemove => fleet.start_node(4),
+            // As if it had been tried for a day.
+            _ => drop(fleet.registry(&format!(
+                "UPDATE registry.jobs SET reverting_since = reverting_since - interval '1 day', next_run = NULL WHERE id = {job}"
+            ))),
+        }
         let (status, error) = fleet.end_of(&job);
         assert_eq!(status, "failed");
         // G16
-        assert!(error.starts_with("no instances found matching locality filter region=us-west-1"), "{error}");
+        assert!(error.starts_with(nobody), "{error}");
+        if back == Back::ToRemove {
+            assert_eq!((files(&fleet), fleet.job(&job, "execution_errors::text").as_str()), (0, "{}"));
+            fleet.start_node(3);
+            fleet.until_all_live();
+            continue;
+        }
         let row = fleet.demo.ask(2, &format!("SHOW JOB WHEN COMPLETE {job}"));
         assert!(row.contains("|failed|") && row.contains(&error), "{row}");
-        // The store is for nodes that match, so what is there stays, and the job says it.
+        // What is there stays, and the job says it.
         assert!(row.contains("what the job has made was not all removed"), "{row}");
         // Nobody is asked to run a new one, either.
         let told = fleet.demo.ask(1, &statement);
@@ -278,4 +308,32 @@ fn a_server_that_is_silent_for_a_moment_keeps_its_point() {
         is_kept
     });
     assert!(is_kept, "the point was given up each time");
+}
+
+#[test]
+fn a_target_that_freezes_while_it_is_restored_to_is_left_for_the_one_that_leads_then() {
+    let fleet = Fleet::start(&TWO_SHARDS);
+    let made = fleet.demo.ask(1, &format!("BACKUP DATABASE movr INTO 'nodelocal://1/b' WITH {FILTER}, DETACHED"));
+    assert_eq!(fleet.end_of(&made).0, "succeeded");
+    let restore = "RESTORE DATABASE movr FROM LATEST IN 'nodelocal://1/b' WITH new_db_name = 'again', DETACHED";
+    let job = fleet.held(restore, "restore.after_load");
+    fleet.demo.signal_server(2, Signal::SIGSTOP);
+    fleet.let_go(&job, "restore.after_load");
+    // Its connections stay open, and what was asked has days to be answered.
+    until("the target to be given up", || {
+        let noted = fleet.job(&job, "execution_errors::text");
+        if noted.contains(r#"shard \"s2\" cannot be reached"#) || noted.contains("the server beside node 2 was lost") {
+            Ok(())
+        } else {
+            Err(fleet.demo.ask(1, &format!("SHOW JOB {job}")))
+        }
+    });
+    fleet.demo.promote(4);
+    let ended = fleet.end_of(&job);
+    fleet.demo.signal_server(2, Signal::SIGCONT);
+    assert_eq!(ended, ("succeeded".to_owned(), String::new()));
+    for gateway in [1, 4] {
+        let sum = "SELECT count(*), sum(hashtext(rides::text)) FROM rides";
+        assert_eq!(fleet.on(gateway, "again", sum), fleet.on(gateway, "movr", sum));
+    }
 }

@@ -8,6 +8,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use cluster::{NodeId, Peers, View};
+use pgerror::{PgError, SqlState};
 use tokio::sync::watch;
 use tokio::time::sleep;
 
@@ -20,10 +21,30 @@ pub(crate) async fn node(peers: &Peers, node: NodeId) {
     stays_away(peers.cluster().subscribe(), |view: &Arc<View>| has_node(view, node), || sleep(BLIP_MAX)).await;
 }
 
-/// Returns when the server beside `node` stays away, or the node itself. A server may keep its connections open all the
-/// same, as one that is frozen does.
-pub(crate) async fn server(peers: &Peers, node: NodeId) {
-    stays_away(peers.cluster().subscribe(), |view: &Arc<View>| has_server(view, node), || sleep(BLIP_MAX)).await;
+/// Awaits work on the server beside `node` for as long as that server, and the node itself, are not away for a whole
+/// `moment`. A server may keep its connections open all the same, as one that is frozen does, and what waits for it has
+/// deadlines that are meant for one that is slow.
+///
+/// # Errors
+///
+/// 08006 when it stays away, saying that it was lost while `what`; or as the work says.
+pub(crate) async fn watching<T>(
+    peers: &Peers,
+    node: NodeId,
+    moment: Duration,
+    what: &str,
+    work: impl Future<Output = anyhow::Result<T>>,
+) -> anyhow::Result<T> {
+    let is_there = |view: &Arc<View>| has_server(view, node);
+    tokio::select! {
+        // What the work itself has come to counts, whatever else has become known.
+        biased;
+        outcome = work => outcome,
+        () = stays_away(peers.cluster().subscribe(), is_there, || sleep(moment)) => {
+            let message = format!("the server beside node {node} was lost while {what}");
+            Err(PgError::new(SqlState::CONNECTION_FAILURE, message).into())
+        }
+    }
 }
 
 /// Whether `node` answers now.

@@ -60,6 +60,8 @@ pub(crate) enum End {
     All(anyhow::Error),
     /// The work on this server. The others go on; if it is the last one, this is the error.
     Server(anyhow::Error),
+    /// Nothing but this try, if something else is at work on the server: it lends no more than it does then.
+    Crowded,
 }
 
 struct Ended<P, R> {
@@ -85,6 +87,8 @@ struct Servers {
     near: BTreeMap<NodeId, NodeId>,
     /// How many pieces are at work on each.
     busy: BTreeMap<NodeId, usize>,
+    /// How many may be, where that has turned out to be fewer than was thought: sessions may be lost one by one.
+    room: BTreeMap<NodeId, usize>,
     /// Since when there is nobody that the work could be dealt to.
     nobody_since: Option<Instant>,
 }
@@ -93,7 +97,18 @@ impl Servers {
     /// The server for one more piece at this worker, if it lends another session.
     fn free(&self, worker: NodeId, at_once: usize) -> Option<NodeId> {
         let server = self.near.get(&worker)?;
-        (self.busy.get(server).copied().unwrap_or_default() < at_once.max(1)).then_some(*server)
+        let room = self.room.get(server).copied().unwrap_or(at_once).max(1);
+        (self.busy.get(server).copied().unwrap_or_default() < room).then_some(*server)
+    }
+
+    /// A server had no session for one piece more. Gives whether that is because of the others at work there: their number
+    /// is its room from now on, so this is said of it a few times at most.
+    fn is_crowded(&mut self, server: NodeId) -> bool {
+        let others = self.busy.get(&server).copied().unwrap_or_default();
+        if others > 0 {
+            self.room.insert(server, others);
+        }
+        others > 0
     }
 
     fn begin(&mut self, server: NodeId) {
@@ -117,7 +132,7 @@ impl Deal<'_> {
         &self,
         pieces: Vec<(P, u64)>,
         one: impl Fn(NodeId, NodeId, P) -> F + Sync,
-        ends: impl Fn(&PgError, NodeId) -> Option<End> + Sync,
+        ends: impl Fn(&P, &PgError, NodeId) -> Option<End> + Sync,
         mut done: impl AsyncDone<P, R>,
     ) -> anyhow::Result<()>
     where
@@ -155,7 +170,7 @@ impl Deal<'_> {
             match outcome {
                 Ok(result) => done.done(piece.what, piece.weight, result).await?,
                 Err(error) => {
-                    let end = PgError::of(&error).and_then(|said| ends(said, server));
+                    let end = PgError::of(&error).and_then(|said| ends(&piece.what, said, server));
                     let lost = self.failed((&mut queues, &mut servers), (worker, server), piece, (error, end))?;
                     if let Some(why) = lost {
                         done.lost(server, &why).await?;
@@ -189,9 +204,10 @@ impl Deal<'_> {
                 }
                 given_up = was_there.then_some(end);
             }
+            Some(End::Crowded) if servers.is_crowded(server) => {}
             // Begun before its server was given up: not the piece's fault.
-            None if !was_there && error.downcast_ref::<LostClaim>().is_none() => {}
-            None => match self.judge(error, worker, piece.failures)? {
+            Some(End::Crowded) | None if !was_there && error.downcast_ref::<LostClaim>().is_none() => {}
+            Some(End::Crowded) | None => match self.judge(error, worker, piece.failures)? {
                 Some(failures) => piece.failures = failures,
                 None => queues.lose(worker),
             },
@@ -251,16 +267,13 @@ impl Deal<'_> {
             sleep(piece.failures.rest).await;
             work.await
         };
+        let watched = away::watching(self.peers, server, BLIP_MAX, "it was worked on", rested);
         let outcome = tokio::select! {
             // What the work itself has come to counts, whatever else has become known.
             biased;
-            outcome = rested => outcome,
+            outcome = watched => outcome,
             () = away::node(self.peers, worker) => {
                 let message = format!("node {worker} was lost while it worked");
-                Err(PgError::new(SqlState::CONNECTION_FAILURE, message).into())
-            }
-            () = away::server(self.peers, server) => {
-                let message = format!("the server beside node {server} was lost while it was worked on");
                 Err(PgError::new(SqlState::CONNECTION_FAILURE, message).into())
             }
         };
@@ -294,6 +307,8 @@ impl Deal<'_> {
         let may_pass = connection || code.is_some_and(|code| PASSING.contains(&code)) || storage::is_transient(&error);
         match failures.patience.after_failure(Instant::now()).filter(|_| may_pass) {
             Some(rest) => Ok(Some(Failures { rest, ..failures })),
+            // A store that stays away: the job has come to it before.
+            None if code == Some(SqlState::IO_ERROR) => Err(error.context(Retryable)),
             None => Err(error),
         }
     }
@@ -311,5 +326,31 @@ pub(crate) trait AsyncDone<P, R>: Send {
             tracing::warn!(%server, "a server is not worked on any more: {said}");
             Ok(())
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_server_without_room_is_asked_for_less() {
+        let (mut servers, worker, server) = (Servers::default(), NodeId(1), NodeId(2));
+        servers.near.insert(worker, server);
+        for _ in 0..3 {
+            assert_eq!(servers.free(worker, 3), Some(server));
+            servers.begin(server);
+        }
+        assert_eq!(servers.free(worker, 3), None);
+        // One had no session; the two others work, and are enough from now on.
+        servers.ended(server);
+        assert!(servers.is_crowded(server));
+        assert_eq!(servers.free(worker, 3), None);
+        servers.ended(server);
+        assert_eq!(servers.free(worker, 3), Some(server));
+        // Nothing else is at work: that is no matter of room.
+        servers.ended(server);
+        assert!(!servers.is_crowded(server));
+        assert_eq!(servers.free(worker, 3), Some(server));
     }
 }

@@ -1,5 +1,6 @@
 //! The export of one shard, watched from the coordinator: what a span asks of a worker, and what its end means.
 
+use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
@@ -14,6 +15,7 @@ use tokio::time::Instant;
 use crate::busy::Busy;
 use crate::deal::{AsyncDone, Deal, End};
 use crate::export::{EXPORT, Request, Task};
+use crate::holders::Holders;
 use crate::layout;
 use crate::manifest::FileEntry;
 use crate::pace::SharedPace;
@@ -35,8 +37,14 @@ pub(crate) struct Finished {
 
 /// The point cannot be read from any more: the shard's export begins anew at another one.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("the shard has to be read at another point: {0}")]
-pub(crate) struct Invalidated(#[source] pub(crate) PgError);
+#[error("the shard has to be read at another point: {said}")]
+pub(crate) struct Invalidated {
+    /// Why.
+    #[source]
+    pub(crate) said: PgError,
+    /// The database that was read when it was noticed.
+    pub(crate) database: Option<String>,
+}
 
 /// What stays the same for all spans of a shard.
 pub(crate) struct Shard<'s> {
@@ -52,6 +60,8 @@ pub(crate) struct Shard<'s> {
     pub(crate) busy: &'s Busy,
     /// How far the job is, with all its shards.
     pub(crate) pace: &'s SharedPace,
+    /// Whose own directories are written to.
+    pub(crate) holders: &'s Holders<'s>,
 }
 
 /// The key under which a finished span is remembered.
@@ -66,17 +76,8 @@ impl Shard<'_> {
     ///
     /// [`Invalidated`] at the root; a lost claim; no node left that matches; or a span that fails for good.
     pub(crate) async fn export(&self, spans: &[Span], finished: Vec<Finished>) -> anyhow::Result<Vec<FileEntry>> {
-        // By what it holds and not by its number alone: another version may have cut the tables otherwise.
-        let is = |done: &Finished, span: &Span| {
-            done.number == span.number
-                && done.file.database == span.database
-                && done.file.what.as_ref() == Some(&span.what)
-        };
-        let finished: Vec<Finished> =
-            finished.into_iter().filter(|done| spans.iter().any(|span| is(done, span))).collect();
-        let is_open = |span: &&Span| !finished.iter().any(|done| is(done, span));
-        let open: Vec<(Span, u64)> =
-            spans.iter().filter(is_open).map(|span| (span.clone(), span.weight.max(1))).collect();
+        let (finished, open) = left_of(spans, finished);
+        let open: Vec<(Span, u64)> = open.into_iter().map(|span| (span.clone(), span.weight.max(1))).collect();
         let (peers, shard) = (self.peers, self.point.shard.as_str());
         let total = spans::weight(spans);
         let done = total - open.iter().map(|(_, weight)| weight).sum::<u64>();
@@ -84,11 +85,14 @@ impl Shard<'_> {
         let mut noted = Noted { shard: self, finished };
         let at_once = self.point.opened.point.readers;
         let deal = Deal { peers, rules: self.rules, shard, servers: self.servers, at_once, busy: self.busy };
-        let ends = |said: &PgError, server: NodeId| {
-            let end = || Invalidated(said.clone()).into();
+        let ends = |span: &Span, said: &PgError, server: NodeId| {
+            let end = || Invalidated { said: said.clone(), database: Some(span.database.clone()) }.into();
             if is_invalidated(said) {
                 // What was changed is changed on every server.
                 return Some(End::All(end()));
+            }
+            if said.code == SqlState::OBJECT_IN_USE {
+                return Some(End::Crowded);
             }
             let gone = said.code == SqlState::CONNECTION_FAILURE && !deal.has_server(server);
             (gone || is_point_lost(said)).then(|| End::Server(end()))
@@ -114,8 +118,27 @@ impl Shard<'_> {
             founder: server,
             span: SpanRequest { lease: self.point.lease, database: span.database, what: span.what },
         };
+        self.holders.note(worker).await?;
         self.peers.call(worker, EXPORT, &Request::Span(Box::new(task)), SPAN_DEADLINE).await
     }
+}
+
+/// What of the spans is finished, and what is still open. By what it holds and not by its number alone: another version
+/// may have cut the tables otherwise.
+fn left_of(spans: &[Span], finished: Vec<Finished>) -> (Vec<Finished>, Vec<&Span>) {
+    let mut finished: BTreeMap<u32, Finished> = finished.into_iter().map(|done| (done.number, done)).collect();
+    let is = |done: &Finished, span: &Span| {
+        done.file.database == span.database && done.file.what.as_ref() == Some(&span.what)
+    };
+    let mut kept = Vec::new();
+    let mut open = Vec::new();
+    for span in spans {
+        match finished.remove(&span.number).filter(|done| is(done, span)) {
+            Some(done) => kept.push(done),
+            None => open.push(span),
+        }
+    }
+    (kept, open)
 }
 
 /// What is finished, in the job's checkpoint and for the manifest.
@@ -130,7 +153,7 @@ impl AsyncDone<Span, FileEntry> for &mut Noted<'_> {
         let key = format!("{}{:08}", key(self.shard.point), span.number);
         self.shard.run.keep(&key, &entry).await?;
         self.finished.push(entry);
-        self.shard.run.bears_fruit();
+        self.shard.run.bears_fruit().await?;
         self.shard.run.pausepoint(AFTER_FIRST_SPAN).await?;
         let shard = self.shard;
         match shard.pace.moved(&shard.point.shard, weight, Instant::now()) {
@@ -142,7 +165,7 @@ impl AsyncDone<Span, FileEntry> for &mut Noted<'_> {
     async fn lost(&mut self, server: NodeId, error: &anyhow::Error) -> anyhow::Result<()> {
         let shard = &self.shard.point.shard;
         tracing::warn!(%server, shard, "its founders are lost; the others of the point are read: {error:#}");
-        let said = error.downcast_ref::<Invalidated>().map(|Invalidated(said)| said.clone());
+        let said = error.downcast_ref::<Invalidated>().map(|lost| lost.said.clone());
         let said = said.context("say what was lost")?;
         self.shard.run.note(&anyhow::Error::from(said).context("read at the same point from another server")).await
     }

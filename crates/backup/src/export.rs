@@ -12,7 +12,7 @@ use anyhow::{Context as _, bail};
 use bytes::Bytes;
 use cluster::service::{Boxed, Reply, Service};
 use cluster::{Filter, NodeId, Peers};
-use fleet::founders::{self, FOUNDERS, SpanRequest};
+use fleet::founders::{self, FOUNDERS, ROWS_SILENCE_MAX, SpanRequest};
 use futures_util::StreamExt as _;
 use jobs::Jobs;
 use pgerror::{PgError, SqlState};
@@ -28,11 +28,12 @@ use crate::manifest::FileEntry;
 /// The name under which a node offers to export spans.
 pub const EXPORT: &str = "export";
 
-/// A founder that has not begun to answer by then is not there: it may have to wait for its turn first.
-const FIRST_BYTES_DEADLINE: Duration = Duration::from_secs(120);
+/// A founder that has not begun to answer by then is not there: it may have to wait for its turn first, and begins with
+/// the first rows that there are. That the founder's node is gone is noticed much earlier, by the coordinator.
+const FIRST_BYTES_DEADLINE: Duration = ROWS_SILENCE_MAX.saturating_add(Duration::from_secs(180));
 
-/// A stream of rows that stands still for so long is given up.
-const STALL_DEADLINE: Duration = Duration::from_secs(120);
+/// A stream of rows that stands still for so long is given up; the founder, which knows more, gives it up before.
+const STALL_DEADLINE: Duration = ROWS_SILENCE_MAX.saturating_add(Duration::from_secs(60));
 
 /// Spans of a job whose coordinator does not want them any more have ended by then.
 const SETTLE_DEADLINE: Duration = Duration::from_secs(30);

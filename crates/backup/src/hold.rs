@@ -6,9 +6,11 @@
 //! all that happens there: no row is read, and no store is touched. Where the statement forbids the leaseholder's own
 //! rows (`replica`, or a strict execution locality), it forbids this, too: then the job fails, and names the tables.
 //!
-//! The locks are sessions of the coordinator's and end with it. Which tables they were on stands in the job
+//! The locks are sessions of the coordinator's, one for each database, and end with it; those of a coordinator that
+//! is frozen end by themselves, because they have to be renewed. Which tables they were on stands in the job
 //! ([`Spoilt`]), so whoever goes on with it holds them again before it reads, at the old point or at another.
 
+use std::collections::BTreeMap;
 use std::time::Duration;
 
 use anyhow::Context as _;
@@ -16,7 +18,8 @@ use cluster::{Lsn, PeerSession, Peers, Purpose, spoken};
 use fleet::founders::DatabasePlan;
 use pgerror::{PgError, SqlState};
 use serde::{Deserialize, Serialize};
-use tokio::time::timeout;
+use tokio::time::{sleep, timeout};
+use tokio_util::task::AbortOnDropHandle;
 
 use crate::restore_text::identifier;
 
@@ -25,6 +28,16 @@ const SPOILT_MAX: u32 = 2;
 
 /// A lock that is not had by then is not waited for: whoever waits behind it waits, too.
 const LOCK_WAIT: &str = "10s";
+
+/// Locks whose coordinator does not answer for so long go, in milliseconds for the server; they are renewed more often.
+const IDLE_MAX_MS: u32 = 30_000;
+const RENEW_EVERY: Duration = Duration::from_secs(10);
+
+/// What a role may have set that would end what is held, or keep more than locks: `pg_catalog` functions only, for a
+/// setting that older servers do not have.
+const SETTINGS: &str = "
+    SET statement_timeout = 0; SET idle_session_timeout = 0; SET default_transaction_isolation = 'read committed';
+    SELECT pg_catalog.set_config(name, '0', false) FROM pg_catalog.pg_settings WHERE name = 'transaction_timeout'";
 
 /// The leaseholder's answers, its wait for a lock included.
 const STATEMENT_DEADLINE: Duration = Duration::from_secs(20);
@@ -73,7 +86,7 @@ impl Spoilt {
 
 /// Locks on a leaseholder; dropped, they are gone.
 pub(crate) struct Held {
-    _sessions: Vec<PeerSession>,
+    _sessions: Vec<AbortOnDropHandle<()>>,
 }
 
 /// Holds these tables of one shard.
@@ -84,27 +97,51 @@ pub(crate) struct Held {
 pub(crate) async fn hold(peers: &Peers, shard: &str, tables: &[Table]) -> anyhow::Result<Held> {
     let view = peers.cluster().view();
     let leader = view.leader(shard).context("find the leaseholder")?;
+    let mut databases: BTreeMap<&str, Vec<&Table>> = BTreeMap::new();
+    for table in tables {
+        databases.entry(&table.database).or_default().push(table);
+    }
     let mut sessions = Vec::new();
     let mut reached = Lsn(0);
-    for table in tables {
-        let purpose = Purpose::Server { database: table.database.clone() };
+    for (database, tables) in databases {
+        let purpose = Purpose::Server { database: database.to_owned() };
         let session = peers.dialer().dial(&leader.address, &purpose).await?;
-        let name = format!("{}.{}", identifier(&table.schema), identifier(&table.name));
-        let lock = format!(
-            "SET idle_in_transaction_session_timeout = 0; SET lock_timeout = '{LOCK_WAIT}'; BEGIN READ ONLY;
-             LOCK TABLE ONLY {name} IN ACCESS SHARE MODE"
-        );
-        let locked = timeout(STATEMENT_DEADLINE, session.batch_execute(&lock)).await;
-        locked.context("hold a table")?.map_err(spoken).with_context(|| format!("hold table {name}"))?;
-        let position = "SELECT pg_catalog.pg_current_wal_insert_lsn()::text";
-        let row = timeout(STATEMENT_DEADLINE, session.query_one(position, &[])).await;
-        let row = row.context("read a position")?.map_err(spoken).context("read the leaseholder's position")?;
-        reached = reached.max(row.get::<_, &str>(0).parse()?);
-        tracing::info!(shard, table = name, "held on the leaseholder while a standby is read");
-        sessions.push(session);
+        let position = lock(&session, tables).await.with_context(|| format!("hold tables of database {database}"))?;
+        reached = reached.max(position);
+        tracing::info!(shard, database, "tables are held on the leaseholder while a standby is read");
+        sessions.push(AbortOnDropHandle::new(tokio::spawn(renew(session))));
     }
     until_replayed(peers, shard, reached).await;
     Ok(Held { _sessions: sessions })
+}
+
+/// Locks tables of one database; gives the position behind the last lock.
+async fn lock(session: &PeerSession, tables: Vec<&Table>) -> anyhow::Result<Lsn> {
+    let waits = format!("SET idle_in_transaction_session_timeout = {IDLE_MAX_MS}; SET lock_timeout = '{LOCK_WAIT}'");
+    let names = tables.iter().map(|table| format!("{}.{}", identifier(&table.schema), identifier(&table.name)));
+    let locks = names.map(|name| format!("LOCK TABLE ONLY {name} IN ACCESS SHARE MODE"));
+    // Each a text of its own: one of several statements would be a transaction of the isolation that was set before it.
+    for statement in [waits, SETTINGS.to_owned(), "BEGIN READ ONLY".to_owned()].into_iter().chain(locks) {
+        let done = timeout(STATEMENT_DEADLINE, session.batch_execute(&statement)).await;
+        done.context("wait for a lock")?.map_err(spoken).with_context(|| statement.clone())?;
+    }
+    let position = "SELECT pg_catalog.pg_current_wal_insert_lsn()::pg_catalog.text";
+    let row = timeout(STATEMENT_DEADLINE, session.query_one(position, &[])).await;
+    let row = row.context("wait for a position")?.map_err(spoken).context("read the leaseholder's position")?;
+    Ok(row.get::<_, &str>(0).parse()?)
+}
+
+/// Keeps a session from being idle for too long, until it is lost: what is read then may be spoilt again, and that is found
+/// out.
+async fn renew(session: PeerSession) {
+    loop {
+        sleep(RENEW_EVERY).await;
+        match timeout(STATEMENT_DEADLINE, session.batch_execute("")).await {
+            Ok(Ok(())) => {}
+            Ok(Err(error)) => return tracing::warn!("tables are not held any more: {:#}", spoken(error)),
+            Err(_) => return tracing::warn!("tables are not held any more: the leaseholder does not answer"),
+        }
+    }
 }
 
 /// That these tables keep changing, and the statement keeps them from being held; `last` is what spoilt the last point.
@@ -138,12 +175,13 @@ async fn until_replayed(peers: &Peers, shard: &str, position: Lsn) {
     }
 }
 
-/// Which planned tables a spoilt point's error is about.
-pub(crate) fn tables_of(error: &PgError, databases: &[DatabasePlan]) -> Vec<Table> {
+/// Which planned tables a spoilt point's error is about, in the database that was read, if that is known.
+pub(crate) fn tables_of(error: &PgError, read: Option<&str>, databases: &[DatabasePlan]) -> Vec<Table> {
     if error.code != SqlState::OBJECT_NOT_IN_PREREQUISITE_STATE {
         return Vec::new();
     }
-    let tables = databases.iter().flat_map(|database| {
+    let read = databases.iter().filter(|database| read.is_none_or(|read| read == database.name));
+    let tables = read.flat_map(|database| {
         database.tables.iter().map(|table| Table {
             database: database.name.clone(),
             oid: table.oid,

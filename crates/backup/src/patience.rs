@@ -1,7 +1,13 @@
 //! Asking again while what fails may pass: a store that refuses for some seconds, a lock, a server that restarts.
+//!
+//! **Stores.** Each use that a job makes of its store is repeated for some seconds. A store that stays away then fails a
+//! job that has never come to it: its URI may be wrong, and whoever has written it should not wait for minutes. A job
+//! that has come to it before has something to lose; it is begun again as a whole ([`jobs::Retryable`]), for as long as
+//! jobs are.
 
 use std::time::Duration;
 
+use jobs::Retryable;
 use tokio::time::{Instant, sleep};
 
 /// So long after its first failure something is tried again; what takes long to fail is tried a few times all the same.
@@ -39,6 +45,29 @@ impl Patience {
         sleep(wait).await;
         Ok(())
     }
+}
+
+/// Makes a request to a store, again and again while what it fails with may pass.
+///
+/// # Errors
+///
+/// The last one.
+pub(crate) async fn patiently<T, F>(request: impl Fn() -> F) -> anyhow::Result<T>
+where
+    F: Future<Output = anyhow::Result<T>>,
+{
+    let mut patience = Patience::default();
+    loop {
+        match request().await {
+            Err(error) if storage::is_transient(&error) => patience.again(error).await?,
+            done => return done,
+        }
+    }
+}
+
+/// Marks an error of a store that may pass as one after which the job is begun again.
+pub(crate) fn later(error: anyhow::Error) -> anyhow::Error {
+    if storage::is_transient(&error) { error.context(Retryable) } else { error }
 }
 
 #[cfg(test)]

@@ -8,6 +8,7 @@ pub(crate) const AFTER_SCHEMAS: &str = "backup.after_schemas";
 pub(crate) const AFTER_FIRST_SPAN: &str = "backup.after_first_span";
 pub(crate) const AFTER_EXPORT: &str = "backup.after_export";
 pub(crate) const AFTER_RECORD: &str = "backup.after_record";
+pub(crate) const AFTER_CHECKSUM: &str = "backup.after_checksum";
 pub(crate) const AFTER_SEAL: &str = "backup.after_seal";
 pub(crate) const AFTER_LATEST: &str = "backup.after_latest";
 
@@ -28,6 +29,7 @@ pub const PAUSEPOINTS: &[&str] = &[
     AFTER_FIRST_SPAN,
     AFTER_EXPORT,
     AFTER_RECORD,
+    AFTER_CHECKSUM,
     AFTER_SEAL,
     AFTER_LATEST,
     AFTER_SOURCE,

@@ -279,10 +279,9 @@ impl Backups {
         let object = session.query_opt(objects, &[&user]).await.map_err(spoken).context("check large objects")?;
         let query = "
             SELECT c.oid::pg_catalog.regclass::text, pg_catalog.has_table_privilege(r.oid, c.oid, 'SELECT')
-            FROM pg_catalog.pg_class c, pg_catalog.pg_roles r
+            FROM pg_catalog.pg_class c JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace, pg_catalog.pg_roles r
             WHERE r.rolname = $1 AND c.relkind IN ('r', 'p', 'm', 'S') AND c.relpersistence <> 't'
-              AND c.relnamespace <> ALL (ARRAY['pg_catalog', 'information_schema']::pg_catalog.regnamespace[])
-              AND c.relnamespace::pg_catalog.regnamespace::text NOT LIKE 'pg_toast%'
+              AND n.nspname NOT IN ('pg_catalog', 'information_schema') AND n.nspname NOT LIKE 'pg_toast%'
               AND (NOT pg_catalog.has_table_privilege(r.oid, c.oid, 'SELECT')
                    OR c.relrowsecurity AND NOT r.rolbypassrls AND NOT pg_catalog.pg_has_role(r.oid, c.relowner, 'USAGE'))
             ORDER BY 1 LIMIT 1";

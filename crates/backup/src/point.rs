@@ -16,7 +16,7 @@ use serde::{Deserialize, Serialize};
 use tokio_util::task::AbortOnDropHandle;
 use uuid::Uuid;
 
-use crate::away;
+use crate::away::{self, BLIP_MAX};
 use crate::rules::{Apart, Chosen, Decision, Fleet, Mode, Rules, decide, modes, nothing_to_read};
 use crate::together::{self, Together};
 
@@ -310,13 +310,8 @@ pub(crate) async fn ask<T: DeserializeOwned>(
     request: &Request,
     deadline: Duration,
 ) -> anyhow::Result<T> {
-    tokio::select! {
-        answer = peers.call(node, FOUNDERS, request, deadline) => answer,
-        () = away::server(peers, node) => {
-            let message = format!("the server beside node {node} was lost while a point was taken of it");
-            Err(PgError::new(SqlState::CONNECTION_FAILURE, message).into())
-        }
-    }
+    let asked = peers.call(node, FOUNDERS, request, deadline);
+    away::watching(peers, node, BLIP_MAX, "a point was taken of it", asked).await
 }
 
 /// The nodes whose founders still live; renews them. Where replay was to stay paused and goes on before everything is read,

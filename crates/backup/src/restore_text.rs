@@ -13,6 +13,8 @@ const HEADER: &str = "\
 # and zstd. The roles and tablespaces named below have to exist before.
 set -eu
 cd \"$(dirname \"$0\")\"
+# Amounts of money are written as this locale has them, and another one would read other amounts.
+export PGOPTIONS=\"${PGOPTIONS:-} -c lc_monetary=C\"
 run() { psql -X -q -v ON_ERROR_STOP=1 -d \"$TARGET\" \"$@\"; }
 own() { psql -X -q -v ON_ERROR_STOP=1 -v target=\"$TARGET\" -d postgres; }
 rows() { zstd -dc -- \"$1\" | run -c \"$2\"; }
@@ -243,6 +245,16 @@ mod tests {
             let told = String::from_utf8_lossy(&sh.stderr).contains("SHARD='s1' or SHARD='it'\\''s; exit 0'");
             assert_eq!(told, said.is_empty(), "{shard}");
         }
+    }
+
+    #[test]
+    fn amounts_are_read_as_they_were_written() {
+        let script = format!("{HEADER}printf %s \"$PGOPTIONS\"");
+        let sh =
+            std::process::Command::new("sh").args(["-c", &script]).env("PGOPTIONS", "-c lc_monetary=de_DE").output();
+        let said = String::from_utf8(sh.unwrap().stdout).unwrap();
+        // Of two the later counts.
+        assert_eq!(said, "-c lc_monetary=de_DE -c lc_monetary=C");
     }
 
     #[test]

@@ -13,15 +13,15 @@ use std::time::Duration;
 
 use cluster::{Filter, NodeId, Peers};
 use futures_util::stream::{self, StreamExt as _, TryStreamExt as _};
-use jobs::{JobId, Retryable, Run};
+use jobs::{JobId, Run};
 use pgerror::{PgError, SqlState};
 use storage::{Entry, Store, Stores, Uri};
 
 use crate::drive::Finished;
 use crate::export::{self, EXPORT};
-use crate::layout;
 use crate::manifest::Manifest;
 use crate::restore::places;
+use crate::{holders, layout};
 
 /// A worker has stopped by then, or is asked again.
 const SETTLE_DEADLINE: Duration = Duration::from_secs(40);
@@ -45,27 +45,22 @@ pub(crate) struct Trace<'t> {
 }
 
 impl Trace<'_> {
-    /// Every place that may hold files of the backup: the store, or the directory of each node that takes part.
-    ///
-    /// # Errors
-    ///
-    /// 08006 when a node that holds files of it does not answer now.
-    async fn places(&self) -> anyhow::Result<Vec<Store>> {
+    /// Every place that may hold files of the backup: the store, or the directory of each node that has taken part. Nodes
+    /// that have, and do not answer now, are the others.
+    async fn places(&self) -> anyhow::Result<(Vec<Store>, Vec<NodeId>)> {
         let reachable = places(self.directory, self.peers, self.filter);
         let mut opened = Vec::new();
         for place in &reachable {
             opened.push(self.stores.open(place).await?);
         }
+        let mut silent = BTreeSet::new();
         if self.directory.on(NodeId(0)).is_some() {
             let finished: Vec<Finished> = self.run.kept_under("span/").await?;
-            let holders = finished.iter().filter_map(|done| done.file.node).chain(self.sealed_on);
-            let holders: BTreeSet<NodeId> = holders.collect();
-            if let Some(node) = holders.iter().find(|node| opened.iter().all(|store| store.node() != Some(**node))) {
-                let message = format!("node {node} does not answer, and it holds files of the backup");
-                return Err(PgError::new(SqlState::CONNECTION_FAILURE, message).into());
-            }
+            let with_spans = finished.iter().filter_map(|done| done.file.node);
+            silent.extend(holders::of(self.run).await?.into_iter().chain(with_spans).chain(self.sealed_on));
+            silent.retain(|node| opened.iter().all(|store| store.node() != Some(*node)));
         }
-        Ok(opened)
+        Ok((opened, silent.into_iter().collect()))
     }
 
     /// Returns when no node works on the job any more: those that answer say so, and the sessions of the others have
@@ -90,14 +85,27 @@ impl Trace<'_> {
     ///
     /// # Errors
     ///
-    /// A store or a node cannot be reached, which may pass; or refuses.
+    /// A store or a node cannot be reached, which may pass; or refuses. What the others have is removed all the same.
     pub(crate) async fn remove_all(&self) -> anyhow::Result<()> {
         self.settle().await?;
-        for store in self.places().await? {
-            let mine = |entries: &[Entry]| of_job(self.run.id, entries);
-            remove(&store, mine).await.map_err(passing)?;
+        self.remove_everywhere(|entries, _| of_job(self.run.id, entries)).await
+    }
+
+    /// Removes what is chosen of each place, and then tells what could not be.
+    async fn remove_everywhere(&self, chosen: impl Fn(&[Entry], &Store) -> Vec<String>) -> anyhow::Result<()> {
+        let (stores, silent) = self.places().await?;
+        let mut failed = None;
+        for store in stores {
+            if let Err(error) = remove(&store, |entries| chosen(entries, &store)).await {
+                tracing::info!(job = %self.run.id, "files are not removed yet: {error:#}");
+                failed = Some(error);
+            }
         }
-        Ok(())
+        match failed {
+            Some(error) => Err(error),
+            None if silent.is_empty() => Ok(()),
+            None => Err(holders::silent(&silent).into()),
+        }
     }
 
     /// Removes the files of the job that the sealed manifest does not name. What cannot be removed now stays.
@@ -107,14 +115,11 @@ impl Trace<'_> {
             let files = manifest.shards.iter().flat_map(|shard| shard.files.iter().chain(&shard.schemas));
             files.into_iter().any(|file| file.path == entry.path && file.node == store.node())
         };
-        for store in self.places().await? {
-            let stray = |entries: &[Entry]| {
-                let parts = entries.iter().filter(|entry| layout::is_part(&entry.path) && !named(entry, &store));
-                parts.map(|entry| entry.path.clone()).collect()
-            };
-            remove(&store, stray).await?;
-        }
-        Ok(())
+        let stray = |entries: &[Entry], store: &Store| {
+            let parts = entries.iter().filter(|entry| layout::is_part(&entry.path) && !named(entry, store));
+            parts.map(|entry| entry.path.clone()).collect()
+        };
+        self.remove_everywhere(stray).await
     }
 }
 
@@ -144,11 +149,6 @@ async fn remove(store: &Store, chosen: impl Fn(&[Entry]) -> Vec<String>) -> anyh
     }
     let message = format!("files keep coming to {}", store.redacted());
     Err(PgError::new(SqlState::OBJECT_IN_USE, message).into())
-}
-
-/// A store that does not answer now may do so later.
-fn passing(error: anyhow::Error) -> anyhow::Error {
-    if storage::is_transient(&error) { error.context(Retryable) } else { error }
 }
 
 #[cfg(test)]

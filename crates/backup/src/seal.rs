@@ -3,6 +3,10 @@
 //! A coordinator writes the manifest under a name of its own claim and records its SHA-256 in the job, through the
 //! claim. Only a recorded body is ever copied to the name that seals the backup, byte for byte, by whoever holds the
 //! job then. So there is one seal, whoever dies in between, and whoever wakes up too late.
+//!
+//! What a reader needs beside the seal (the checksum, RESTORE.txt) is made from the recorded body and written before it:
+//! a backup that is sealed can be restored. Without a seal these files mean nothing, and go with the others. Behind the
+//! seal comes only the pointer to it, LATEST.
 
 use std::time::Duration;
 
@@ -10,7 +14,7 @@ use anyhow::{Context as _, bail};
 use bytes::Bytes;
 use chrono::{DateTime, Utc};
 use cluster::NodeId;
-use jobs::{Retryable, Run};
+use jobs::Run;
 use pgerror::{PgError, SqlState};
 use serde::{Deserialize, Serialize};
 use storage::{Created, Store};
@@ -19,13 +23,14 @@ use tokio::time::timeout;
 use crate::export::sha256;
 use crate::layout;
 use crate::manifest::{FORMAT, Manifest};
-use crate::pausepoints::AFTER_SEAL;
+use crate::patience::later;
+use crate::pausepoints::{AFTER_CHECKSUM, AFTER_SEAL};
 use crate::restore_text;
 
 /// Under which key the recorded body stands.
 const RECORDED: &str = "seal";
 
-/// A job that is being reverted has ended by then, and is looked at so often.
+/// A job that is being reverted has ended by then, or removes later whatever it finds; and how often it is looked at.
 const WITHDRAW_DEADLINE: Duration = Duration::from_secs(120);
 const WITHDRAW_LOOK: Duration = Duration::from_millis(200);
 
@@ -82,7 +87,7 @@ pub(crate) async fn record(run: &Run, store: &Store, manifest: &Manifest) -> any
 ///
 /// # Errors
 ///
-/// A lost claim, the store, or somebody else's seal.
+/// A lost claim, somebody else's seal, or the store. What the store refuses for good before the seal fails the job.
 pub(crate) async fn seal(
     run: &Run,
     place: &Place,
@@ -93,13 +98,22 @@ pub(crate) async fn seal(
         if sealed(run, place).await?.is_none() {
             let body = place.store.read(&recorded.path).await?.filter(|body| sha256(body) == recorded.sha256);
             let Some(body) = body else { return Ok(None) };
-            // A task of its own: if the run is dropped in the middle, this one looks behind the seal all the same.
-            tokio::spawn(put(run.clone(), place.store.clone(), body)).await.context("seal the backup")??;
+            let text = restore_text::text(&read(&body)?, when.0);
+            let checksum = format!("{}\n", recorded.sha256);
+            let beside = vec![(layout::CHECKSUM, checksum.into()), (layout::RESTORE_TEXT, text.into())];
+            // Tasks of their own: if the run is dropped in the middle, they look behind what they wrote all the same.
+            tokio::spawn(put(run.clone(), place.store.clone(), beside))
+                .await
+                .context("write what belongs to a seal")??;
+            run.pausepoint(AFTER_CHECKSUM).await?;
+            let seal = vec![(layout::SEAL, body)];
+            tokio::spawn(put(run.clone(), place.store.clone(), seal)).await.context("seal the backup")??;
             run.pausepoint(AFTER_SEAL).await?;
         }
         finish(run, place, when).await
     };
-    sealing.await.map_err(once_sealed)
+    // It may hold a whole backup already.
+    sealing.await.map_err(later)
 }
 
 /// The sealed body, if the backup is sealed.
@@ -124,80 +138,82 @@ struct Owner {
     job: i64,
 }
 
-async fn put(run: Run, store: Store, body: Bytes) -> anyhow::Result<()> {
+/// Files at the end of the story, by name.
+type Files = Vec<(&'static str, Bytes)>;
+
+async fn put(run: Run, store: Store, files: Files) -> anyhow::Result<()> {
     // The last look: from here to the seal is one request.
     run.check().await?;
-    let made = store.create(layout::SEAL, body).await;
-    // Whoever stood still between the last look and the seal may have sealed what others have removed meanwhile.
+    let made = write(&store, &files).await;
+    // Whoever stood still between the last look and the write may have written what others have removed meanwhile.
     if let Err(error) = run.check().await {
-        withdraw(&run, &store).await?;
+        withdraw(&run, &store, &files).await?;
         return Err(error);
     }
-    // One that was there before is looked at by whoever comes behind the seal.
-    made.map(drop)
+    made
 }
 
-/// Takes the seal back if the job has failed or was canceled. If it has not, somebody else goes on behind the seal.
-async fn withdraw(run: &Run, store: &Store) -> anyhow::Result<()> {
+/// The seal is written once: one that was there before is looked at by whoever comes behind it.
+async fn write(store: &Store, files: &Files) -> anyhow::Result<()> {
+    for (path, bytes) in files {
+        if *path == layout::SEAL {
+            store.create(path, bytes.clone()).await?;
+            continue;
+        }
+        let mut writer = store.writer(path).await?;
+        writer.write(bytes.clone()).await?;
+        writer.finish().await?;
+    }
+    Ok(())
+}
+
+/// Takes files back if the job has failed or was canceled. If it has not, somebody else goes on behind them, or removes
+/// them with the others.
+async fn withdraw(run: &Run, store: &Store, files: &Files) -> anyhow::Result<()> {
     let decided = async {
         loop {
             match run.status().await?.as_deref() {
-                Some("failed" | "canceled") => return store.delete(layout::SEAL).await,
+                Some("failed" | "canceled") => break,
                 Some("reverting" | "cancel-requested") => tokio::time::sleep(WITHDRAW_LOOK).await,
                 _ => return Ok(()),
             }
         }
+        for (path, _) in files {
+            store.delete(path).await?;
+        }
+        Ok(())
     };
     timeout(WITHDRAW_DEADLINE, decided).await.unwrap_or(Ok(()))
 }
 
-/// At the seal and behind it a store that does not answer is asked for longer than anywhere else: it may hold a whole
-/// backup already.
-fn once_sealed(error: anyhow::Error) -> anyhow::Error {
-    if storage::is_transient(&error) { error.context(Retryable) } else { error }
+/// A body as a manifest.
+fn read(body: &[u8]) -> anyhow::Result<Manifest> {
+    let manifest: Manifest = serde_json::from_slice(body).context("read the manifest")?;
+    if manifest.format != FORMAT {
+        bail!("the manifest has format {}, and this program knows only {FORMAT}", manifest.format);
+    }
+    Ok(manifest)
 }
 
-/// Behind the seal: writes what belongs to it and is made from it, and points LATEST at it. Whoever comes after a
-/// coordinator that died there does the same again.
+/// Behind the seal: points LATEST at it. Whoever comes after a coordinator that died there does the same again.
 ///
-/// What the store refuses for good is noted, and no reason to fail: the backup is whole.
+/// If the store refuses that for good, it is noted, and no reason to fail: the backup is whole, and has its own name.
 ///
 /// # Errors
 ///
 /// There is no seal of this job; or the store cannot be reached now.
 pub(crate) async fn finish(run: &Run, place: &Place, when: When<'_>) -> anyhow::Result<Option<Manifest>> {
     let body = sealed(run, place).await?.context("find the seal")?;
-    let manifest: Manifest = serde_json::from_slice(&body).context("read the manifest")?;
-    if manifest.format != FORMAT {
-        bail!("the manifest has format {}, and this program knows only {FORMAT}", manifest.format);
-    }
-    match behind(run, place, &manifest, &body, when).await {
+    let manifest = read(&body)?;
+    let (subdir, created) = when;
+    let pointer = layout::latest(created, run.id);
+    match place.collection.create(&pointer, Bytes::from(subdir.to_owned())).await {
         Err(error) if !storage::is_transient(&error) => {
-            let error = error.context("write what belongs to a backup that is whole");
+            let error = error.context("point LATEST at a backup that is whole");
             tracing::warn!(job = %run.id, "{error:#}");
             run.note(&error).await?;
         }
-        done => done?,
+        done => drop(done?),
     }
     Ok(Some(manifest))
-}
-
-async fn behind(
-    run: &Run,
-    place: &Place,
-    manifest: &Manifest,
-    body: &[u8],
-    (subdir, created): When<'_>,
-) -> anyhow::Result<()> {
-    // The pointer first: without it the backup is not found.
-    place.collection.create(&layout::latest(created, run.id), Bytes::from(subdir.to_owned())).await?;
-    for (path, text) in [
-        (layout::CHECKSUM, format!("{}\n", sha256(body))),
-        (layout::RESTORE_TEXT, restore_text::text(manifest, subdir)),
-    ] {
-        let mut writer = place.store.writer(path).await?;
-        writer.write(Bytes::from(text)).await?;
-        writer.finish().await?;
-    }
-    Ok(())
 }

@@ -52,6 +52,7 @@ pub async fn login(server: &Server, database: &str, application_name: &str) -> a
         ("database", database),
         ("application_name", application_name),
         ("client_encoding", "UTF8"),
+        ("options", server.options()),
     ];
     let steps = async {
         let mut login = Login::open(server, &parameters).await?;

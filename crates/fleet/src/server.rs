@@ -18,6 +18,12 @@ use tokio_util::task::AbortOnDropHandle;
 /// A server that does not take a connection within this time is down.
 const CONNECT_DEADLINE: Duration = Duration::from_secs(5);
 
+/// What holds in every session of the node's from its first statement on, and in those of PostgreSQL's programs that it
+/// runs, whatever server, database or role have set. A standby refuses every statement that would be serializable,
+/// also the one that sets another isolation; and amounts of `money` are printed and read by a locale, which
+/// `pg_dump` leaves as it is: what one locale has printed another refuses, or reads as another amount.
+const OPTIONS: &str = r"-c default_transaction_isolation=read\ committed -c lc_monetary=C";
+
 #[derive(Clone, Debug)]
 enum Place {
     Tcp(String, u16),
@@ -64,6 +70,9 @@ impl Server {
         }
         config.ssl_mode(tokio_postgres::config::SslMode::Disable).application_name("backhaul");
         config.connect_timeout(CONNECT_DEADLINE);
+        // Behind the operator's, for of two the later counts.
+        let options = config.get_options().map_or(OPTIONS.to_owned(), |given| format!("{given} {OPTIONS}"));
+        config.options(options);
         let port = config.get_ports().first().copied().unwrap_or(5432);
         let place = match config.get_hosts().first() {
             Some(Host::Tcp(host)) => Place::Tcp(host.clone(), port),
@@ -76,6 +85,11 @@ impl Server {
     /// The service role.
     pub fn user(&self) -> &str {
         self.config.get_user().unwrap_or("backhaul")
+    }
+
+    /// What its sessions are started with: the options of the connection string, and the node's own.
+    pub(crate) fn options(&self) -> &str {
+        self.config.get_options().unwrap_or(OPTIONS)
     }
 
     /// The service role's password, if one was given.
@@ -119,12 +133,10 @@ impl Server {
             ("PGSSLMODE", "disable".into()),
             ("PGCONNECT_TIMEOUT", CONNECT_DEADLINE.as_secs().to_string().into()),
             ("PGPASSFILE", "/dev/null".into()),
+            ("PGOPTIONS", self.options().into()),
         ];
         if let Some(password) = self.password() {
             variables.push(("PGPASSWORD", OsString::from_vec(password.to_vec())));
-        }
-        if let Some(options) = self.config.get_options() {
-            variables.push(("PGOPTIONS", options.into()));
         }
         variables
     }
@@ -193,6 +205,9 @@ mod tests {
 
         let server = Server::from_conninfo("postgresql://me@db1/app").unwrap();
         assert_eq!((server.user(), server.database(), server.is_local_socket()), ("me", "app", false));
+        assert_eq!(server.options(), OPTIONS);
+        let server = Server::from_conninfo("options='-c lc_monetary=de_DE'").unwrap();
+        assert_eq!(server.options(), format!("-c lc_monetary=de_DE {OPTIONS}"));
         for text in ["host=a,b", "nonsense", "password=hunter2 port=x"] {
             let error = Server::from_conninfo(text).unwrap_err();
             assert!(!format!("{error:#}").contains("hunter2"), "{error:#}");

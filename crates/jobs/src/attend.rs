@@ -1,8 +1,8 @@
 //! What is done under a claim, until the job is somebody else's, paused, or at its end.
 //!
 //! A run that is told to stop is dropped at its next await, and its claim is looked at again: what the row says then is
-//! done. A job that fails or is canceled is `reverting` while what it made is removed; that is resumed like any run, by
-//! whoever holds the claim, and only then has the job ended.
+//! done. A job that fails or is canceled is `reverting` while what it made is removed ([`crate::revert`]), and only then
+//! has the job ended.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -16,10 +16,8 @@ use tokio_postgres::Row;
 use tokio_postgres::types::ToSql;
 use uuid::Uuid;
 
-use crate::control::CANCELED;
 use crate::gate;
-use crate::ledger::RegistryAway;
-use crate::run::{ERRORS_MAX, LostClaim, MINE, NOTED, Retryable, Run, words};
+use crate::run::{FRUITLESS, LostClaim, MINE, Retryable, Run};
 use crate::runner::{Claimed, Duty, Held, Jobs, Resumer, TICK};
 
 /// A job that fails in a way that may pass is begun again for so long after the first failure of a row, with waits that
@@ -30,15 +28,11 @@ const A_WHILE: Duration = Duration::from_secs(60);
 /// Runs in a row that lasted for a while and brought nothing to its end: what they wait for does not come.
 const FRUITLESS_MAX: u32 = 5;
 
-const FIRST_WAIT: Duration = Duration::from_millis(500);
-const LONGEST_WAIT: Duration = Duration::from_secs(10);
+pub(crate) const FIRST_WAIT: Duration = Duration::from_millis(500);
+pub(crate) const LONGEST_WAIT: Duration = Duration::from_secs(10);
 
-/// What a job made is tried to be removed for so long after it first could not be, and for so many seconds by however many
-/// nodes; what is there still when they are over stays, and the job says so.
-const REVERT_FOR: Duration = Duration::from_secs(30);
-const REVERT_MAX: f64 = 1800.0;
-
-/// A job that was begun so often, on whichever nodes, fails: it may be what ends its coordinators.
+/// A job that was begun so often in a row without bearing fruit, on whichever nodes, fails: it may be what ends its
+/// coordinators. Runs that end with a drain do not count, and RESUME begins the row anew.
 const RUNS_MAX: i64 = 60;
 
 /// A job that no node may run is tried again this often, and fails when there was none for so long.
@@ -90,15 +84,16 @@ impl Jobs {
             Duty::Run => self.run_to_its_end(claimed, resumer).await,
             Duty::Revert(since) => self.revert(claimed, resumer, since).await,
             Duty::Pause => self.pause(claimed).await,
-            Duty::Cancel => {
-                let error = PgError::new(SqlState::QUERY_CANCELED, CANCELED);
-                self.begin_to_revert(claimed, "canceled", &error.into()).await
-            }
+            Duty::Cancel => self.cancel(claimed).await,
         }
     }
 
     /// Nobody matches now: gives the claim back for a while, or, when that has lasted, goes on without.
     pub(crate) async fn postpone(&self, claimed: &Claimed) -> anyhow::Result<()> {
+        let nobody = gate::nobody(&claimed.filter).into();
+        if let Duty::Revert(since) = claimed.duty {
+            return self.put_off(claimed, since, &nobody).await;
+        }
         let release = format!(
             "UPDATE registry.jobs SET claim_id = NULL, claim_session = NULL, coordinator_id = NULL,
                     unmatched_since = coalesce(unmatched_since, clock_timestamp()),
@@ -107,17 +102,13 @@ impl Jobs {
              WHERE {MINE}
                AND coalesce(unmatched_since > clock_timestamp() - interval '{UNMATCHED_MAX}', true) RETURNING id"
         );
-        if !self.ledger().query(&release, &[&claimed.id.0, &claimed.claim]).await?.is_empty() {
-            return Ok(());
-        }
-        let nobody = gate::nobody(&claimed.filter).into();
-        match claimed.duty {
-            Duty::Revert(_) => self.stay_behind(claimed, &nobody).await,
-            _ => self.begin_to_revert(claimed, "failed", &nobody).await,
+        match self.ledger().query(&release, &[&claimed.id.0, &claimed.claim]).await?.is_empty() {
+            true => self.begin_to_revert(claimed, "failed", &nobody).await,
+            false => Ok(()),
         }
     }
 
-    fn run_of(&self, claimed: &Claimed) -> Run {
+    pub(crate) fn run_of(&self, claimed: &Claimed) -> Run {
         Run {
             id: claimed.id,
             claim: claimed.claim,
@@ -126,6 +117,7 @@ impl Jobs {
             pausepoints: claimed.pausepoints.clone(),
             stop: Arc::default(),
             fruits: Arc::default(),
+            counted: Arc::default(),
             ledger: self.ledger().clone(),
         }
     }
@@ -137,8 +129,8 @@ impl Jobs {
         let mut fruitless = 0;
         loop {
             let (begun, fruits) = (Instant::now(), run.fruits());
-            if !self.begin(claimed).await? {
-                let message = format!("the job was begun {RUNS_MAX} times and never came to its end");
+            if !self.begin(claimed, &run).await? {
+                let message = format!("the job was begun {RUNS_MAX} times in a row, and nothing came of it");
                 let error = PgError::new(SqlState::UNCATEGORIZED, message).into();
                 return self.begin_to_revert(claimed, "failed", &error).await;
             }
@@ -166,19 +158,24 @@ impl Jobs {
         }
     }
 
-    /// False when it has been begun too often.
-    async fn begin(&self, claimed: &Claimed) -> anyhow::Result<bool> {
+    /// False when it has been begun too often in a row.
+    async fn begin(&self, claimed: &Claimed, run: &Run) -> anyhow::Result<bool> {
         let write = format!(
-            "UPDATE registry.jobs SET started = coalesce(started, clock_timestamp()), last_run = clock_timestamp(),
-                    num_runs = num_runs + 1, next_run = NULL, unmatched_since = NULL, modified = clock_timestamp()
-             WHERE {MINE} RETURNING num_runs"
+            "WITH mine AS (
+                UPDATE registry.jobs SET started = coalesce(started, clock_timestamp()), last_run = clock_timestamp(),
+                       num_runs = num_runs + 1, next_run = NULL, unmatched_since = NULL, modified = clock_timestamp()
+                WHERE {MINE} RETURNING id)
+             INSERT INTO registry.job_info AS i (job_id, key, value) SELECT id, '{FRUITLESS}', '1' FROM mine
+             ON CONFLICT (job_id, key) DO UPDATE SET value = to_jsonb(i.value::bigint + 1), written = clock_timestamp()
+             RETURNING value::bigint"
         );
         let rows = self.last_word(&write, &[&claimed.id.0, &claimed.claim]).await?;
+        run.is_counted();
         Ok(rows.first().is_some_and(|row| row.get::<_, i64>(0) <= RUNS_MAX))
     }
 
     /// What the result has as its `note` is what the job's row goes on saying.
-    async fn succeed(&self, claimed: &Claimed, result: &Value) -> anyhow::Result<()> {
+    pub(crate) async fn succeed(&self, claimed: &Claimed, result: &Value) -> anyhow::Result<()> {
         let write = format!(
             "UPDATE registry.jobs SET status = 'succeeded', fraction_completed = 1, running_status = $3::jsonb ->> 'note', result = $3,
                     sealed = NULL, error = '', ends_as = NULL, claim_id = NULL, claim_session = NULL,
@@ -187,65 +184,6 @@ impl Jobs {
         );
         self.last_word(&write, &[&claimed.id.0, &claimed.claim, result]).await?;
         tracing::info!(job = %claimed.id, "job succeeded");
-        self.ledger().notify().await;
-        Ok(())
-    }
-
-    /// Writes why the job does not succeed, under a new claim of this node's: nothing that still works under the old
-    /// one can write any more.
-    async fn begin_to_revert(&self, claimed: &Claimed, ends_as: &str, error: &anyhow::Error) -> anyhow::Result<()> {
-        let write = "
-            UPDATE registry.jobs SET status = 'reverting', ends_as = $3, error = $4, result = $5, claim_id = gen_random_uuid(),
-                   reverting_since = clock_timestamp(), running_status = 'removing what the job has made', next_run = NULL,
-                   modified = clock_timestamp()
-            WHERE id = $1 AND claim_id = $2 AND status IN ('running', 'cancel-requested') RETURNING id";
-        let (words, parts) = words(error);
-        tracing::warn!(job = %claimed.id, "job is {ends_as}: {words}");
-        self.last_word(write, &[&claimed.id.0, &claimed.claim, &ends_as, &words, &parts]).await?;
-        Ok(())
-    }
-
-    async fn revert(&self, claimed: &Claimed, resumer: Arc<dyn Resumer>, since: f64) -> anyhow::Result<()> {
-        let run = self.run_of(claimed);
-        let begun = Instant::now();
-        let mut failing_since: Option<Instant> = None;
-        let mut wait = FIRST_WAIT;
-        loop {
-            let error = match resumer.revert(run.clone()).await {
-                Ok(Some(result)) => return self.succeed(claimed, &result).await,
-                Ok(None) => return self.end(claimed, None).await,
-                Err(error) if error.downcast_ref::<LostClaim>().is_some() => return Err(error),
-                Err(error) => error,
-            };
-            // While the registry is away nothing is tried, and nothing could be written.
-            if error.downcast_ref::<RegistryAway>().is_none() {
-                let failing = *failing_since.get_or_insert_with(Instant::now);
-                let over = failing.elapsed() >= REVERT_FOR || since + begun.elapsed().as_secs_f64() >= REVERT_MAX;
-                if !may_pass(&error) || over {
-                    return self.stay_behind(claimed, &error).await;
-                }
-            }
-            tracing::info!(job = %claimed.id, "what the job has made is not removed yet: {error:#}");
-            sleep(wait).await;
-            wait = LONGEST_WAIT.min(wait * 2);
-        }
-    }
-
-    /// Ends a job although what it made could not be removed.
-    async fn stay_behind(&self, claimed: &Claimed, error: &anyhow::Error) -> anyhow::Result<()> {
-        tracing::warn!(job = %claimed.id, "what the job has made stays: {error:#}");
-        let note = format!("what the job has made was not all removed: {}", words(error).0);
-        self.end(claimed, Some(&note)).await
-    }
-
-    async fn end(&self, claimed: &Claimed, note: Option<&str>) -> anyhow::Result<()> {
-        let write = format!(
-            "UPDATE registry.jobs SET status = ends_as, running_status = NULL, sealed = NULL, next_run = NULL,
-                    claim_id = NULL, claim_session = NULL, finished = clock_timestamp(), modified = clock_timestamp(),
-                    execution_errors = CASE WHEN $3::text IS NULL THEN execution_errors ELSE {NOTED} END
-             WHERE {MINE} RETURNING id"
-        );
-        self.last_word(&write, &[&claimed.id.0, &claimed.claim, &note, &ERRORS_MAX]).await?;
         self.ledger().notify().await;
         Ok(())
     }
@@ -262,7 +200,11 @@ impl Jobs {
     }
 
     /// A write that has to be made while this node's session lives, however often the registry is away meanwhile.
-    async fn last_word(&self, statement: &str, parameters: &[&(dyn ToSql + Sync)]) -> anyhow::Result<Vec<Row>> {
+    pub(crate) async fn last_word(
+        &self,
+        statement: &str,
+        parameters: &[&(dyn ToSql + Sync)],
+    ) -> anyhow::Result<Vec<Row>> {
         loop {
             match self.ledger().query(statement, parameters).await {
                 Ok(rows) if rows.is_empty() => return Err(LostClaim.into()),

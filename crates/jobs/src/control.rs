@@ -9,6 +9,7 @@ use pgerror::{PgError, SqlState};
 use tokio_postgres::Row;
 
 use crate::job::JobId;
+use crate::run::FRUITLESS;
 use crate::runner::Jobs;
 use crate::settle::UNDECIDED;
 
@@ -102,7 +103,9 @@ impl Jobs {
                       WHERE status = ANY($2) AND ($3 OR user_name = $4)
                         AND NOT ($7 AND status = 'paused' AND ends_as IS NOT NULL)),
              done AS (UPDATE registry.jobs j SET {}, modified = clock_timestamp()
-                      FROM asked, fine WHERE j.id = asked.id AND fine.all AND asked.status = ANY($6))
+                      FROM asked, fine WHERE j.id = asked.id AND fine.all AND asked.status = ANY($6)),
+             uncounted AS (DELETE FROM registry.job_info i USING asked, fine
+                           WHERE i.job_id = asked.id AND fine.all AND i.key = '{FRUITLESS}')
              SELECT id, status, user_name, error, ends_as IS NOT NULL, $5::text FROM asked ORDER BY id",
             control.change()
         );

@@ -128,6 +128,11 @@ pub(crate) const COLUMNS: &str = "id, job_type, description, statement, user_nam
     pause_reason";
 
 impl Job {
+    /// Whether the removal of what it made was put off: why it failed is known, and its end may be far.
+    pub(crate) fn is_put_off(&self) -> bool {
+        self.status == "reverting" && self.next_run.is_some()
+    }
+
     /// Why it did not succeed, as the error that its resumer ended with.
     pub fn failure(&self) -> PgError {
         if self.status == "paused" {
@@ -139,6 +144,13 @@ impl Job {
         let mut error = PgError::new(code, message);
         error.detail = told("detail");
         error.hint = told("hint");
+        if self.is_put_off() {
+            let before = error.detail.take().map(|detail| format!("{detail} ")).unwrap_or_default();
+            let id = self.id;
+            error.detail = Some(format!(
+                "{before}What job {id} has made could not be removed yet, and is tried again; SHOW JOB {id} tells why."
+            ));
+        }
         error
     }
 

@@ -7,15 +7,16 @@
 //! **Claims.** A node works on a job only while the row carries its claim: a fresh id, the node, and the session by
 //! which the node is alive ([`cluster::registry`]). Every write to a row is guarded by the claim id ([`run`]), so one
 //! that lost its claim finds out at its next write, and changes nothing. A node that cannot renew its session stops by
-//! its own clock before others may take over ([`runner`]). What a claim obliges to (run the job, remove what it made,
-//! pause it) is done in [`attend`]; people ask for it by [`control`].
+//! its own clock before others may take over ([`runner`]). What a claim obliges to (run the job, pause it) is done in
+//! [`attend`], the removal of what a job made in [`revert`]; people ask for it by [`control`].
 //!
 //! **The gateway check** ([`gate`]). Whoever holds a claim first compares its own locality with the job's filter. If it
 //! does not match, it writes the claim over to a live node that does and rings; that takes milliseconds. A client that
 //! waits attached is told so: `execution of job N relocated to M`.
 //!
 //! **Transactions** ([`settle`]). A job may be made inside a transaction of its client's: its row is written at once, and
-//! is there for others only when that transaction has committed.
+//! is there for others only when that transaction has committed. A registry that is lost while a row is written is asked
+//! again, so that the job is there once and its client is told the truth ([`made`]).
 //!
 //! **Ringing.** Nodes LISTEN on one channel ([`ledger`]). A notification says only that something has changed; what,
 //! is read from the rows, so a lost one costs a moment and nothing else. Rows are written and rung for in separate
@@ -30,7 +31,9 @@ mod control;
 mod gate;
 mod job;
 mod ledger;
+mod made;
 mod retention;
+mod revert;
 mod run;
 mod runner;
 mod settings;

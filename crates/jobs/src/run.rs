@@ -2,7 +2,7 @@
 
 use std::fmt;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
 use cluster::NodeId;
@@ -33,6 +33,9 @@ impl fmt::Display for Retryable {
 
 /// Whose row it is: `$1` the job, `$2` the claim. A job that is reverting is worked on like one that runs.
 pub(crate) const MINE: &str = "id = $1 AND claim_id = $2 AND status IN ('running', 'reverting')";
+
+/// Under which key it stands how many runs in a row have brought nothing.
+pub(crate) const FRUITLESS: &str = "fruitless";
 
 /// How long a run stays at a pausepoint that holds it.
 const HOLD_MAX: Duration = Duration::from_secs(600);
@@ -68,6 +71,8 @@ pub struct Run {
     pub(crate) stop: Arc<Mutex<()>>,
     /// Counts what has come to its end.
     pub(crate) fruits: Arc<AtomicU64>,
+    /// Whether the job counts this run as one that has brought nothing yet.
+    pub(crate) counted: Arc<AtomicBool>,
     pub(crate) ledger: Ledger,
 }
 
@@ -124,9 +129,23 @@ impl Run {
         self.guarded(&delete, &[&self.id.0, &self.claim, &prefix]).await
     }
 
-    /// Says that a part of the work is done for good. A job whose long runs bring nothing of the kind is given up.
-    pub fn bears_fruit(&self) {
+    /// Says that a part of the work is done for good. A job whose long runs bring nothing of the kind is given up, and so
+    /// is one that is begun over and over without.
+    ///
+    /// # Errors
+    ///
+    /// As [`Run::keep`].
+    pub async fn bears_fruit(&self) -> anyhow::Result<()> {
         self.fruits.fetch_add(1, Ordering::Relaxed);
+        match self.counted.swap(false, Ordering::Relaxed) {
+            true => self.forget(FRUITLESS).await,
+            false => Ok(()),
+        }
+    }
+
+    /// The job has been begun, and counts that until something comes of it.
+    pub(crate) fn is_counted(&self) {
+        self.counted.store(true, Ordering::Relaxed);
     }
 
     pub(crate) fn fruits(&self) -> u64 {

@@ -16,11 +16,12 @@ use tokio_postgres::Row;
 use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
+use crate::attend::may_pass;
 use crate::birth::{Birth, Transaction};
 use crate::gate;
-use crate::job::{Job, JobId, NewJob, Taken};
+use crate::job::{Job, JobId, NewJob};
 use crate::ledger::Ledger;
-use crate::run::Run;
+use crate::run::{FRUITLESS, Run};
 use crate::settle::UNDECIDED;
 
 /// Without a bell, rows are looked at this often: claims of the dead are found by it.
@@ -73,8 +74,8 @@ pub struct Jobs(Arc<Shared>);
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(crate) enum Duty {
     Run,
-    /// To remove what was made; it has been tried for so many seconds.
-    Revert(f64),
+    /// To remove what was made; it has been tried for so long.
+    Revert(Duration),
     Pause,
     Cancel,
 }
@@ -94,7 +95,7 @@ pub(crate) struct Claimed {
 }
 
 /// How a job's row begins.
-enum Start<'s> {
+pub(crate) enum Start<'s> {
     /// For whoever takes it.
     Free,
     /// Under a claim of this node's.
@@ -187,8 +188,8 @@ impl Jobs {
     ///
     /// # Errors
     ///
-    /// [`Taken`]; or the registry is not reachable, and whether the job was made is then not known. With a transaction
-    /// also: it is not open on the shard's leaseholder, or that cannot be asked.
+    /// [`Taken`](crate::Taken); or the registry is not reachable, and the error says whether the job may have been made all the
+    /// same. With a transaction also: it is not open on the shard's leaseholder, or that cannot be asked.
     pub async fn create(&self, new: &NewJob, birth: &Birth) -> anyhow::Result<()> {
         let transaction = match birth {
             Birth::Now => {
@@ -211,8 +212,8 @@ impl Jobs {
     ///
     /// # Errors
     ///
-    /// XXUUU `execution of job … relocated to …` when this node may not run it, and another one does; the registry is
-    /// not reachable. A job that fails is no error here.
+    /// XXUUU `execution of job … relocated to …` when this node may not run it, and another one does; 08006 naming the job when
+    /// the registry is not reachable for longer than a failover takes. A job that fails is no error here.
     pub async fn run_attached(&self, new: &NewJob) -> anyhow::Result<Job> {
         if let Some(to) = self.begin_here(new).await? {
             return Err(gate::relocated(new.id, to).into());
@@ -224,7 +225,7 @@ impl Jobs {
     ///
     /// # Errors
     ///
-    /// The registry is not reachable.
+    /// As [`Jobs::run_attached`], but for the relocation.
     pub async fn run_followed(&self, new: &NewJob) -> anyhow::Result<Job> {
         self.begin_here(new).await?;
         self.wait_attached(new.id).await
@@ -251,30 +252,38 @@ impl Jobs {
             tokio::spawn(self.clone().attend(claimed, held, session.id));
             return Ok(None);
         }
-        let to = self.relocate(claimed.id, claimed.claim, &claimed.filter, &claimed.prefers).await?;
-        if to.is_none() {
-            self.postpone(&claimed).await?;
+        let to = match self.relocate(claimed.id, claimed.claim, &claimed.filter, &claimed.prefers).await {
+            Ok(None) => self.postpone(&claimed).await.map(|()| None),
+            told => told,
+        };
+        match to {
+            // The job is there all the same. Whoever holds its claim when the registry is back hands it over.
+            Err(error) if may_pass(&error) => {
+                tracing::info!(job = %claimed.id, "job is handed over later: {error:#}");
+                Ok(None)
+            }
+            told => told,
         }
-        Ok(to)
     }
 
     pub(crate) fn matches(&self, filter: &Filter) -> bool {
         self.0.cluster.me().locality.first_unmatched(filter).is_none()
     }
 
-    async fn insert(&self, new: &NewJob, start: Start<'_>) -> anyhow::Result<()> {
+    /// False when there is a row of this number, or one with the text that this one was to have alone.
+    pub(crate) async fn write_row(&self, new: &NewJob, start: &Start<'_>) -> anyhow::Result<bool> {
         let insert = "
             WITH made AS (
                 INSERT INTO registry.jobs (id, job_type, description, statement, user_name, filter, prefers, payload,
                                            sealed, pausepoints, claim_id, claim_session, coordinator_id, exclusive, status)
                 VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15)
-                ON CONFLICT (exclusive) DO NOTHING RETURNING id),
+                ON CONFLICT DO NOTHING RETURNING id),
             undecided AS (
                 INSERT INTO registry.transactions (job_id, gateway, shard, timeline, top, part)
                 SELECT id, $16, $17, $18, $19, $20 FROM made WHERE $16::uuid IS NOT NULL)
             SELECT id FROM made";
         let filter = new.filter.to_string();
-        let (session, claim, gateway, transaction) = match start {
+        let (session, claim, gateway, transaction) = match *start {
             Start::Free => (None, None, None, None),
             Start::Claimed(session, claim) => (Some(session), Some(claim), None, None),
             Start::Undecided(session, transaction) => (None, None, Some(session.id), transaction),
@@ -304,13 +313,7 @@ impl Jobs {
             &transaction.map(|transaction| transaction.part),
         ];
         let made = self.0.ledger.query(insert, &parameters).await.with_context(|| format!("make job {}", new.id))?;
-        if made.is_empty() {
-            return Err(Taken.into());
-        }
-        if gateway.is_none() {
-            self.remember(new.id);
-        }
-        Ok(())
+        Ok(!made.is_empty())
     }
 
     /// A client was told of this job, which is there now.
@@ -443,10 +446,17 @@ impl Jobs {
         }
         self.0.registry.leave().await;
         let Ok(session) = session else { return };
-        let release = "
-            UPDATE registry.jobs SET claim_id = NULL, claim_session = NULL, modified = clock_timestamp()
-            WHERE claim_session = $1 AND finished IS NULL RETURNING id";
-        match timeout(DRAIN_DEADLINE, self.0.ledger.query(release, &[&session.id])).await {
+        // That a node is stopped is not the job's fault: what is not finished is not counted against it.
+        let release = format!(
+            "WITH released AS (
+                UPDATE registry.jobs SET claim_id = NULL, claim_session = NULL, modified = clock_timestamp()
+                WHERE claim_session = $1 AND finished IS NULL RETURNING id),
+             uncounted AS (
+                UPDATE registry.job_info i SET value = to_jsonb(greatest(i.value::bigint - 1, 0)) FROM released
+                WHERE i.job_id = released.id AND i.key = '{FRUITLESS}')
+             SELECT id FROM released"
+        );
+        match timeout(DRAIN_DEADLINE, self.0.ledger.query(&release, &[&session.id])).await {
             Ok(Ok(released)) if released.is_empty() => {}
             Ok(Ok(released)) => {
                 tracing::info!(jobs = released.len(), "jobs are handed over");
@@ -483,7 +493,7 @@ fn claimed(row: &Row) -> anyhow::Result<Claimed> {
         claim: row.get(6),
         pausepoints: row.get(7),
         duty: match row.get(8) {
-            "reverting" => Duty::Revert(row.get(9)),
+            "reverting" => Duty::Revert(Duration::try_from_secs_f64(row.get(9)).unwrap_or_default()),
             "pause-requested" => Duty::Pause,
             "cancel-requested" => Duty::Cancel,
             _ => Duty::Run,

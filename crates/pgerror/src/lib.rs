@@ -61,6 +61,8 @@ impl SqlState {
     pub const DATA_CORRUPTED: Self = Self(*b"XX001");
     /// No table of this name exists.
     pub const UNDEFINED_TABLE: Self = Self(*b"42P01");
+    /// No column of this name exists.
+    pub const UNDEFINED_COLUMN: Self = Self(*b"42703");
     /// The wrong password, or none.
     pub const INVALID_PASSWORD: Self = Self(*b"28P01");
     /// A role that may not connect.

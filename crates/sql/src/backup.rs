@@ -22,6 +22,9 @@ const NO_HISTORY: &str = "PostgreSQL keeps no history of rows.";
 
 pub(crate) const NO_CLUSTERS: &str = "PostgreSQL has no virtual clusters.";
 
+/// What makes no sense without incremental ones.
+pub(crate) const ALL_FULL: &str = "Every backup is a full one.";
+
 pub(crate) const LEAVE_OUT: &str = "Leave the option out.";
 
 /// What the option and its alias are called when they are told twice.
@@ -47,8 +50,7 @@ pub(crate) const OPTIONS: [Known; 13] = [
     ),
     Known::not_yet("encryption_passphrase", Value::Text, "encryption_passphrase").advised(NO_ENCRYPTION, LET_THE_STORE),
     Known::not_yet("kms", Value::Texts, "kms").advised(NO_KMS, LET_THE_STORE),
-    Known::not_yet("incremental_location", Value::Texts, "incremental_location option")
-        .advised("Every backup is a full one.", LEAVE_OUT),
+    Known::not_yet("incremental_location", Value::Texts, "incremental_location option").advised(ALL_FULL, LEAVE_OUT),
     Known::not_yet("include_all_virtual_clusters", Value::Condition, ALL_CLUSTERS).never(NO_CLUSTERS, LEAVE_OUT),
     Known::not_yet("include_all_secondary_tenants", Value::Condition, ALL_CLUSTERS).never(NO_CLUSTERS, LEAVE_OUT),
     Known::not_yet("updates_cluster_monitoring_metrics", Value::Condition, "updates_cluster_monitoring_metrics option")

@@ -90,7 +90,8 @@ fn kind(cursor: &mut Cursor<'_>, topic: &str) -> Result<JobKind, PgError> {
         JobKind::Restore
     } else if let Some(other) = ["CHANGEFEED", "IMPORT"].into_iter().find(|word| cursor.at_word(word)) {
         let refusal = cursor.unsupported(format!("{topic} ALL {other} JOBS is not supported"));
-        cursor.refuse(refusal.detail("There are jobs of the kinds BACKUP and RESTORE only."));
+        let hint = format!("Use {topic} ALL BACKUP JOBS, or name jobs by their ids.");
+        cursor.refuse(refusal.detail("There are jobs of the kinds BACKUP and RESTORE only.").hint(hint));
         cursor.expect_words(&[other])?;
         JobKind::Backup
     } else {

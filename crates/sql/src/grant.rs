@@ -65,11 +65,49 @@ impl Grant {
     }
 }
 
+const READS: &str = "A user may back up what they may read.";
+
+const READ_ALL: &str = "Use GRANT pg_read_all_data TO role, or GRANT SELECT on the tables.";
+
+const RUNS_AS_SQL: &str = "What is in a backup runs as SQL with all rights.";
+
+const OWN_CREDENTIALS: &str = "Stores with credentials of their own are for superusers.";
+
+const USE_CONNECTION: &str =
+    "Let a superuser make an external connection, and use GRANT USAGE ON EXTERNAL CONNECTION name TO role.";
+
+const ASK_SUPERUSER: &str = "Let a superuser do it.";
+
+/// CockroachDB's privileges that nobody can have here: what they allow follows from PostgreSQL's own.
+fn not_here(cursor: &Cursor<'_>, verb: &str) -> Option<PgError> {
+    let (privileges, detail, hint): (&str, &str, &str) = if cursor.at_words(&["BACKUP", "ON"]) {
+        ("BACKUP ON …", READS, READ_ALL)
+    } else if cursor.at_words(&["SYSTEM", "BACKUP"]) {
+        ("SYSTEM BACKUP", READS, READ_ALL)
+    } else if cursor.at_words(&["RESTORE", "ON"]) {
+        ("RESTORE ON …", RUNS_AS_SQL, ASK_SUPERUSER)
+    } else if cursor.at_words(&["SYSTEM", "RESTORE"]) {
+        ("SYSTEM RESTORE", RUNS_AS_SQL, ASK_SUPERUSER)
+    } else if cursor.at_words(&["SYSTEM", "EXTERNALCONNECTION"]) {
+        ("SYSTEM EXTERNALCONNECTION", OWN_CREDENTIALS, USE_CONNECTION)
+    } else if cursor.at_words(&["SYSTEM", "EXTERNALIOIMPLICITACCESS"]) {
+        ("SYSTEM EXTERNALIOIMPLICITACCESS", OWN_CREDENTIALS, USE_CONNECTION)
+    } else if cursor.at_word("SYSTEM") {
+        ("SYSTEM", "Everybody sees and controls their own jobs, and superusers all of them.", ASK_SUPERUSER)
+    } else {
+        return None;
+    };
+    Some(cursor.unsupported(format!("{verb} {privileges} is not supported")).detail(detail).hint(hint))
+}
+
 /// `{ GRANT | REVOKE } { USAGE | DROP | ALL [PRIVILEGES] } ON EXTERNAL CONNECTION name, … { TO | FROM } role, …`.
 pub(crate) fn grant(cursor: &mut Cursor<'_>) -> Result<Statement, PgError> {
     let gives = cursor.eat_word("GRANT");
     if !gives {
         cursor.expect_words(&["REVOKE"])?;
+    }
+    if let Some(refusal) = not_here(cursor, if gives { "GRANT" } else { "REVOKE" }) {
+        return Err(refusal);
     }
     let privilege = if cursor.eat_word("USAGE") {
         Privilege::Usage

@@ -75,7 +75,9 @@ fn statement(cursor: &mut Cursor<'_>) -> Result<Statement, PgError> {
         if cursor.at_word("BACKUP") {
             return backup::backup(cursor).map(Statement::ExplainBackup);
         }
-        cursor.refuse(cursor.unsupported_at(begun, format!("EXPLAIN {} is not supported yet", cursor.topic())));
+        let refusal = cursor.unsupported_at(begun, format!("EXPLAIN {} is not supported yet", cursor.topic()));
+        let hint = "EXPLAIN BACKUP tells where a backup would run; SHOW BACKUP tells what a RESTORE would find.";
+        cursor.refuse(refusal.detail("Only a BACKUP has a plan to be shown.").hint(hint));
     }
     if schedules::is_control(cursor) {
         schedules::control(cursor)

@@ -4,7 +4,7 @@
 
 use pgerror::{PgError, SqlState};
 
-use crate::backup::{LEAVE_OUT, NO_CLUSTERS};
+use crate::backup::{ALL_FULL, LEAVE_OUT, NO_CLUSTERS};
 use crate::collection;
 use crate::cursor::Cursor;
 use crate::options::{Given, Known, Value, options};
@@ -31,7 +31,10 @@ const ONE_NEW_NAME: &str = "new_db_name can only be used for RESTORE DATABASE wi
 
 const NO_REGIONS: &str = "A database of PostgreSQL has no regions.";
 
-const NOT_ENCRYPTED: &str = "Backhaul does not encrypt what it writes, so there is nothing to open.";
+/// What there is nothing to skip in.
+const WHOLE: &str = "A database is backed up whole, and nothing that it refers to is missing.";
+
+pub(crate) const NOT_ENCRYPTED: &str = "Backhaul does not encrypt what it writes, so there is nothing to open.";
 
 const OPTIONS: [Known; 25] = [
     Known::ours("detached", Value::Nothing, "detached option"),
@@ -43,23 +46,36 @@ const OPTIONS: [Known; 25] = [
         "A database is restored whole, and new.",
         "Give the database another name with new_db_name, and move tables from there.",
     ),
-    Known::not_yet("skip_missing_foreign_keys", Value::Nothing, "skip_missing_foreign_keys"),
-    Known::not_yet("skip_missing_sequences", Value::Nothing, "skip_missing_sequences"),
-    Known::not_yet("skip_missing_sequence_owners", Value::Nothing, "skip_missing_sequence_owners"),
-    Known::not_yet("skip_missing_views", Value::Nothing, "skip_missing_views"),
-    Known::not_yet("skip_missing_udfs", Value::Nothing, "skip_missing_udfs"),
+    Known::not_yet("skip_missing_foreign_keys", Value::Nothing, "skip_missing_foreign_keys").advised(WHOLE, LEAVE_OUT),
+    Known::not_yet("skip_missing_sequences", Value::Nothing, "skip_missing_sequences").advised(WHOLE, LEAVE_OUT),
+    Known::not_yet("skip_missing_sequence_owners", Value::Nothing, "skip_missing_sequence_owners")
+        .advised(WHOLE, LEAVE_OUT),
+    Known::not_yet("skip_missing_views", Value::Nothing, "skip_missing_views").advised(WHOLE, LEAVE_OUT),
+    Known::not_yet("skip_missing_udfs", Value::Nothing, "skip_missing_udfs").advised(WHOLE, LEAVE_OUT),
     Known::not_yet("skip_localities_check", Value::Nothing, "skip_localities_check").never(NO_REGIONS, LEAVE_OUT),
-    Known::not_yet("debug_pause_on", Value::Text, "debug_pause_on"),
-    Known::not_yet("incremental_location", Value::Texts, "incremental_location option"),
+    Known::not_yet("debug_pause_on", Value::Text, "debug_pause_on").advised(
+        "Where a job is to stop is the session's to say.",
+        "Use SET backhaul.debug_pausepoints before the statement.",
+    ),
+    Known::not_yet("incremental_location", Value::Texts, "incremental_location option").advised(ALL_FULL, LEAVE_OUT),
     Known::not_yet("virtual_cluster_name", Value::Text, "tenant_name option").never(NO_CLUSTERS, LEAVE_OUT),
     Known::not_yet("tenant_name", Value::Text, "tenant_name option").never(NO_CLUSTERS, LEAVE_OUT),
     Known::not_yet("virtual_cluster", Value::Text, "virtual_cluster option").never(NO_CLUSTERS, LEAVE_OUT),
     Known::not_yet("tenant", Value::Text, "virtual_cluster option").never(NO_CLUSTERS, LEAVE_OUT),
-    Known::not_yet("schema_only", Value::Nothing, "schema_only option"),
-    Known::not_yet("verify_backup_table_data", Value::Nothing, "verify_backup_table_data option"),
-    Known::not_yet("unsafe_restore_incompatible_version", Value::Nothing, "unsafe_restore_incompatible_version"),
-    Known::not_yet("experimental deferred copy", Value::Nothing, "experimental deferred copy"),
-    Known::not_yet("experimental copy", Value::Nothing, "experimental copy"),
+    Known::not_yet("schema_only", Value::Nothing, "schema_only option").advised(
+        "A database is restored with its rows.",
+        "The backup's RESTORE.txt tells how to restore the schema alone with pg_restore.",
+    ),
+    Known::not_yet("verify_backup_table_data", Value::Nothing, "verify_backup_table_data option").advised(
+        "Every file is checked against its checksum as it is read.",
+        "Use SHOW BACKUP FROM LATEST IN 'uri' WITH check_files to read every file without a restore.",
+    ),
+    Known::not_yet("unsafe_restore_incompatible_version", Value::Nothing, "unsafe_restore_incompatible_version")
+        .advised("A backup whose format this version does not know cannot be read.", LEAVE_OUT),
+    Known::not_yet("experimental deferred copy", Value::Nothing, "experimental deferred copy")
+        .advised("Rows are in the database when the statement ends.", LEAVE_OUT),
+    Known::not_yet("experimental copy", Value::Nothing, "experimental copy")
+        .advised("Rows are in the database when the statement ends.", LEAVE_OUT),
     Known::not_yet("remove_regions", Value::Nothing, "remove_regions").never(NO_REGIONS, LEAVE_OUT),
     // Ours alone.
     Known::ours("shard_map", Value::Text, "shard_map option"),
@@ -95,7 +111,8 @@ pub(crate) fn restore(cursor: &mut Cursor<'_>) -> Result<Restore, PgError> {
 
 /// `SYSTEM USERS`, refused.
 fn users(cursor: &mut Cursor<'_>) -> Result<Targets, PgError> {
-    cursor.refuse(cursor.unsupported("RESTORE SYSTEM USERS is not supported yet"));
+    let refusal = cursor.unsupported("RESTORE SYSTEM USERS is not supported yet").detail("Roles are in no backup.");
+    cursor.refuse(refusal.hint("Use pg_dumpall --roles-only on one cluster, and psql on the other."));
     cursor.expect_words(&["SYSTEM", "USERS"])?;
     Ok(Targets::Databases(Vec::new()))
 }

@@ -3,7 +3,7 @@
 /// The first words that make a text ours, none the beginning of another. Each is rejected by a bare PostgreSQL (`SHOW`
 /// of an unknown name: 42704, all else: 42601); a test of the whole system proves it for every statement in
 /// `sql-fixtures/`.
-const OURS: [&[&str]; 60] = [
+const OURS: [&[&str]; 78] = [
     &["BACKUP"],
     &["RESTORE"],
     &["EXPLAIN", "BACKUP"],
@@ -64,6 +64,24 @@ const OURS: [&[&str]; 60] = [
     &["REVOKE", "DROP", "ON", "EXTERNAL", "CONNECTION"],
     &["REVOKE", "ALL", "ON", "EXTERNAL", "CONNECTION"],
     &["REVOKE", "ALL", "PRIVILEGES", "ON", "EXTERNAL", "CONNECTION"],
+    &["GRANT", "BACKUP", "ON"],
+    &["GRANT", "RESTORE", "ON"],
+    &["GRANT", "SYSTEM", "ALL"],
+    &["GRANT", "SYSTEM", "BACKUP"],
+    &["GRANT", "SYSTEM", "RESTORE"],
+    &["GRANT", "SYSTEM", "CONTROLJOB"],
+    &["GRANT", "SYSTEM", "EXTERNALCONNECTION"],
+    &["GRANT", "SYSTEM", "EXTERNALIOIMPLICITACCESS"],
+    &["GRANT", "SYSTEM", "VIEWJOB"],
+    &["REVOKE", "BACKUP", "ON"],
+    &["REVOKE", "RESTORE", "ON"],
+    &["REVOKE", "SYSTEM", "ALL"],
+    &["REVOKE", "SYSTEM", "BACKUP"],
+    &["REVOKE", "SYSTEM", "RESTORE"],
+    &["REVOKE", "SYSTEM", "CONTROLJOB"],
+    &["REVOKE", "SYSTEM", "EXTERNALCONNECTION"],
+    &["REVOKE", "SYSTEM", "EXTERNALIOIMPLICITACCESS"],
+    &["REVOKE", "SYSTEM", "VIEWJOB"],
 ];
 
 /// The most words that it takes to know.

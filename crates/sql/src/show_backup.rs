@@ -2,28 +2,40 @@
 
 use pgerror::PgError;
 
+use crate::backup::{ALL_FULL, LEAVE_OUT};
 use crate::collection::{self, collection};
 use crate::cursor::Cursor;
 use crate::options::{Known, Value, options};
+use crate::restore::NOT_ENCRYPTED;
 use crate::statement::{ShowBackup, ShowBackupOptions, ShowBackupWhat, Statement};
+
+const SIZES: &str = "Sizes are read from the manifest, and cost nothing.";
+
+const ALL_LISTED: &str = "A collection is always listed by its files.";
 
 const OPTIONS: [Known; 11] = [
     Known::ours("as_json", Value::Nothing, "as_json option"),
     Known::ours("check_files", Value::Nothing, "check_files option"),
-    Known::not_yet("debug_ids", Value::Nothing, "debug_ids option"),
-    Known::not_yet("incremental_location", Value::Texts, "incremental_location option"),
-    Known::not_yet("kms", Value::Texts, "kms option"),
-    Known::not_yet("encryption_passphrase", Value::Text, "encryption_passphrase option"),
-    Known::not_yet("encryption_info_dir", Value::Text, "encryption_info_dir option"),
-    Known::not_yet("privileges", Value::Nothing, "privileges option"),
-    Known::not_yet("skip size", Value::Nothing, "skip size option"),
-    Known::not_yet("nosize", Value::Nothing, "skip size option"),
-    Known::not_yet("debug_dump_metadata_sst", Value::Nothing, "debug_dump_metadata_sst option"),
+    Known::not_yet("debug_ids", Value::Nothing, "debug_ids option")
+        .advised("What is in a backup has the names that it had, and their OIDs are not its own.", LEAVE_OUT),
+    Known::not_yet("incremental_location", Value::Texts, "incremental_location option").advised(ALL_FULL, LEAVE_OUT),
+    Known::not_yet("kms", Value::Texts, "kms option").advised(NOT_ENCRYPTED, LEAVE_OUT),
+    Known::not_yet("encryption_passphrase", Value::Text, "encryption_passphrase option")
+        .advised(NOT_ENCRYPTED, LEAVE_OUT),
+    Known::not_yet("encryption_info_dir", Value::Text, "encryption_info_dir option").advised(NOT_ENCRYPTED, LEAVE_OUT),
+    Known::not_yet("privileges", Value::Nothing, "privileges option").advised(
+        "Rights are in the schema of the backup, as GRANT statements.",
+        "The backup's RESTORE.txt tells how to print the schema with pg_restore.",
+    ),
+    Known::not_yet("skip size", Value::Nothing, "skip size option").advised(SIZES, LEAVE_OUT),
+    Known::not_yet("nosize", Value::Nothing, "skip size option").advised(SIZES, LEAVE_OUT),
+    Known::not_yet("debug_dump_metadata_sst", Value::Nothing, "debug_dump_metadata_sst option")
+        .advised("A backup's metadata is a text.", "Use as_json to see it."),
 ];
 
 const LIST_OPTIONS: [Known; 2] = [
-    Known::not_yet("index", Value::Nothing, "index option"),
-    Known::not_yet("revision start time", Value::Nothing, "revision start time option"),
+    Known::not_yet("index", Value::Nothing, "index option").advised(ALL_LISTED, LEAVE_OUT),
+    Known::not_yet("revision start time", Value::Nothing, "revision start time option").advised(ALL_FULL, LEAVE_OUT),
 ];
 
 /// What follows `SHOW BACKUPS`.
@@ -32,7 +44,9 @@ pub(crate) fn backups(cursor: &mut Cursor<'_>) -> Result<Statement, PgError> {
     let collection = collection(cursor, "SHOW BACKUPS IN", "Name one URI.")?;
     for bound in ["NEWER", "OLDER"] {
         if cursor.at_word(bound) {
-            cursor.refuse(cursor.unsupported(format!("SHOW BACKUPS {bound} THAN is not supported yet")));
+            let refusal = cursor.unsupported(format!("SHOW BACKUPS {bound} THAN is not supported yet"));
+            let hint = "Choose among them: SELECT * FROM [SHOW BACKUPS IN 'uri'] AS b (path) WHERE path < '/2030'.";
+            cursor.refuse(refusal.detail("All backups of the collection are listed.").hint(hint));
             cursor.expect_words(&[bound, "THAN"])?;
             cursor.expression()?;
         }

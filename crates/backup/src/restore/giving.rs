@@ -5,13 +5,14 @@
 //! canceled or its backup cannot be read any more. So what the step needs is noted with it.
 
 use cluster::{NodeId, Peers, View};
-use fleet::loader::{LOADER, Publish, Request};
+use fleet::loader::{Publish, Request};
 use jobs::Run;
 use pgerror::{PgError, SqlState};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use super::story::{ASK_DEADLINE, passing};
+use super::story::ASK_DEADLINE;
+use super::target;
 
 /// Under which key it stands that databases may have been given to their user.
 const GIVING: &str = "giving";
@@ -86,7 +87,7 @@ impl Giving {
         for (shard, database) in &self.databases {
             let node = leader_of(&view, shard, "A database that is whole waits there for its name.")?;
             let request = step(Box::new(Publish { run: number, ..database.clone() }));
-            let asked = peers.call::<()>(node, LOADER, &request, ASK_DEADLINE).await.map_err(passing);
+            let asked: anyhow::Result<()> = target::ask(peers, node, &request, ASK_DEADLINE).await;
             if let Err(error) = asked {
                 let is_gone = PgError::of(&error).is_some_and(|said| said.code == SqlState::UNDEFINED_DATABASE);
                 if !is_gone || !may_be_gone {

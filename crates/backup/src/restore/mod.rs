@@ -19,6 +19,7 @@ mod shard_map;
 mod show;
 mod source;
 mod story;
+mod target;
 
 pub use created::Created;
 pub use import::{IMPORT, Import};

@@ -9,12 +9,13 @@ use std::collections::{BTreeMap, BTreeSet};
 use anyhow::Context as _;
 use cluster::{NodeId, Peers, View, spoken};
 use fleet::founders::DatabasePlan;
-use fleet::loader::{JobDatabase, LOADER, Request, incomplete};
+use fleet::loader::{JobDatabase, Request, incomplete};
 use pgerror::{PgError, SqlState};
 
 use super::giving::leader_of;
 use super::source::Source;
 use super::story::{ASK_DEADLINE, Payload, passing};
+use super::target;
 use crate::manifest::{FileEntry, Manifest, ShardPart, left_out};
 use crate::plan::leaseholder_session;
 
@@ -116,7 +117,7 @@ pub(super) async fn check(peers: &Peers, parts: &[Part<'_>], payload: &Payload) 
     // Of one database the loader says it itself, before it makes it.
     for part in parts.iter().filter(|_| parts.len() > 1) {
         let request = Request::Missing { job: part.which, plan: Box::new(part.database.clone()) };
-        let told: Vec<String> = peers.call(part.node, LOADER, &request, ASK_DEADLINE).await.map_err(passing)?;
+        let told: Vec<String> = target::ask(peers, part.node, &request, ASK_DEADLINE).await?;
         let shard = if wanted.len() > 1 { format!(" in shard \"{}\"", part.shard) } else { String::new() };
         missing.extend(told.into_iter().map(|name| format!("{name}{shard}")));
     }

@@ -29,10 +29,12 @@ use super::parts::{self, Part};
 use super::plan::superuser_of;
 use super::shard_map::ShardMap;
 use super::source::Source;
+use super::target;
 use crate::busy::Busy;
 use crate::deal::{AsyncDone, Deal, End};
 use crate::manifest::FileEntry;
 use crate::pace::Pace;
+use crate::patience::{later, patiently};
 use crate::pausepoints;
 use crate::plan::{SealSource, in_time};
 use crate::targets::remark;
@@ -66,6 +68,9 @@ const NAMED_AT: f64 = 0.99;
 
 /// Under which key it stands that all rows are in: its value has the OIDs of the databases, in the order of the parts.
 const FINISHING: &str = "finishing";
+
+/// Under which key the directory of the backup stands, once it was found: the newest is the newest when the job began.
+const SUBDIR: &str = "subdir";
 
 /// What a restore job was made with, for everybody to read.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -130,7 +135,7 @@ impl ResumeRestore {
             let removed = async {
                 let node = leader_of(&view, &shard, "A database that was not finished may be there.")?;
                 let request = Request::Drop { job: JobDatabase { job: run.id.0, nth }, run: number };
-                self.peers.call::<()>(node, LOADER, &request, ASK_DEADLINE).await.map_err(passing)
+                target::ask::<()>(&self.peers, node, &request, ASK_DEADLINE).await
             };
             if let Err(error) = removed.await {
                 tracing::warn!(job = %run.id, shard, "an unfinished database may be left: {error:#}");
@@ -158,7 +163,15 @@ impl ResumeRestore {
 
 impl Resumer for ResumeRestore {
     fn resume(&self, run: Run) -> Boxed<'_, Value> {
-        Box::pin(async move { self.story(&run).await })
+        Box::pin(async move {
+            match self.story(&run).await {
+                // What has been found once is there.
+                Err(error) if storage::is_transient(&error) && run.kept::<String>(SUBDIR).await?.is_some() => {
+                    Err(later(error))
+                }
+                done => done,
+            }
+        })
     }
 
     fn revert(&self, run: Run) -> Boxed<'_, Option<Value>> {
@@ -177,13 +190,11 @@ impl Story<'_> {
             giving.give_again(self.peers, self.number).await?;
             return Ok(giving.result);
         }
-        // The newest is the newest when the job began: a later run takes the same.
-        let chosen = match self.run.kept::<String>("subdir").await? {
-            Some(subdir) => Some(subdir),
-            None => self.payload.subdir.clone(),
-        };
-        let source = Source::find(self.stores, self.peers, &self.collection, chosen.as_deref(), &self.filter).await?;
-        self.run.keep("subdir", &source.subdir).await?;
+        let found = self.run.kept::<String>(SUBDIR).await?;
+        let chosen = found.as_deref().or(self.payload.subdir.as_deref());
+        let find = || Source::find(self.stores, self.peers, &self.collection, chosen, &self.filter);
+        let source = patiently(find).await.map_err(|error| self.absent(error, found.is_some()))?;
+        self.run.keep(SUBDIR, &source.subdir).await?;
         let skipped = &source.manifest.skipped_shards;
         if let Some((before, behind)) = &self.payload.description
             && (self.payload.subdir.is_none() || !skipped.is_empty())
@@ -196,6 +207,13 @@ impl Story<'_> {
         self.restore(&source, &parts).await
     }
 
+    /// Of a node's own directory nothing is seen while it is away: a backup that was found there before is there still.
+    fn absent(&self, error: anyhow::Error, was_found: bool) -> anyhow::Error {
+        let is_absent = PgError::of(&error).is_some_and(|said| said.code == SqlState::UNDEFINED_FILE);
+        let has_own = self.collection.on(NodeId(0)).is_some();
+        if was_found && has_own && is_absent { error.context(Retryable) } else { error }
+    }
+
     /// What is in a backup runs as SQL with all rights, so its user has to have them where it runs, and to have them
     /// still.
     async fn check_rights(&self, parts: &[Part<'_>]) -> anyhow::Result<()> {
@@ -205,7 +223,7 @@ impl Story<'_> {
 
     async fn restore(&self, source: &Source, parts: &[Part<'_>]) -> anyhow::Result<Value> {
         let files: Vec<&FileEntry> = parts.iter().flat_map(|part| part.files().chain(part.schemas())).collect();
-        source.check(self.stores, &files).await?;
+        patiently(|| source.check(self.stores, &files)).await?;
         // An earlier run had all rows in, and some of the databases may have their names already: then nothing but the
         // end of it can be repeated.
         let oids = match self.run.kept::<Vec<u32>>(FINISHING).await? {
@@ -250,7 +268,7 @@ impl Story<'_> {
             anyhow::Ok(())
         });
         try_join_all(finished).await?;
-        self.run.bears_fruit();
+        self.run.bears_fruit().await?;
         self.run.pausepoint(pausepoints::AFTER_FINISH).await?;
         self.run.progress(NAMED_AT, "giving databases their names").await?;
         let named = parts.iter().zip(oids).map(|(part, oid)| {
@@ -279,7 +297,7 @@ impl Story<'_> {
         let target = part.target.clone();
         let (job, run, plan) = (part.which, self.number, part.database.clone());
         let request = Request::Create(Box::new(Create { job, run, target, plan }));
-        let created: Created = self.peers.call(part.node, LOADER, &request, ASK_DEADLINE).await.map_err(passing)?;
+        let created: Created = target::ask(self.peers, part.node, &request, ASK_DEADLINE).await?;
         self.run.pausepoint(pausepoints::AFTER_CREATE).await?;
         if !created.progress.pre_data {
             self.schema(source, part, created.oid).await?;
@@ -291,14 +309,15 @@ impl Story<'_> {
     /// Gives the schema to the node beside the target, which makes the objects unless they are there.
     async fn schema(&self, source: &Source, part: &Part<'_>, oid: u32) -> anyhow::Result<()> {
         let file = part.schemas().next().context("find the schema in the manifest")?;
-        let dump = source.read(self.stores, file).await?;
+        let dump = patiently(|| source.read(self.stores, file)).await?;
         let request = Request::PreData { job: part.which, database_oid: oid, run: self.number };
         let made = async {
             let mut upload = self.peers.upload(part.node, LOADER, &request, ASK_DEADLINE).await?;
             upload.write(dump).await?;
             upload.finish().await
         };
-        tokio::time::timeout(SCHEMA_DEADLINE, made).await.context("make the objects")?.map_err(passing)
+        let made = target::watching(self.peers, part.node, made);
+        tokio::time::timeout(SCHEMA_DEADLINE, made).await.context("make the objects")?
     }
 
     /// Loads until the target itself says that every file is in: a server that crashed may have lost the last ones.
@@ -314,7 +333,7 @@ impl Story<'_> {
             noted.pace.back_to(before);
             self.load_missing(source, part, created, noted).await?;
             let request = Request::Progress { job: part.which };
-            created.progress = self.peers.call(part.node, LOADER, &request, ASK_DEADLINE).await.map_err(passing)?;
+            created.progress = target::ask(self.peers, part.node, &request, ASK_DEADLINE).await?;
             if created.progress.whole
                 || part.files().zip(0..).all(|(_, number)| created.progress.spans.contains(&number))
             {
@@ -362,7 +381,7 @@ impl Story<'_> {
             self.peers.call::<()>(worker, IMPORT, &task, FILE_DEADLINE).await
         };
         // Another server leads the shard: the next run goes there.
-        let ends = |said: &PgError, _server: NodeId| {
+        let ends = |_: &(u32, FileEntry), said: &PgError, _server: NodeId| {
             let view = self.peers.cluster().view();
             let moved = view.leader(shard).is_some_and(|leader| leader.node_id != Some(part.node));
             (moved && said.code == SqlState::CONNECTION_FAILURE).then(|| End::All(said.clone().into()))
@@ -405,13 +424,13 @@ impl Story<'_> {
             plan: part.database.clone(),
             rows: rows.collect(),
         }));
-        match self.peers.call::<()>(part.node, LOADER, &request, FINISH_DEADLINE).await {
+        match target::ask::<()>(self.peers, part.node, &request, FINISH_DEADLINE).await {
             Err(error) if PgError::of(&error).is_some_and(needs_schema) => {
                 // That node was restarted, and its copy is gone.
                 self.schema(source, part, oid).await?;
-                self.peers.call::<()>(part.node, LOADER, &request, FINISH_DEADLINE).await.map_err(passing)
+                target::ask::<()>(self.peers, part.node, &request, FINISH_DEADLINE).await
             }
-            done => done.map_err(passing),
+            done => done,
         }
     }
 
@@ -461,7 +480,7 @@ struct Noted<'n> {
 
 impl AsyncDone<(u32, FileEntry), ()> for &mut Noted<'_> {
     async fn done(&mut self, _file: (u32, FileEntry), weight: u64, (): ()) -> anyhow::Result<()> {
-        self.run.bears_fruit();
+        self.run.bears_fruit().await?;
         self.run.pausepoint(pausepoints::AFTER_FIRST_FILE).await?;
         let now = Instant::now();
         if let Some(done) = self.pace.moved(weight, now) {

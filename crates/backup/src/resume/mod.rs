@@ -4,7 +4,6 @@ mod shard;
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
-use std::time::Duration;
 
 use anyhow::Context as _;
 use bytes::Bytes;
@@ -19,13 +18,14 @@ use pgerror::{PgError, SqlState};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use storage::{Store, Stores, Uri};
-use tokio::time::{Instant, sleep};
+use tokio_util::task::AbortOnDropHandle;
 
 use crate::busy::Busy;
 use crate::explain::crosses;
+use crate::holders::Holders;
 use crate::manifest::{FORMAT, Manifest, NodeWork, ShardPart, left_out, left_out_of};
 use crate::pace::SharedPace;
-use crate::patience::Patience;
+use crate::patience::{Patience, later, patiently};
 use crate::pausepoints::{AFTER_EXPORT, AFTER_LATEST, AFTER_LOCK, AFTER_POINTS, AFTER_RECORD};
 use crate::plan::SealSource;
 use crate::point::{self, ShardPoint};
@@ -39,15 +39,11 @@ use self::shard::Taken;
 /// The type of these jobs.
 pub const JOB_TYPE: &str = "BACKUP";
 
-/// Under which key it stands that something may be in the store.
+/// Under which key it stands that something may be in the store: it has answered before.
 const TOUCHED: &str = "touched";
 
 /// Under which key it stands that the job's files are being removed, whatever is found now.
 const REMOVING: &str = "removing";
-
-/// How long it is asked whether a backup whose job has failed is sealed, and how often.
-const SEALED_PATIENCE: Duration = Duration::from_secs(300);
-const SEALED_LOOK: Duration = Duration::from_secs(2);
 
 /// Shards that are exported at the same time; the points of further ones are held until their turn comes. What they may
 /// ask of one node together is told in [`crate::busy`]; of its server each asks for itself.
@@ -118,6 +114,8 @@ struct Story<'s> {
     busy: Busy,
     /// How far all shards are.
     pace: SharedPace,
+    /// Whose own directories are written to.
+    holders: Holders<'s>,
 }
 
 impl Resume {
@@ -135,7 +133,8 @@ impl Resume {
             run,
             peers: &self.peers,
             rules: payload.rules()?,
-            store: self.stores.open(&uri).await?,
+            store: patiently(|| self.stores.open(&uri)).await?,
+            holders: Holders::new(run, &uri),
             stores: &self.stores,
             uri: uri.exposed(),
             directory: uri,
@@ -149,11 +148,22 @@ impl Resume {
 
 impl Resumer for Resume {
     fn resume(&self, run: Run) -> Boxed<'_, Value> {
-        Box::pin(async move { self.story(&run).await?.tell().await })
+        Box::pin(async move {
+            let told = async { self.story(&run).await?.tell().await };
+            match told.await {
+                Err(error) if storage::is_transient(&error) && run.kept::<bool>(TOUCHED).await?.is_some() => {
+                    Err(later(error))
+                }
+                done => done,
+            }
+        })
     }
 
     fn revert(&self, run: Run) -> Boxed<'_, Option<Value>> {
-        Box::pin(async move { self.story(&run).await?.take_back().await })
+        Box::pin(async move {
+            let taken_back = async { self.story(&run).await?.take_back().await };
+            taken_back.await.map_err(later)
+        })
     }
 
     /// Stores are for nodes that match. A job that never came to one has nothing there.
@@ -170,17 +180,13 @@ impl Story<'_> {
         {
             return self.end(&manifest).await;
         }
+        let kept = self.keep_points().await?;
         self.lock().await?;
+        drop(kept);
         self.run.pausepoint(AFTER_LOCK).await?;
         let manifest = self.export().await?;
         self.run.pausepoint(AFTER_EXPORT).await?;
-        let mut patience = Patience::default();
-        let recorded = loop {
-            match seal::record(self.run, &self.store, &manifest).await {
-                Err(error) if storage::is_transient(&error) => patience.again(error).await?,
-                done => break done?,
-            }
-        };
+        let recorded = patiently(|| seal::record(self.run, &self.store, &manifest)).await?;
         self.run.pausepoint(AFTER_RECORD).await?;
         let manifest = self.seal(&recorded).await?.context("find the manifest that was just recorded")?;
         self.end(&manifest).await
@@ -225,6 +231,7 @@ impl Story<'_> {
         while let Err(error) = self.trace(recorded.as_ref()).remove_strays(manifest).await {
             if let Err(error) = patience.again(error).await {
                 tracing::warn!(job = %self.run.id, "files that the manifest does not name may be left: {error:#}");
+                self.run.note(&error).await?;
                 break;
             }
         }
@@ -251,35 +258,32 @@ impl Story<'_> {
         Ok(None)
     }
 
-    /// The backup, if it is sealed. A store that does not answer is asked for long: the answer decides.
+    /// The backup, if it is sealed. Nothing is removed before the store has answered that.
     async fn sealed(&self, recorded: &Recorded) -> anyhow::Result<Option<Manifest>> {
-        let begun = Instant::now();
-        loop {
-            let look = async {
-                let place = self.place(recorded).await?;
-                match seal::sealed(self.run, &place).await? {
-                    Some(_) => seal::finish(self.run, &place, self.when()).await,
-                    None => Ok(None),
-                }
-            };
-            match look.await {
-                Err(error) if storage::is_transient(&error) && begun.elapsed() < SEALED_PATIENCE => {
-                    tracing::info!(job = %self.run.id, "whether the backup is sealed is not known yet: {error:#}");
-                    sleep(SEALED_LOOK).await;
-                }
-                done => return done,
-            }
+        let place = self.place(recorded).await?;
+        match seal::sealed(self.run, &place).await? {
+            Some(_) => seal::finish(self.run, &place, self.when()).await,
+            None => Ok(None),
         }
+    }
+
+    /// Keeps the points of an earlier run alive: the store may have to be waited for before they are read.
+    async fn keep_points(&self) -> anyhow::Result<Vec<AbortOnDropHandle<()>>> {
+        let points: Vec<ShardPoint> = self.run.kept_under("point/").await?;
+        Ok(points.iter().map(|point| point::keep_alive(None, self.peers, point)).collect())
     }
 
     /// The directory is this job's, and stays so. Jobs of one fleet never share a name; those of several fleets that use
     /// one collection may, and then none of them goes on that sees another's lock.
     async fn lock(&self) -> anyhow::Result<()> {
-        self.is_alone().await?;
+        patiently(|| self.is_alone()).await?;
         self.run.keep(TOUCHED, &true).await?;
+        if let Some(node) = self.store.node() {
+            self.holders.note(node).await?;
+        }
         // A lock of this job from an earlier run is as good as a new one.
         self.create(&layout::lock(self.run.id), &Bytes::from(format!("{}\n", self.payload.description))).await?;
-        self.is_alone().await
+        patiently(|| self.is_alone()).await
     }
 
     async fn is_alone(&self) -> anyhow::Result<()> {
@@ -328,13 +332,7 @@ impl Story<'_> {
 
     /// Writes a file, if the store does so within some seconds.
     async fn create(&self, path: &str, bytes: &Bytes) -> anyhow::Result<()> {
-        let mut patience = Patience::default();
-        loop {
-            match self.store.create(path, bytes.clone()).await {
-                Err(error) if storage::is_transient(&error) => patience.again(error).await?,
-                done => return done.map(drop),
-            }
-        }
+        patiently(|| self.store.create(path, bytes.clone())).await.map(drop)
     }
 
     /// What each node read and wrote.

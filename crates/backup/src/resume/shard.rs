@@ -6,7 +6,7 @@ use std::time::Duration;
 use anyhow::Context as _;
 use bytes::BytesMut;
 use cluster::NodeId;
-use fleet::founders::{DatabasePlan, FOUNDERS, Request, SequencePlan, is_invalidated, is_point_lost};
+use fleet::founders::{DatabasePlan, FOUNDERS, Request, SCHEMA_BYTES_MAX, SequencePlan, is_invalidated, is_point_lost};
 use futures_util::stream::StreamExt as _;
 use pgerror::{PgError, SqlState};
 use tokio::time::timeout;
@@ -21,9 +21,6 @@ use crate::pausepoints::AFTER_SCHEMAS;
 use crate::point::{self, ShardPoint, Tries};
 use crate::rules::Chosen;
 use crate::{layout, sequences, spans};
-
-/// A schema dump that is longer is not a schema. One of each shard at work is held whole.
-const SCHEMA_MAX: usize = 512 * 1024 * 1024;
 
 /// The founders' node has the dump ready when it is asked for it.
 const SCHEMA_DEADLINE: Duration = Duration::from_secs(60);
@@ -116,15 +113,18 @@ impl Story<'_> {
         Ok(point)
     }
 
-    /// Exports one shard, at another point when the first one is spoilt. The first one is kept alive until then.
+    /// Exports one shard, at another point when the first one is spoilt.
     pub(super) async fn shard(&self, taken: Taken) -> anyhow::Result<ShardPart> {
-        let Taken { mut point, alive: _alive, mut spoilt, mut held } = taken;
+        let Taken { mut point, alive, mut spoilt, mut held } = taken;
+        // From here on whoever reads it keeps it alive.
+        drop(alive);
         loop {
             let error = match self.read(&point).await {
                 Ok(part) => return Ok(part),
                 Err(error) => error,
             };
-            let Some(Invalidated(reason)) = error.downcast_ref::<Invalidated>().cloned() else { return Err(error) };
+            let Some(lost) = error.downcast_ref::<Invalidated>().cloned() else { return Err(error) };
+            let Invalidated { said: reason, database } = lost;
             tracing::warn!(job = %self.run.id, shard = point.shard, "another point is needed: {reason}");
             self.run.note(&anyhow::Error::from(reason.clone()).context("read at another point")).await?;
             point::close_all(self.peers, &point).await;
@@ -132,7 +132,7 @@ impl Story<'_> {
             if tries.are_over() {
                 return Err(reason.into());
             }
-            spoilt.add(tries.spoilt, hold::tables_of(&reason, &point.opened.databases));
+            spoilt.add(tries.spoilt, hold::tables_of(&reason, database.as_deref(), &point.opened.databases));
             self.run.keep(&Spoilt::key(&point.shard), &spoilt).await?;
             if !spoilt.held().is_empty() && self.forbids_leaseholder(&point.shard) {
                 return Err(hold::forbidden(&point.shard, spoilt.held(), &reason).into());
@@ -182,7 +182,8 @@ impl Story<'_> {
         let servers = if alive.is_empty() { point.nodes() } else { alive };
         let (run, peers, rules) = (self.run, self.peers, &self.rules);
         let (uri, busy, pace) = (self.uri.as_str(), &self.busy, &self.pace);
-        let shard = Shard { run, peers, point, servers: &servers, uri, rules, busy, pace };
+        let holders = &self.holders;
+        let shard = Shard { run, peers, point, servers: &servers, uri, rules, busy, pace, holders };
         let files = shard.export(&spans::cut(&point.opened.databases), finished).await?;
         let mut databases = point.opened.databases.clone();
         if !point.opened.point.in_recovery {
@@ -246,8 +247,8 @@ impl Story<'_> {
         let mut dump = BytesMut::new();
         while let Some(piece) = timeout(SCHEMA_DEADLINE, stream.next()).await.map_err(|_| stalled(point))? {
             dump.extend_from_slice(&piece?);
-            if dump.len() > SCHEMA_MAX {
-                let message = format!("the schema of database \"{database}\" is longer than {SCHEMA_MAX} bytes");
+            if dump.len() as u64 > SCHEMA_BYTES_MAX {
+                let message = format!("the schema of database \"{database}\" is longer than {SCHEMA_BYTES_MAX} bytes");
                 return Err(PgError::new(SqlState::CONFIGURATION_LIMIT_EXCEEDED, message).into());
             }
         }
@@ -289,7 +290,7 @@ fn stalled(point: &ShardPoint) -> PgError {
 /// A point that is gone is no reason to fail: another one is taken.
 fn lost(error: anyhow::Error) -> anyhow::Error {
     match PgError::of(&error) {
-        Some(said) if is_point_lost(said) => Invalidated(said.clone()).into(),
+        Some(said) if is_point_lost(said) => Invalidated { said: said.clone(), database: None }.into(),
         _ => error,
     }
 }

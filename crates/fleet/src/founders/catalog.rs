@@ -4,12 +4,13 @@
 //! does not version: sizes of files, and sequences. A table that the backup could not read to the end is an error here
 //! already, and one whose rows this server does not have is named as skipped.
 
+use std::collections::BTreeSet;
 use std::fmt::Write as _;
 
 use pgerror::{PgError, SqlState};
 use tokio_postgres::Row;
 
-use super::session::{Session, quoted};
+use super::session::{Session, has_code, quoted};
 use super::types::{DatabasePlan, Identity, MaterializedViewPlan, SequencePlan, Skipped, TablePlan};
 
 /// Sequences read by one statement.
@@ -136,9 +137,19 @@ const TABLESPACES: &str = "
                         WHERE datname = pg_catalog.current_database())
     ORDER BY 1";
 
+/// The files that large objects are read from: of their two catalogs, and of the indexes by which they are found.
+pub(super) const LARGE_OBJECT_FILES: &str = "
+    SELECT pg_catalog.string_agg(pg_catalog.concat_ws(' ', c.oid, c.relfilenode), ', ' ORDER BY c.oid)
+    FROM pg_catalog.pg_class c,
+         (VALUES ('pg_catalog.pg_largeobject'::pg_catalog.regclass), ('pg_catalog.pg_largeobject_metadata')) large (oid)
+    WHERE c.oid = large.oid OR c.oid IN (SELECT indexrelid FROM pg_catalog.pg_index WHERE indrelid = large.oid)";
+
 /// Reads the plan of the session's database. What the schema dump adds is left empty.
 pub(super) async fn plan(founder: &Session, in_recovery: bool) -> anyhow::Result<DatabasePlan> {
     let mut plan = database(&founder.row(DATABASE, &[]).await?)?;
+    if plan.large_objects > 0 {
+        plan.large_object_files = founder.row(LARGE_OBJECT_FILES, &[]).await?.get(0);
+    }
     let order = "ORDER BY pg_catalog.pg_relation_size(c.oid) DESC NULLS LAST, c.oid";
     let query = format!("SELECT {TABLE_COLUMNS}, {IDENTITY}, {TYPES} {OWN} AND c.relkind IN ('r', 'f') {order}");
     for row in founder.rows(&query, &[]).await? {
@@ -190,6 +201,7 @@ fn database(row: &Row) -> anyhow::Result<DatabasePlan> {
         role_settings: serde_json::from_str(row.get(12))?,
         comment: row.get(10),
         large_objects: row.get(11),
+        large_object_files: None,
         extensions: Vec::new(),
         tables: Vec::new(),
         sequences: Vec::new(),
@@ -255,12 +267,57 @@ fn condition(clause: &str) -> Option<String> {
     (!condition.is_empty()).then(|| condition.to_owned())
 }
 
+/// A sequence whose value is not read yet: schema, name, increment.
+type Listed = (String, String, i64);
+
 /// Sequences do not know snapshots: they are read as they are now, which is never behind the rows of the snapshot.
 pub(super) async fn sequences(
     session: &Session,
     in_recovery: bool,
 ) -> anyhow::Result<(Vec<SequencePlan>, Vec<Skipped>)> {
-    let (mut sequences, mut skipped) = (Vec::new(), Vec::new());
+    let (listed, skipped) = listed(session, in_recovery).await?;
+    let mut sequences = Vec::new();
+    for some in listed.chunks(SEQUENCES_AT_ONCE) {
+        sequences.extend(values(session, some).await?);
+    }
+    Ok((sequences, skipped))
+}
+
+/// Those of `planned`, by schema and name, as they are now; without those that are gone by the time they are read.
+pub(super) async fn sequences_left(
+    session: &Session,
+    in_recovery: bool,
+    planned: &BTreeSet<(String, String)>,
+) -> anyhow::Result<Vec<SequencePlan>> {
+    let (mut listed, _) = listed(session, in_recovery).await?;
+    listed.retain(|(schema, name, _)| planned.contains(&(schema.clone(), name.clone())));
+    let mut sequences = Vec::new();
+    for some in listed.chunks(SEQUENCES_AT_ONCE) {
+        match values(session, some).await {
+            Ok(values) => sequences.extend(values),
+            // One of them, and which is not said.
+            Err(error) if is_gone(&error) => {
+                for one in some.chunks(1) {
+                    match values(session, one).await {
+                        Ok(value) => sequences.extend(value),
+                        Err(error) if is_gone(&error) => {}
+                        Err(error) => return Err(error),
+                    }
+                }
+            }
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(sequences)
+}
+
+/// Whether no sequence has the name any more: nothing has, or a table that lacks a sequence's columns.
+fn is_gone(error: &anyhow::Error) -> bool {
+    has_code(error, &[SqlState::UNDEFINED_TABLE, SqlState::UNDEFINED_COLUMN])
+}
+
+async fn listed(session: &Session, in_recovery: bool) -> anyhow::Result<(Vec<Listed>, Vec<Skipped>)> {
+    let mut skipped = Vec::new();
     let query = format!("SELECT {SEQUENCE_COLUMNS} {OWN} AND c.relkind = 'S' ORDER BY 1, 2");
     let mut listed = Vec::new();
     for row in session.rows(&query, &[]).await? {
@@ -276,24 +333,25 @@ pub(super) async fn sequences(
         // NULL only when the sequence was dropped meanwhile; reading it then says so.
         listed.push((schema, name, row.get::<_, Option<i64>>(3).unwrap_or(1)));
     }
-    for some in listed.chunks(SEQUENCES_AT_ONCE) {
-        let mut query = String::new();
-        for (number, (schema, name, _)) in some.iter().enumerate() {
-            let union = if number == 0 { "" } else { " UNION ALL " };
-            write!(query, "{union}SELECT {number}, last_value, is_called FROM {}.{}", quoted(schema), quoted(name))?;
-        }
-        query.push_str(" ORDER BY 1");
-        for (row, (schema, name, increment)) in session.rows(&query, &[]).await?.iter().zip(some) {
-            sequences.push(SequencePlan {
-                schema: schema.clone(),
-                name: name.clone(),
-                last_value: row.get(1),
-                is_called: row.get(2),
-                increment: *increment,
-            });
-        }
+    Ok((listed, skipped))
+}
+
+async fn values(session: &Session, some: &[Listed]) -> anyhow::Result<Vec<SequencePlan>> {
+    let mut query = String::new();
+    for (number, (schema, name, _)) in some.iter().enumerate() {
+        let union = if number == 0 { "" } else { " UNION ALL " };
+        write!(query, "{union}SELECT {number}, last_value, is_called FROM {}.{}", quoted(schema), quoted(name))?;
     }
-    Ok((sequences, skipped))
+    query.push_str(" ORDER BY 1");
+    let rows = session.rows(&query, &[]).await?;
+    let value = |(row, (schema, name, increment)): (&Row, &Listed)| SequencePlan {
+        schema: schema.clone(),
+        name: name.clone(),
+        last_value: row.get(1),
+        is_called: row.get(2),
+        increment: *increment,
+    };
+    Ok(rows.iter().zip(some).map(value).collect())
 }
 
 /// A name as a reader expects it: quoted only where SQL needs that.

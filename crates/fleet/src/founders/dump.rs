@@ -21,8 +21,8 @@ use super::types::Mode;
 use crate::Server;
 use crate::private::Installation;
 
-/// A longer schema is refused.
-const SCHEMA_BYTES_MAX: u64 = 1024 * 1024 * 1024;
+/// A longer schema is refused: it is not a schema, and whoever moves it to a store holds it whole.
+pub const SCHEMA_BYTES_MAX: u64 = 512 * 1024 * 1024;
 
 /// A `pg_dump` that waits longer for a lock fails, and the point is taken anew.
 const LOCK_WAIT_MS: u32 = 5000;

@@ -4,8 +4,9 @@
 //! beside a server opens a bounded number of sessions whose snapshots are of the same point, and lends them: a worker
 //! on any node asks it for a span of a table, and gets its rows. How the point is made one is told in `open`, how a
 //! standby is kept from staying paused in `pause`, when it stays so while it is read in `standing`, when a point is held for
-//! too long in `limits`, how sessions are lent in `pool`, and why a span is never read from
-//! another table than the one that was planned in `span`. A plan that is only shown takes a `look`, which holds nothing.
+//! too long in `limits`, how sessions are lent in `pool`, why a span is never read from another table than the one that was
+//! planned in `span`, and how it gives way to changes of the schema in `yielding`. A plan that is only shown takes a
+//! `look`, which holds nothing.
 //!
 //! All of it hangs on a *lease*. Whoever opened it renews it; when it is closed, replaced, or not renewed in time,
 //! all its sessions are closed, also those that are lent, so that a backup that was forgotten holds nothing back on
@@ -24,6 +25,7 @@ mod shared;
 mod span;
 mod standing;
 mod types;
+mod yielding;
 
 use std::collections::{BTreeMap, HashMap};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError, Weak};
@@ -39,6 +41,7 @@ use tokio_util::task::AbortOnDropHandle;
 use uuid::Uuid;
 
 use self::budget::{Budget, Share};
+pub use self::dump::SCHEMA_BYTES_MAX;
 pub(crate) use self::dump::pg_dump_version;
 use self::open::Taken;
 use self::pause::Turn;
@@ -114,10 +117,11 @@ impl Lease {
 impl Founders {
     /// The founders of `server`, for which no commit waits; there are none yet.
     pub fn new(server: Server) -> Arc<Self> {
-        Self::beside(server, Arc::new(|| false))
+        Self::beside(server, Arc::new(|| Some(false)))
     }
 
-    /// The same of a server that may become a synchronous standby: while `is_voting` its replay is not paused.
+    /// The same of a server that may become a synchronous standby: its replay is not paused unless `is_voting` says that it
+    /// is none.
     pub fn beside(server: Server, is_voting: IsVoting) -> Arc<Self> {
         Arc::new_cyclic(|me| Self {
             server,
@@ -158,9 +162,10 @@ impl Founders {
                 Ok(Reply::Download(schema.stream()))
             }
             Request::Sequences { lease, database } => {
-                let guard = self.pool(lease, &database)?.guard().await?;
+                let pool = self.pool(lease, &database)?;
+                let guard = pool.guard().await?;
                 let in_recovery = guard.row("SELECT pg_catalog.pg_is_in_recovery()", &[]).await?.get(0);
-                let (sequences, _) = catalog::sequences(&guard, in_recovery).await?;
+                let sequences = catalog::sequences_left(&guard, in_recovery, &pool.sequences).await?;
                 Ok(Reply::Answer(serde_json::to_value(sequences)?))
             }
             Request::Look { databases } => {

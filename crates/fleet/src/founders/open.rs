@@ -222,7 +222,7 @@ impl Taking {
 
     /// Whether its replay may be paused: by the node's role, and without any commit having to wait.
     pub(super) fn may_be_paused(&self) -> bool {
-        self.in_recovery && self.may_pause && !self.request.voting && !self.standing.is_voting()
+        self.in_recovery && self.may_pause && !self.request.voting && self.standing.is_non_voting()
     }
 
     fn readers(&self) -> usize {
@@ -246,12 +246,16 @@ impl Taking {
     async fn paused(mut self) -> anyhow::Result<Taken> {
         let (mut tries, mut lock_tries) = (0, 0);
         loop {
-            let halt = Halt::begin(&self.standing, &self.server, self.request.job, self.turn.clone()).await?;
-            let work = timeout(PAUSE_WORK, self.in_pause(&halt, true)).await;
+            // Asked anew each time: the tries may take minutes.
+            if !self.may_be_paused() {
+                return self.unpaused(Mode::Still).await;
+            }
+            let halt = self.halt().await?;
+            let work = self.while_it_may(&halt, true, PAUSE_WORK).await;
             // Before replay goes on, or it could meet what the founders still hold.
-            let stood_down = if matches!(work, Ok(Ok(_))) { Ok(()) } else { self.stand_down().await };
-            let kept = self.after(halt, matches!(work, Ok(Ok(_)))).await;
-            let Ok(work) = work else {
+            let stood_down = if matches!(work, Some(Ok(_))) { Ok(()) } else { self.stand_down().await };
+            let kept = self.after(halt, matches!(work, Some(Ok(_)))).await;
+            let Some(work) = work else {
                 tracing::info!("the point could not be taken within one pause of replay; it is sought without one");
                 stood_down?;
                 return self.unpaused(Mode::Still).await;
@@ -269,6 +273,24 @@ impl Taking {
         }
     }
 
+    /// Sees to it that replay stands.
+    pub(super) async fn halt(&self) -> anyhow::Result<Halt> {
+        Halt::begin(&self.standing, (&self.server, &self.control), self.request.job, self.turn.clone()).await
+    }
+
+    /// [`Self::in_pause`], unless it takes longer than that, or commits may wait for the server meanwhile.
+    pub(super) async fn while_it_may(
+        &self,
+        halt: &Halt,
+        with_schema: bool,
+        longest: Duration,
+    ) -> Option<Result<(Moment, Plans), Disturbance>> {
+        tokio::select! {
+            work = timeout(longest, self.in_pause(halt, with_schema)) => work.ok(),
+            () = self.standing.until_voting() => None,
+        }
+    }
+
     /// Lets replay go on, or keeps it paused where that is wanted of a point that was taken.
     pub(super) async fn after(&self, halt: Halt, is_taken: bool) -> Option<Kept> {
         match self.request.pause.as_ref().filter(|_| is_taken) {
@@ -281,7 +303,7 @@ impl Taking {
     }
 
     /// Everything that is done while replay is paused; the schema is dumped if it is wanted.
-    pub(super) async fn in_pause(&self, halt: &Halt, with_schema: bool) -> Result<(Moment, Plans), Disturbance> {
+    async fn in_pause(&self, halt: &Halt, with_schema: bool) -> Result<(Moment, Plans), Disturbance> {
         for team in &self.teams {
             if let Some(row) = team.guard.rows(LOCKED, &[]).await?.first() {
                 let table = format!("{}.{}", row.get::<_, &str>(0), row.get::<_, &str>(1));
@@ -290,11 +312,14 @@ impl Taking {
             }
         }
         let position = self.position().await?;
+        if !halt.still_stands(&self.control).await? {
+            return Err(Disturbance::Moved);
+        }
         try_join_all(self.teams.iter().flat_map(|team| &team.founders).map(begin)).await?;
         try_join_all(self.teams.iter().flat_map(|team| &team.founders).map(hold)).await?;
         let plans = self.plans(Mode::Paused, with_schema).await?;
         let after = self.position().await?;
-        if after.lsn != position.lsn || !after.in_recovery || !halt.still_stands().await? {
+        if after.lsn != position.lsn || !after.in_recovery || !halt.still_stands(&self.control).await? {
             return Err(Disturbance::Moved);
         }
         Ok((Moment { position, databases_at_one_point: true }, plans))

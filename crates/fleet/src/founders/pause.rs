@@ -70,6 +70,7 @@ pub(super) const SILENCE_MAX: Duration = Duration::from_secs(10);
 const WATCHED_DEADLINE: Duration = Duration::from_secs(5);
 
 const NOT_PAUSED: &str = "not paused";
+const PAUSED: &str = "paused";
 
 /// The right to pause; free when the last of its clones is dropped.
 pub(super) type Turn = Arc<OwnedMutexGuard<()>>;
@@ -168,7 +169,7 @@ impl Pause {
             }
             let state = state(control).await?;
             switch.seen |= state != NOT_PAUSED;
-            if state == "paused" {
+            if state == PAUSED {
                 return Ok(());
             }
             if Instant::now() > deadline {
@@ -184,7 +185,7 @@ impl Pause {
     /// Whether it has lasted without a break until now.
     pub(super) async fn still_stands(&self) -> anyhow::Result<bool> {
         let Some((control, switch, _)) = &self.held else { return Ok(false) };
-        Ok(!switch.is_over() && state(control).await? == "paused")
+        Ok(!switch.is_over() && is_paused(control).await?)
     }
 
     /// Lets replay go on until it has come up to `until`, or for [`STEP_MAX`], and waits until it is paused again. It may
@@ -442,6 +443,11 @@ async fn resume(control: &Session, switch: &mut Switch) -> anyhow::Result<()> {
 /// "recovery is not in progress": promotion has ended the pause.
 fn is_promoted(error: &anyhow::Error) -> bool {
     has_code(error, &[SqlState::OBJECT_NOT_IN_PREREQUISITE_STATE])
+}
+
+/// Whether replay stands, whoever has paused it.
+pub(super) async fn is_paused(control: &Session) -> anyhow::Result<bool> {
+    Ok(state(control).await? == PAUSED)
 }
 
 async fn state(control: &Session) -> anyhow::Result<String> {

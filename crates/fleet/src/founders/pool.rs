@@ -6,7 +6,7 @@
 //! nobody can open another at the same point. On a primary one more is imported, as long as the *anchor* lives: the
 //! session that exported the snapshot, which is never lent.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::Duration;
 
@@ -19,6 +19,7 @@ use tokio_util::sync::CancellationToken;
 use super::dump::Schema;
 use super::session::{Session, has_code, quoted};
 use super::types::{DatabasePlan, TablePlan, is_invalidated, point_lost};
+use super::yielding::YIELDS_MAX;
 use crate::Server;
 
 /// A span that gets no founder by then is refused; it may be asked for again.
@@ -66,6 +67,10 @@ pub(super) struct Pool {
     pub(super) job: i64,
     pub(super) database: String,
     pub(super) tables: BTreeMap<u32, TablePlan>,
+    /// Those of the plan, by schema and name.
+    pub(super) sequences: BTreeSet<(String, String)>,
+    /// From which files large objects are read.
+    pub(super) large_object_files: Option<String>,
     /// In which rows leave the server.
     pub(super) copy_encoding: String,
     /// None where another server's founders have it.
@@ -77,6 +82,8 @@ pub(super) struct Pool {
     founders: Mutex<Founders>,
     /// Told to one waiter when a founder comes back, and to all when one is lost.
     freed: Notify,
+    /// How often way was given for each table.
+    yields: Mutex<BTreeMap<u32, usize>>,
     /// Looks at the catalogs as they are now.
     guard: tokio::sync::Mutex<Arc<Session>>,
 }
@@ -118,6 +125,8 @@ impl Pool {
             job,
             database: plan.name.clone(),
             tables: plan.tables.iter().map(|table| (table.oid, table.clone())).collect(),
+            sequences: plan.sequences.iter().map(|one| (one.schema.clone(), one.name.clone())).collect(),
+            large_object_files: plan.large_object_files.clone(),
             copy_encoding: plan.copy_encoding.clone(),
             schema,
             end,
@@ -125,6 +134,7 @@ impl Pool {
             anchor: crew.anchor,
             founders: Mutex::new(Founders { idle: crew.founders, living: size, size }),
             freed: Notify::new(),
+            yields: Mutex::default(),
             guard: tokio::sync::Mutex::new(Arc::new(crew.guard)),
         }
     }
@@ -166,6 +176,25 @@ impl Pool {
 
     fn can_import(&self) -> bool {
         self.anchor.as_ref().is_some_and(|anchor| !anchor.session.is_closed())
+    }
+
+    /// Whether the point was taken on a primary, by a snapshot that founders import.
+    pub(super) fn is_exported(&self) -> bool {
+        self.anchor.is_some()
+    }
+
+    /// Whether a read of this table gives way to who waits for it.
+    pub(super) fn may_yield(&self, table: u32) -> bool {
+        let yields = self.yields.lock().unwrap_or_else(PoisonError::into_inner);
+        yields.get(&table).is_none_or(|times| *times < YIELDS_MAX)
+    }
+
+    /// Takes note that one does; tells whether it still may.
+    pub(super) fn yields(&self, table: u32) -> bool {
+        let mut yields = self.yields.lock().unwrap_or_else(PoisonError::into_inner);
+        let times = yields.entry(table).or_default();
+        *times += 1;
+        *times <= YIELDS_MAX
     }
 
     /// Whether nothing can be read at the point any more.

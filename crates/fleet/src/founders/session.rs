@@ -26,13 +26,14 @@ const CANCEL_DEADLINE: Duration = Duration::from_secs(5);
 
 /// What `pg_dump` sets, so that text means the same on every server, and no timeout ends a session that stands idle for
 /// its snapshot. Beyond it: no parallel workers (their connections are in nobody's budget, and rows would come in any
-/// order), and settings that a role may have changed and that show in text.
+/// order), and settings that a role may have changed and that show in text. What has to hold before the first statement is
+/// in the options of every session (`crate::server`).
 const SETTINGS: &str = "
     SET client_encoding = 'UTF8'; SET datestyle = 'ISO'; SET intervalstyle = 'postgres'; SET extra_float_digits = 3;
     SET timezone = 'UTC'; SET bytea_output = 'hex'; SET xmlbinary = 'base64'; SET statement_timeout = 0;
     SET lock_timeout = 0; SET idle_in_transaction_session_timeout = 0; SET idle_session_timeout = 0;
     SET row_security = off; SET synchronize_seqscans = off; SET max_parallel_workers_per_gather = 0;
-    SET default_transaction_isolation = 'read committed'; SET search_path = '';
+    SET search_path = '';
     SELECT pg_catalog.set_config(name, CASE name WHEN 'transaction_timeout' THEN '0' ELSE 'view, foreign-table' END, false)
     FROM pg_catalog.pg_settings WHERE name IN ('transaction_timeout', 'restrict_nonsystem_relation_kind')";
 

@@ -18,7 +18,7 @@ use std::time::Duration;
 use anyhow::Context as _;
 use cluster::Lsn;
 use pgerror::{PgError, SqlState};
-use tokio::time::{Instant, sleep, timeout};
+use tokio::time::{Instant, sleep};
 use tokio_util::sync::{CancellationToken, DropGuard};
 use tokio_util::task::AbortOnDropHandle;
 use uuid::Uuid;
@@ -61,11 +61,11 @@ impl Preparation {
             (Some(_), None) => {}
             (Some(_), Some(_)) => return Err(moved("Replay stood for too long.").into()),
             (None, _) => {
-                let taking = &self.taking;
+                if !self.taking.may_be_paused() {
+                    return Err(may_not_be_paused(&self.taking.server).into());
+                }
                 let begun = Instant::now();
-                let turn = taking.turn.clone();
-                let pause = Halt::begin(&taking.standing, &taking.server, taking.request.job, turn).await?;
-                self.pause = Some((pause, begun));
+                self.pause = Some((self.taking.halt().await?, begun));
             }
         }
         self.standstill().await
@@ -85,8 +85,8 @@ impl Preparation {
     async fn take(self, at: &Standstill, with_schema: bool) -> anyhow::Result<(Open, Taken, DropGuard)> {
         let Self { pause, mut taking, guard } = self;
         let (pause, begun) = pause.context("take a point of a server that does not stand still")?;
-        let work = timeout(PAUSE_WORK.saturating_sub(begun.elapsed()), in_pause(&taking, &pause, at, with_schema));
-        let work = work.await.unwrap_or_else(|_| Err(moved("It took too long.").into()));
+        let longest = PAUSE_WORK.saturating_sub(begun.elapsed());
+        let work = in_pause(&taking, &pause, (at, with_schema), longest).await;
         if work.is_err() {
             // Before replay goes on, or it could meet what the founders still hold.
             drop(taking.stand_down().await);
@@ -101,10 +101,13 @@ impl Preparation {
 async fn in_pause(
     taking: &Taking,
     pause: &Halt,
-    at: &Standstill,
-    with_schema: bool,
+    (at, with_schema): (&Standstill, bool),
+    longest: Duration,
 ) -> anyhow::Result<(super::open::Moment, super::open::Plans)> {
-    let (moment, plans) = taking.in_pause(pause, with_schema).await.map_err(given_up)?;
+    let Some(work) = taking.while_it_may(pause, with_schema, longest).await else {
+        return Err(moved("It took too long, or commits may wait for the server now.").into());
+    };
+    let (moment, plans) = work.map_err(given_up)?;
     // In the pause the position did not move; this is that it is the others', too.
     let after = taking.position().await?;
     let is_there = after.receives && after.lsn == at.lsn && after.timeline == at.timeline;
@@ -169,10 +172,14 @@ impl Founders {
     /// Keeps it for the next question, which has to come in time.
     fn wait(&self, lease: Uuid, preparation: Preparation) {
         let (founders, patience) = (self.me.clone(), preparation.patience());
+        let (standing, is_paused) = (self.standing.clone(), preparation.pause.is_some());
         let expiry = tokio::spawn(async move {
-            sleep(patience).await;
+            tokio::select! {
+                () = sleep(patience) => {}
+                () = standing.until_voting(), if is_paused => {}
+            }
             if let Some(founders) = founders.upgrade() {
-                tracing::info!("nobody takes a point that several servers were to share");
+                tracing::info!("nobody takes a point that several servers were to share, or it may not be waited for");
                 drop(founders.waiting.remove(lease));
             }
         });

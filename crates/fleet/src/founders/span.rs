@@ -6,6 +6,9 @@
 //! as they are now, compares what bears that name with the plan; and only then it is read. What could make a
 //! difference needs a stronger lock, except for changes of types and names of schemas: therefore it is compared once
 //! more behind the last row, before the stream ends as if all were well.
+//!
+//! Large objects have no lock of their own, and lie in catalogs that may be written anew like any table (VACUUM FULL,
+//! REINDEX). On a standby the files that they are read from are compared in the same way, before and behind.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -15,25 +18,23 @@ use bytes::BytesMut;
 use cluster::service::ByteStream;
 use futures_util::StreamExt as _;
 use pgerror::{PgError, SqlState};
-use tokio::time::timeout;
+use tokio::time::{Instant, timeout_at};
 use tokio_postgres::CopyOutStream;
 
-use super::catalog::{IDENTITY, TYPES};
+use super::catalog::{IDENTITY, LARGE_OBJECT_FILES, TYPES};
 use super::pool::{Lent, Pool};
 use super::session::{Session, has_code, late, quoted, said, within};
-use super::types::{Identity, LARGE_OBJECT_PIECE, TablePlan, What, invalidated};
+use super::types::{Identity, LARGE_OBJECT_PIECE, ROWS_SILENCE_MAX, TablePlan, What, invalidated};
+use super::yielding;
 
 /// A table that is not unlocked by then is not read now; the span may be asked for again.
 const LOCK_WAIT: &str = "5s";
 
-/// A COPY that has not begun by then fails.
-const BEGIN_DEADLINE: Duration = Duration::from_secs(60);
-
-/// A COPY that gives no row for so long fails. Rows that the snapshot does not see take time, and give none.
-const STALL_DEADLINE: Duration = Duration::from_secs(600);
-
 /// Rows are sent on in pieces of about this size. One row is never divided here, and may be larger.
 const PIECE: usize = 128 * 1024;
+
+/// A piece that is not full so long after its first row is sent on as it is.
+const PIECE_WAIT: Duration = Duration::from_secs(5);
 
 /// Founders that a span is tried on, when one is lost before its first row.
 const TRIES: usize = 2;
@@ -45,7 +46,14 @@ pub(super) async fn read(pool: &Arc<Pool>, what: &What) -> anyhow::Result<ByteSt
         let lent = pool.lend().await?;
         tries -= 1;
         match begin(pool, lent.session()?, what).await {
-            Ok(rows) => return Ok(stream(rows, lent, what)),
+            Ok(rows) => {
+                let yielding = yielding::watched(pool, lent.session()?, what);
+                let rows = stream(rows, lent, what);
+                return Ok(match yielding {
+                    Some(yielding) => yielding.over(rows),
+                    None => rows,
+                });
+            }
             Err(error) => match lent.failed(error).await {
                 (_, false) if tries > 0 => {}
                 (error, _) => return Err(error),
@@ -63,16 +71,21 @@ async fn begin(pool: &Pool, founder: &Session, what: &What) -> anyhow::Result<Co
             compare(&*pool.guard().await?, table).await?;
             statement
         }
-        What::LargeObjects => LARGE_OBJECTS.to_owned(),
+        What::LargeObjects => {
+            compare_large_objects(pool).await?;
+            LARGE_OBJECTS.to_owned()
+        }
         What::LargeObjectData => {
             may_read_large_objects(founder, &pool.database).await?;
+            compare_large_objects(pool).await?;
             large_object_data()
         }
     };
     if pool.copy_encoding != "UTF8" {
         founder.run(&format!("SET LOCAL client_encoding = '{}'", pool.copy_encoding)).await?;
     }
-    within(BEGIN_DEADLINE, founder.client.copy_out(&statement)).await.context("begin to copy")
+    // The server says that it has begun when it has some rows to say it with.
+    within(ROWS_SILENCE_MAX, founder.client.copy_out(&statement)).await.context("begin to copy")
 }
 
 fn planned(pool: &Pool, oid: u32) -> anyhow::Result<&TablePlan> {
@@ -179,10 +192,35 @@ fn large_object_data() -> String {
     )
 }
 
-/// Asks before the first piece, so that the refusal comes as an answer and not in the middle of the rows.
+/// Compares the files of the large objects with the plan. A primary keeps what the point shows when it writes them anew.
+async fn compare_large_objects(pool: &Pool) -> anyhow::Result<()> {
+    if pool.is_exported() {
+        return Ok(());
+    }
+    let guard = pool.guard().await?;
+    let now = guard.row(LARGE_OBJECT_FILES, &[]).await.context("look at the files of large objects")?;
+    match now.get::<_, Option<String>>(0) == pool.large_object_files {
+        true => Ok(()),
+        false => Err(invalidated("pg_catalog.pg_largeobject", "It or one of its indexes was rewritten.").into()),
+    }
+}
+
+/// The first large object that the role may not read by what the catalogs say.
+const DOUBTFUL: &str = "
+    SELECT oid FROM pg_catalog.pg_largeobject_metadata
+    WHERE NOT pg_catalog.current_setting('lo_compat_privileges')::bool AND NOT pg_catalog.pg_has_role(lomowner, 'USAGE')
+      AND NOT EXISTS (SELECT FROM pg_catalog.aclexplode(lomacl) a WHERE a.privilege_type = 'SELECT'
+                      AND (a.grantee = 0 OR pg_catalog.pg_has_role(a.grantee, 'USAGE')))
+    LIMIT 1";
+
+/// Asks before the first piece, so that the refusal comes as an answer and not in the middle of the rows. Only one object
+/// is opened for it, for there may be millions.
 async fn may_read_large_objects(founder: &Session, database: &str) -> anyhow::Result<()> {
-    let query = "SELECT count(length(pg_catalog.lo_get(oid, 0, 0))) FROM pg_catalog.pg_largeobject_metadata";
-    founder.rows(query, &[]).await.map(drop).map_err(|error| {
+    let doubtful = founder.rows(DOUBTFUL, &[]).await.context("ask for the right to read large objects")?;
+    let Some(doubtful) = doubtful.first() else { return Ok(()) };
+    // A newer release may have another way to give the right.
+    let query = "SELECT length(pg_catalog.lo_get($1, 0, 0))";
+    founder.rows(query, &[&doubtful.get::<_, u32>(0)]).await.map(drop).map_err(|error| {
         if !has_code(&error, &[SqlState::INSUFFICIENT_PRIVILEGE]) {
             return error.context("ask for the right to read large objects");
         }
@@ -196,16 +234,18 @@ async fn may_read_large_objects(founder: &Session, database: &str) -> anyhow::Re
 struct Copying {
     rows: std::pin::Pin<Box<CopyOutStream>>,
     lent: Lent,
-    /// The table whose rows they are.
+    /// The table whose rows they are; none of large objects.
     table: Option<u32>,
 }
 
 impl Copying {
     /// Behind the last row: whether all of them were read from what was planned.
     async fn conclude(&self) -> anyhow::Result<()> {
-        let Some(oid) = self.table else { return Ok(()) };
         let pool = self.lent.pool();
-        compare(&*pool.guard().await?, planned(pool, oid)?).await
+        match self.table {
+            Some(oid) => compare(&*pool.guard().await?, planned(pool, oid)?).await,
+            None => compare_large_objects(pool).await,
+        }
     }
 }
 
@@ -219,16 +259,21 @@ fn stream(rows: CopyOutStream, lent: Lent, what: &What) -> ByteStream {
     Box::pin(futures_util::stream::try_unfold(Some(copying), |copying| async move {
         let Some(mut copying) = copying else { return Ok(None) };
         let mut piece = BytesMut::with_capacity(PIECE + PIECE / 8);
+        let mut full = Instant::now() + ROWS_SILENCE_MAX;
         while piece.len() < PIECE {
-            let row = timeout(STALL_DEADLINE, copying.rows.next()).await;
-            let ended = match row.map_err(|_| late(STALL_DEADLINE))? {
-                Some(Ok(row)) => {
+            let ended = match timeout_at(full, copying.rows.next()).await {
+                Ok(Some(Ok(row))) => {
+                    if piece.is_empty() {
+                        full = Instant::now() + PIECE_WAIT;
+                    }
                     piece.extend_from_slice(&row);
                     continue;
                 }
-                Some(Err(error)) => Err(said(error)),
+                Ok(Some(Err(error))) => Err(said(error)),
                 // The lock is still held, so that only what it does not keep from changing can differ.
-                None => copying.conclude().await,
+                Ok(None) => copying.conclude().await,
+                Err(_) if piece.is_empty() => return Err(late(ROWS_SILENCE_MAX).into()),
+                Err(_) => break,
             };
             return match ended {
                 Ok(()) => {

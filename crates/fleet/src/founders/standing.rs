@@ -18,7 +18,8 @@ use tokio::sync::watch;
 use tokio::time::{Instant, sleep, timeout};
 use tokio_util::sync::{CancellationToken, DropGuard};
 
-use super::pause::{Pause, SILENCE_MAX, Seen, Turn};
+use super::pause::{Pause, SILENCE_MAX, Seen, Turn, is_paused};
+use super::session::Session;
 use super::types::{FREE_SETTING, PAUSE_SETTING, PauseLimits, WAL_SETTING};
 use crate::Server;
 use crate::disk::DataDirectory;
@@ -26,11 +27,38 @@ use crate::disk::DataDirectory;
 /// How often it is looked whether a pause may go on. It is also how often life is shown to the server.
 const LOOK_EVERY: Duration = Duration::from_secs(1);
 
+/// How often the end of a pause is waited for that does not stand, and is known to; then a pause of one's own is begun.
+const SHARED_TRIES: usize = 3;
+
 /// A server that does not answer by then resumes, or is left to do so by itself.
 const LOOK_DEADLINE: Duration = Duration::from_secs(5);
 
-/// Whether commits on the primary may wait for the server, as far as is known now.
-pub type IsVoting = Arc<dyn Fn() -> bool + Send + Sync>;
+/// How often it is looked whether commits may wait for a server whose replay stands while its point is taken.
+const VOTING_EVERY: Duration = Duration::from_millis(200);
+
+/// A pause of a server of which it is not known for so long whether commits wait for it does not go on: what tells is
+/// the primary's node, and that may be away for a moment.
+const DOUBT_MAX: Duration = Duration::from_secs(5);
+
+/// Whether commits on the primary may wait for the server; `None` when that is not known now. Then no pause is begun.
+pub type IsVoting = Arc<dyn Fn() -> Option<bool> + Send + Sync>;
+
+/// Since when it is not known whether commits wait for a server.
+#[derive(Default)]
+struct Doubt(Option<Instant>);
+
+impl Doubt {
+    /// Whether a pause has to end, by what is known `now`.
+    fn ends(&mut self, is_voting: Option<bool>, now: Instant) -> bool {
+        match is_voting {
+            Some(is_voting) => {
+                self.0 = None;
+                is_voting
+            }
+            None => now.duration_since(*self.0.get_or_insert(now)) >= DOUBT_MAX,
+        }
+    }
+}
 
 /// Where a pause is.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -53,6 +81,13 @@ pub(super) struct Held {
 impl Held {
     fn stands(&self) -> bool {
         *self.state.borrow() == State::Stands
+    }
+
+    /// Waits until it is known that it stands no more, which is looked for each second.
+    async fn ended(&self) {
+        let mut state = self.state.clone();
+        // An error means that its task is gone, and everything with it.
+        drop(timeout(LOOK_EVERY + LOOK_DEADLINE, state.wait_for(|state| *state != State::Stands)).await);
     }
 
     fn why(&self) -> Option<String> {
@@ -88,9 +123,17 @@ impl Standing {
         Self { is_voting, now: Mutex::default() }
     }
 
-    /// Whether commits may wait for the server.
-    pub(super) fn is_voting(&self) -> bool {
-        (self.is_voting)()
+    /// Whether it is known that no commit waits for the server.
+    pub(super) fn is_non_voting(&self) -> bool {
+        (self.is_voting)() == Some(false)
+    }
+
+    /// Returns when a pause has to end, because commits may wait for the server.
+    pub(super) async fn until_voting(&self) {
+        let mut doubt = Doubt::default();
+        while !doubt.ends((self.is_voting)(), Instant::now()) {
+            sleep(VOTING_EVERY).await;
+        }
     }
 
     /// The pause that stands; waits for the end of one that ends. Only whoever has the turn asks.
@@ -146,12 +189,12 @@ struct Watching {
 impl Watching {
     /// Returns when nobody shares the pause any more, or, with the reason, when it may not go on.
     async fn until_over(self) -> (Pause, Option<String>) {
-        let begun = Instant::now();
+        let (begun, mut doubt) = (Instant::now(), Doubt::default());
         let directory = self.pause.directory().await;
         loop {
             let looked = tokio::select! {
                 () = self.end.cancelled() => return (self.pause, None),
-                looked = timeout(LOOK_DEADLINE, self.look(begun, &directory)) => looked,
+                looked = timeout(LOOK_DEADLINE, self.look(begun, &mut doubt, &directory)) => looked,
             };
             if let Some(why) = looked.unwrap_or_else(|_| Some("The server did not answer in time.".to_owned())) {
                 return (self.pause, Some(why));
@@ -163,9 +206,12 @@ impl Watching {
         }
     }
 
-    async fn look(&self, begun: Instant, directory: &DataDirectory) -> Option<String> {
+    async fn look(&self, begun: Instant, doubt: &mut Doubt, directory: &DataDirectory) -> Option<String> {
         match self.pause.look().await {
-            Ok(seen) => beyond(&seen, (self.is_voting)(), begun.elapsed(), directory.free().await, &self.limits),
+            Ok(seen) => {
+                let is_voting = doubt.ends((self.is_voting)(), Instant::now());
+                beyond(&seen, is_voting, begun.elapsed(), directory.free().await, &self.limits)
+            }
             Err(error) => Some(format!("The server could not be asked: {error:#}.")),
         }
     }
@@ -205,19 +251,30 @@ pub(super) enum Halt {
 }
 
 impl Halt {
-    /// Sees to it that replay stands.
-    pub(super) async fn begin(standing: &Standing, server: &Server, job: i64, turn: Turn) -> anyhow::Result<Self> {
-        match standing.shared().await {
-            Some(held) => Ok(Self::Shared(held)),
-            None => Ok(Self::Own(Box::new(Pause::begin(server, job, turn).await?))),
+    /// Sees to it that replay stands; `control` is a session that may ask.
+    pub(super) async fn begin(
+        standing: &Standing,
+        (server, control): (&Server, &Session),
+        job: i64,
+        turn: Turn,
+    ) -> anyhow::Result<Self> {
+        for _ in 0..SHARED_TRIES {
+            let Some(held) = standing.shared().await else { break };
+            // What is known of it is up to a second old.
+            if is_paused(control).await? {
+                return Ok(Self::Shared(held));
+            }
+            held.ended().await;
         }
+        Ok(Self::Own(Box::new(Pause::begin(server, job, turn).await?)))
     }
 
-    /// Whether it has stood without a break until now.
-    pub(super) async fn still_stands(&self) -> anyhow::Result<bool> {
+    /// Whether it has stood without a break until now. Somebody who resumed it and paused it again is not seen by this;
+    /// that the position has not moved is asked besides.
+    pub(super) async fn still_stands(&self, control: &Session) -> anyhow::Result<bool> {
         match self {
             Self::Own(pause) => pause.still_stands().await,
-            Self::Shared(held) => Ok(held.stands()),
+            Self::Shared(held) => Ok(held.stands() && is_paused(control).await?),
         }
     }
 
@@ -248,6 +305,26 @@ impl Halt {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_pause_ends_when_commits_may_wait_or_when_that_is_not_known_for_long() {
+        let begun = Instant::now();
+        let mut doubt = Doubt::default();
+        for (after, is_voting, ends) in [
+            (0, Some(false), false),
+            (1, None, false),
+            (5, None, false),
+            // A doubt that is over does not count any more.
+            (6, Some(false), false),
+            (7, None, false),
+            (11, None, false),
+            (12, None, true),
+            (13, Some(false), false),
+            (14, Some(true), true),
+        ] {
+            assert_eq!(doubt.ends(is_voting, begun + Duration::from_secs(after)), ends, "{after}");
+        }
+    }
 
     #[test]
     fn a_pause_may_not_go_on_beyond_its_limits() {

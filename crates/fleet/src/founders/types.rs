@@ -5,6 +5,8 @@
 //! is: [`is_invalidated`] (the point still stands, this table cannot be read at it any more), [`is_point_lost`] (open
 //! anew), and everything else (try again, or give up).
 
+use std::time::Duration;
+
 use chrono::{DateTime, Utc};
 use cluster::Lsn;
 use pgerror::{PgError, SqlState};
@@ -58,8 +60,8 @@ pub enum Request {
         /// The database.
         database: String,
     },
-    /// The sequences of one database as they are now, for a primary, whose sequences go on while rows are read.
-    /// Answered with a list of [`SequencePlan`].
+    /// The sequences of one database as they are now, for a primary, whose sequences go on while rows are read: those of
+    /// the plan, as far as they are still there. Answered with a list of [`SequencePlan`].
     Sequences {
         /// The lease.
         lease: Uuid,
@@ -287,6 +289,9 @@ pub struct DatabasePlan {
     pub materialized_views: Vec<MaterializedViewPlan>,
     /// How many large objects it has.
     pub large_objects: i64,
+    /// Which files they are read from. Must still be the same on a standby when the last of them was read.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub large_object_files: Option<String>,
     /// Roles that own its objects or are named in their privileges.
     pub roles: Vec<String>,
     /// Tablespaces that its objects lie in, without the default one.
@@ -439,6 +444,10 @@ pub enum What {
     /// [`LARGE_OBJECT_PIECE`] bytes. An empty object has one empty piece.
     LargeObjectData,
 }
+
+/// A span that gives no row for so long fails. Rows that the point does not show take time and give none, so whoever
+/// waits for a span has to wait for longer than this.
+pub const ROWS_SILENCE_MAX: Duration = Duration::from_secs(600);
 
 /// Bytes in a piece of a large object.
 pub const LARGE_OBJECT_PIECE: u32 = 1024 * 1024;

@@ -15,9 +15,7 @@ use super::full::told;
 use super::pg_restore::{Restorer, What};
 use super::turns::Order;
 use super::{JobDatabase, Loader};
-
-/// A longer schema is refused.
-const SCHEMA_BYTES_MAX: u64 = 512 * 1024 * 1024;
+use crate::founders::SCHEMA_BYTES_MAX;
 
 /// The first section's name, for sessions and in the state.
 pub(super) const PRE_DATA: &str = "backhaul pre-data";

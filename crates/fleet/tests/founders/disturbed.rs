@@ -160,3 +160,104 @@ async fn sessions_that_are_ended_while_the_point_is_taken_are_opened_again() {
         }
     }
 }
+
+const OBJECTS: &str = "SELECT lo_from_bytea(5001, decode(repeat('ab', 3000), 'hex')), lo_from_bytea(5002, 'hello')";
+
+#[tokio::test(flavor = "multi_thread")]
+async fn large_objects_whose_files_were_rewritten_are_never_read() {
+    let fleet = Fleet::start(true, OBJECTS).await;
+    let standby = fleet.standby();
+    // Nothing keeps the primary from forgetting what the founders see, and replay waits for them where it says so.
+    for setting in ["hot_standby_feedback = off", "max_standby_streaming_delay = -1"] {
+        ask(&standby, "postgres", &format!("ALTER SYSTEM SET {setting}")).await;
+    }
+    ask(&standby, "postgres", "SELECT pg_reload_conf()").await;
+    until(&fleet.primary(), "SELECT count(backend_xmin) FROM pg_stat_replication", "0").await;
+    for rewriting in [
+        "VACUUM FULL pg_largeobject",
+        "VACUUM FULL pg_largeobject_metadata",
+        "REINDEX INDEX pg_largeobject_loid_pn_index",
+        "REINDEX INDEX pg_largeobject_metadata_oid_index",
+    ] {
+        fleet.in_database("shop", "SELECT lo_from_bytea(5003, 'unlinked')").await;
+        fleet.caught_up().await;
+        let (founders, lease) = (Founders::new(standby.clone()), Uuid::new_v4());
+        opened(&founders, open(lease, 1)).await;
+        let files =
+            "SELECT string_agg(relfilenode::text, ' ' ORDER BY oid) FROM pg_class WHERE relname LIKE 'pg_largeobject%'";
+        let before = ask(&standby, "shop", files).await;
+        fleet.in_database("shop", "SELECT lo_unlink(5003)").await;
+        fleet.in_database("shop", rewriting).await;
+        fleet.on_primary("SELECT pg_logical_emit_message(true, '', '')").await;
+        let deadline = Instant::now() + DEADLINE;
+        while ask(&standby, "shop", files).await == before {
+            assert!(Instant::now() < deadline, "{rewriting} is not replayed");
+            sleep(Duration::from_millis(20)).await;
+        }
+        for what in [What::LargeObjects, What::LargeObjectData] {
+            let error = refused(&founders, &span(lease, what)).await;
+            assert!(is_invalidated(&error), "{rewriting}: {error:?}");
+            assert_eq!(error.detail.as_deref(), Some("It or one of its indexes was rewritten."));
+        }
+        // Replay goes on.
+        drop(founders);
+        fleet.caught_up().await;
+    }
+    // On a primary all of it is there.
+    let (founders, lease) = (Founders::new(fleet.primary()), Uuid::new_v4());
+    opened(&founders, open(lease, 1)).await;
+    fleet.in_database("shop", "SELECT lo_unlink(5002)").await;
+    fleet.in_database("shop", "VACUUM FULL pg_largeobject").await;
+    for what in [What::LargeObjects, What::LargeObjectData] {
+        assert_eq!(rows(&founders, lease, what).await.len(), 2);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn large_objects_that_the_role_may_not_read_are_refused_before_their_rows() {
+    let setup = format!(
+        "{OBJECTS}; CREATE ROLE reader LOGIN; CREATE ROLE owner; GRANT pg_read_all_data, owner TO reader;
+         GRANT SELECT ON LARGE OBJECT 5001 TO PUBLIC"
+    );
+    let fleet = Fleet::start(false, &setup).await;
+    for (step, may_read) in [
+        ("SELECT", false),
+        ("ALTER LARGE OBJECT 5002 OWNER TO owner", true),
+        ("ALTER LARGE OBJECT 5002 OWNER TO root", false),
+        ("ALTER ROLE reader SET lo_compat_privileges = on", true),
+    ] {
+        fleet.in_database("shop", step).await;
+        let (founders, lease) = (Founders::new(fleet.primary.server("reader").unwrap()), Uuid::new_v4());
+        opened(&founders, open(lease, 1)).await;
+        if may_read {
+            assert_eq!(rows(&founders, lease, What::LargeObjectData).await.len(), 2, "{step}");
+        } else {
+            let error = refused(&founders, &span(lease, What::LargeObjectData)).await;
+            assert_eq!(error.message, "the role of the node may not read the large objects of database \"shop\"");
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_sequence_that_is_dropped_while_it_is_read_is_left_out() {
+    let fleet = Fleet::start(false, "CREATE SEQUENCE kept; CREATE SEQUENCE passing").await;
+    let (founders, lease) = (Founders::new(fleet.primary()), Uuid::new_v4());
+    let opened = opened(&founders, open(lease, 1)).await;
+    assert_eq!(names(&opened.databases[0].sequences, |one| one.name.clone()), ["kept", "passing"]);
+    fleet.in_database("shop", "CREATE SEQUENCE later; SELECT setval('kept', 7)").await;
+    // One that is no part of the plan does not matter, and is not waited for.
+    let (other, _connection) = fleet.primary().session_in("shop").await.unwrap();
+    other.batch_execute("BEGIN; DROP SEQUENCE later").await.unwrap();
+    let (dropper, _connection) = fleet.primary().session_in("shop").await.unwrap();
+    dropper.batch_execute("BEGIN; DROP SEQUENCE passing").await.unwrap();
+    let reading = tokio::spawn(async move {
+        let request = Request::Sequences { lease, database: "shop".to_owned() };
+        call(&founders, &request).await
+    });
+    // The other one is listed still, and waited for.
+    until(&fleet.primary(), "SELECT count(*) FROM pg_locks WHERE NOT granted", "1").await;
+    dropper.batch_execute("COMMIT").await.unwrap();
+    let Ok(Reply::Answer(left)) = timeout(DEADLINE, reading).await.unwrap().unwrap() else { panic!("refused") };
+    let left: Vec<fleet::founders::SequencePlan> = serde_json::from_value(left).unwrap();
+    assert_eq!(names(&left, |one| format!("{} {}", one.name, one.last_value)), ["kept 7"]);
+}

@@ -30,25 +30,125 @@ async fn a_table_that_stays_locked_is_told_and_may_be_asked_for_again() {
     assert_eq!(rows(&founders, lease, account).await.len(), 20000);
 }
 
+/// The error in the midst of rows, whoever took them.
+async fn given_way(rows: cluster::service::ByteStream) {
+    let error = drain(rows).await.unwrap_err();
+    let said = PgError::of(&error).unwrap_or_else(|| panic!("{error:#}"));
+    assert!(
+        said.code == SqlState::LOCK_NOT_AVAILABLE && said.message.ends_with("is wanted by somebody else"),
+        "{said:?}"
+    );
+}
+
 #[tokio::test(flavor = "multi_thread")]
-async fn ddl_on_a_primary_waits_for_a_span_and_not_for_the_backup() {
+async fn a_span_of_a_primary_gives_way_to_ddl_and_not_for_ever() {
     let rows_of = "AS SELECT n, repeat('x', 500) FROM generate_series(1, 60000) n";
     let fleet = Fleet::start(false, &format!("CREATE TABLE big {rows_of}; CREATE TABLE other {rows_of}")).await;
     let (founders, lease) = (Founders::new(fleet.primary()), Uuid::new_v4());
     let opened = opened(&founders, open(lease, 2)).await;
     let (big, other) = (whole(table(&opened, "big")), whole(table(&opened, "other")));
+    // Nobody takes its rows, and the server waits for whoever would.
     let mut half = stream(&founders, &span(lease, big.clone())).await;
     half.next().await.unwrap().unwrap();
-    let (ddl, _connection) = fleet.primary().session_in("shop").await.unwrap();
-    let altering = tokio::spawn(async move { ddl.batch_execute("ALTER TABLE big ADD COLUMN note text").await });
-    let waiting = "SELECT count(*) FROM pg_locks WHERE NOT granted";
-    until(&fleet.primary(), waiting, "1").await;
-    drain(half).await.unwrap();
-    timeout(DEADLINE, altering).await.unwrap().unwrap().unwrap();
+    let in_shop = |statement: &'static str| {
+        let primary = fleet.primary();
+        tokio::spawn(async move {
+            let (client, _connection) = primary.session_in("shop").await.unwrap();
+            client.batch_execute(statement).await.unwrap();
+        })
+    };
+    timeout(DEADLINE, in_shop("ALTER TABLE big ADD COLUMN note text")).await.unwrap().unwrap();
+    given_way(half).await;
     // The founders are there still, read what has not changed, and refuse what has.
     call(&founders, &Request::Renew { lease }).await.unwrap();
-    assert_eq!(rows(&founders, lease, other).await.len(), 60000);
+    assert_eq!(rows(&founders, lease, other.clone()).await.len(), 60000);
     assert!(is_invalidated(&refused(&founders, &span(lease, big)).await));
+
+    let lock = "BEGIN; LOCK TABLE other IN ACCESS EXCLUSIVE MODE; COMMIT";
+    for _ in 0..2 {
+        let mut half = stream(&founders, &span(lease, other.clone())).await;
+        half.next().await.unwrap().unwrap();
+        timeout(DEADLINE, in_shop(lock)).await.unwrap().unwrap();
+        given_way(half).await;
+    }
+    // From now on it waits, for several looks.
+    let mut half = stream(&founders, &span(lease, other)).await;
+    half.next().await.unwrap().unwrap();
+    let locking = in_shop(lock);
+    let waits = "SELECT count(*) FROM pg_locks WHERE NOT granted AND waitstart < clock_timestamp() - interval '3 s'";
+    until(&fleet.primary(), waits, "1").await;
+    drain(half).await.unwrap();
+    timeout(DEADLINE, locking).await.unwrap().unwrap();
+}
+
+/// Makes `table` one of an extension's, of whose rows those that meet `condition` are the user's.
+async fn with_condition(fleet: &Fleet, table: &str, condition: &str) {
+    let condition = condition.replace('\'', "''");
+    let configured = format!(
+        "ALTER EXTENSION plpgsql ADD TABLE {table};
+         UPDATE pg_extension SET extconfig = ARRAY['{table}'::regclass::oid], extcondition = ARRAY['WHERE {condition}']"
+    );
+    fleet.in_database("shop", &configured).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn rows_that_come_slowly_are_sent_on_before_there_are_many() {
+    let slow = "CREATE TABLE slow AS SELECT n, repeat('x', 20000) FROM generate_series(1, 6) n;
+        CREATE FUNCTION opened() RETURNS boolean LANGUAGE plpgsql AS $$ BEGIN
+            WHILE NOT pg_try_advisory_xact_lock_shared(7) LOOP PERFORM pg_sleep(0.02); END LOOP; RETURN true;
+        END $$";
+    let fleet = Fleet::start(false, slow).await;
+    with_condition(&fleet, "slow", "n < 6 OR public.opened()").await;
+    let (holder, _connection) = fleet.primary().session_in("shop").await.unwrap();
+    holder.batch_execute("SELECT pg_advisory_lock(7)").await.unwrap();
+    let (founders, lease) = (Founders::new(fleet.primary()), Uuid::new_v4());
+    let opened = opened(&founders, open(lease, 1)).await;
+    let mut pieces = stream(&founders, &span(lease, whole(table(&opened, "slow")))).await;
+    // The server keeps the last of them until it has more to send.
+    let first = timeout(DEADLINE, pieces.next()).await.unwrap().unwrap().unwrap();
+    assert!(first.iter().filter(|byte| **byte == b'\n').count() >= 4, "{}", first.len());
+    holder.batch_execute("SELECT pg_advisory_unlock(7)").await.unwrap();
+    let rest = drain(pieces).await.unwrap();
+    assert_eq!([&first[..], &rest[..]].concat().iter().filter(|byte| **byte == b'\n').count(), 6);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn settings_of_databases_and_roles_do_not_reach_the_founders() {
+    let fleet = Fleet::start(true, "CREATE TABLE price (amount money); INSERT INTO price VALUES (12.34)").await;
+    with_condition(&fleet, "price", "current_setting('lc_monetary') = 'C'").await;
+    fleet.on_primary("ALTER DATABASE shop SET lc_monetary = 'C.UTF-8'").await;
+    fleet.on_primary("ALTER ROLE root SET default_transaction_isolation = 'serializable'").await;
+    fleet.caught_up().await;
+    for (instance, in_recovery) in [(&fleet.primary, false), (fleet.standby.as_ref().unwrap(), true)] {
+        // They are in force for others.
+        let conninfo = format!("{} dbname=shop", instance.conninfo("root"));
+        let (other, connection) = tokio_postgres::connect(&conninfo, tokio_postgres::NoTls).await.unwrap();
+        let _connection = tokio_util::task::AbortOnDropHandle::new(tokio::spawn(connection));
+        let seen = other.query_one("SELECT current_setting('lc_monetary')", &[]).await;
+        match in_recovery {
+            true => assert!(format!("{:?}", seen.unwrap_err()).contains("serializable mode in a hot standby")),
+            false => assert_eq!(seen.unwrap().get::<_, String>(0), "C.UTF-8"),
+        }
+        let server = instance.server("root").unwrap();
+        let (founders, lease) = (Founders::new(server.clone()), Uuid::new_v4());
+        let opened = opened(&founders, open(lease, 1)).await;
+        assert_eq!(rows(&founders, lease, whole(table(&opened, "price"))).await, ["$12.34"]);
+        assert_eq!(is_up(server).await, Some(in_recovery));
+    }
+}
+
+/// Whether the probe finds a server in recovery, if it finds it up.
+async fn is_up(server: Server) -> Option<bool> {
+    let (tell, mut told) = tokio::sync::mpsc::unbounded_channel();
+    let (door, _) = tokio::sync::watch::channel(fleet::probe::Door::Unchecked);
+    let probe = fleet::probe::Probe { server, insecure: true, door };
+    let probing = tokio::spawn(probe.run(move |seen| drop(tell.send(seen))));
+    let seen = timeout(DEADLINE, told.recv()).await.unwrap().unwrap();
+    probing.abort();
+    match seen {
+        cluster::ServerInfo::Up(state) => Some(state.in_recovery),
+        cluster::ServerInfo::Down { .. } => None,
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -1,7 +1,7 @@
 //! Replay that stands while it is read: shared, ended by whoever is last, by limits, by others; and points that are held for
 //! too long.
 
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::Mutex;
 
 use super::*;
 
@@ -77,12 +77,80 @@ async fn replay_stands_until_the_last_lease_that_shares_it_has_ended() {
     until(&fleet.standby(), PAUSE_STATE, "not paused").await;
 }
 
+/// What is known of a standby's vote.
+struct Voting(Arc<Mutex<Option<bool>>>);
+
+impl Voting {
+    fn new(known: Option<bool>) -> Self {
+        Self(Arc::new(Mutex::new(known)))
+    }
+
+    fn set(&self, known: Option<bool>) {
+        *self.0.lock().unwrap() = known;
+    }
+
+    fn beside(&self, server: &Server) -> Arc<Founders> {
+        let known = self.0.clone();
+        Founders::beside(server.clone(), Arc::new(move || *known.lock().unwrap()))
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_standby_that_becomes_voting_while_its_point_is_sought_is_not_paused_any_more() {
+    let fleet = Fleet::start(true, ACCOUNTS).await;
+    let (voting, standby) = (Voting::new(Some(false)), fleet.standby());
+    let founders = voting.beside(&standby);
+    // Between two tries.
+    let (ddl, _connection) = fleet.primary().session_in("shop").await.unwrap();
+    ddl.batch_execute("BEGIN; ALTER TABLE account ADD COLUMN note text").await.unwrap();
+    fleet.caught_up().await;
+    let seeking = founders.clone();
+    let seeking = tokio::spawn(async move { opened(&seeking, open(Uuid::new_v4(), 2)).await });
+    let (watcher, _connection) = standby.session_in("postgres").await.unwrap();
+    while watcher.query_one(PAUSE_STATE, &[]).await.unwrap().get::<_, &str>(0) != "paused" {}
+    voting.set(Some(true));
+    // Without a pause it waits for the lock as everybody else does.
+    until(&standby, "SELECT count(*) FROM pg_locks WHERE NOT granted", "1").await;
+    assert_eq!(ask(&standby, "postgres", PAUSE_STATE).await, "not paused");
+    ddl.batch_execute("ROLLBACK").await.unwrap();
+    let point = timeout(DEADLINE, seeking).await.unwrap().unwrap().point;
+    assert!(matches!(point.mode, Mode::Still | Mode::Single), "{point:?}");
+
+    // While it stands for others, whose coordinator asks on and on.
+    voting.set(Some(false));
+    let lease = Uuid::new_v4();
+    call(&founders, &Request::Prepare(open(lease, 2))).await.unwrap();
+    let step = Request::Step { lease, until: None };
+    call(&founders, &step).await.unwrap();
+    assert_eq!(ask(&standby, "postgres", PAUSE_STATE).await, "paused");
+    voting.set(Some(true));
+    let deadline = Instant::now() + DEADLINE;
+    while call(&founders, &step).await.is_ok() {
+        assert!(Instant::now() < deadline, "replay stands on");
+        sleep(Duration::from_millis(100)).await;
+    }
+    until(&standby, PAUSE_STATE, "not paused").await;
+    fleet.caught_up().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_pause_that_somebody_has_ended_is_not_shared() {
+    let fleet = Fleet::start(true, ACCOUNTS).await;
+    let (founders, standby) = (Founders::new(fleet.standby()), fleet.standby());
+    opened(&founders, keeping(7, limits())).await;
+    ask(&standby, "postgres", "SELECT pg_wal_replay_resume()").await;
+    // At once, when the founders do not know of it yet.
+    let second = keeping(8, limits());
+    assert_eq!(opened(&founders, second.clone()).await.point.mode, Mode::Paused);
+    assert_eq!(ask(&standby, "postgres", PAUSE_STATE).await, "paused");
+    assert_eq!(renewed(&founders, second.lease).await, None);
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_pause_ends_before_its_time_and_says_why() {
     let fleet = Fleet::start(true, ACCOUNTS).await;
-    let (voting, standby) = (Arc::new(AtomicBool::new(false)), fleet.standby());
-    let seen = Arc::clone(&voting);
-    let founders = Founders::beside(standby.clone(), Arc::new(move || seen.load(Ordering::Relaxed)));
+    let (voting, standby) = (Voting::new(Some(false)), fleet.standby());
+    let founders = voting.beside(&standby);
 
     let lease = keeping(7, PauseLimits { wal_bytes: 100_000, ..limits() });
     opened(&founders, lease.clone()).await;
@@ -102,15 +170,28 @@ async fn a_pause_ends_before_its_time_and_says_why() {
 
     let lease = keeping(7, limits());
     opened(&founders, lease.clone()).await;
-    voting.store(true, Ordering::Relaxed);
+    voting.set(Some(true));
     until(&standby, PAUSE_STATE, "not paused").await;
     says(renewed(&founders, lease.lease).await, "Commits may wait for the server now.");
-    // Nor is it paused for a moment while that is so, whatever the coordinator believes.
-    let lease = keeping(8, limits());
-    let unpaused = opened(&founders, lease.clone()).await;
-    assert!(matches!(unpaused.point.mode, Mode::Still | Mode::Single));
-    says(renewed(&founders, lease.lease).await, "It could not be paused");
-    voting.store(false, Ordering::Relaxed);
+    // Nor is it paused for a moment while that is so, or not known, whatever the coordinator believes.
+    for unsure in [Some(true), None] {
+        voting.set(unsure);
+        let lease = keeping(8, limits());
+        let unpaused = opened(&founders, lease.clone()).await;
+        assert!(matches!(unpaused.point.mode, Mode::Still | Mode::Single));
+        says(renewed(&founders, lease.lease).await, "It could not be paused");
+        close(&founders, lease.lease).await;
+    }
+    voting.set(Some(false));
+
+    // What is not known for long ends it, too.
+    let lease = keeping(7, limits());
+    opened(&founders, lease.clone()).await;
+    voting.set(None);
+    until(&standby, PAUSE_STATE, "not paused").await;
+    says(renewed(&founders, lease.lease).await, "Commits may wait for the server now.");
+    close(&founders, lease.lease).await;
+    voting.set(Some(false));
 
     // A stream that is lost stays lost as long as replay stands.
     let lease = keeping(7, limits());

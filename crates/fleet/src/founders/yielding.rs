@@ -1,0 +1,137 @@
+//! Spans of a primary give way to changes of the schema.
+//!
+//! A span holds ACCESS SHARE on its table for as long as its rows are taken, which a limit of the rate or a slow store may
+//! draw out to minutes. An ALTER that waits for it has everybody who comes after it waiting, too. So while a span of a
+//! primary is read, the guard looks each second whether somebody waits for the table; then the read is ended at once,
+//! whether its rows are taken or not, and the span may be asked for again. Each point gives way a few times for
+//! each table, and no more, or changes in a loop would keep a backup from ever ending.
+//!
+//! On a standby nobody waits: there replay ends what is in its way.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::Bytes;
+use cluster::service::ByteStream;
+use futures_util::StreamExt as _;
+use futures_util::stream::unfold;
+use pgerror::{PgError, SqlState};
+use tokio::sync::mpsc;
+use tokio::time::{sleep, timeout};
+use tokio_postgres::CancelToken;
+use tokio_util::task::AbortOnDropHandle;
+
+use super::pool::Pool;
+use super::session::{Session, cancel, has_code};
+use super::types::What;
+
+/// How often a point gives way for one table. After that whoever waits for it waits for the end of the span.
+pub(super) const YIELDS_MAX: usize = 2;
+
+/// How often it is looked who waits.
+const LOOK_EVERY: Duration = Duration::from_secs(1);
+
+/// A read that has not ended so long after it was cancelled is given up with its founder.
+const END_DEADLINE: Duration = Duration::from_secs(30);
+
+/// Pieces that are read ahead of whoever takes them; beyond that the server waits.
+const AHEAD: usize = 2;
+
+/// Nothing weaker is in the way of reading.
+const WANTED: &str = "
+    SELECT EXISTS (SELECT FROM pg_catalog.pg_locks l JOIN pg_catalog.pg_database d ON d.oid = l.database
+                   WHERE l.locktype = 'relation' AND l.relation = $1 AND l.mode = 'AccessExclusiveLock' AND NOT l.granted
+                     AND d.datname = pg_catalog.current_database())";
+
+/// A read that gives way.
+pub(super) struct Yielding {
+    pool: Arc<Pool>,
+    table: u32,
+    cancel: CancelToken,
+}
+
+/// Has `founder`, which reads this span, give way, if it is one that has to and may.
+pub(super) fn watched(pool: &Arc<Pool>, founder: &Session, what: &What) -> Option<Yielding> {
+    match *what {
+        What::Table { oid, .. } if pool.is_exported() && pool.may_yield(oid) => {
+            Some(Yielding { pool: pool.clone(), table: oid, cancel: founder.client.cancel_token() })
+        }
+        What::Table { .. } | What::LargeObjects | What::LargeObjectData => None,
+    }
+}
+
+impl Yielding {
+    /// The same rows, or an error in their midst. A task of its own reads them: where nobody takes them, nobody would ask
+    /// for the next, either. Dropped, it ends.
+    pub(super) fn over(self, rows: ByteStream) -> ByteStream {
+        let (pieces, taken) = mpsc::channel(AHEAD);
+        let task = AbortOnDropHandle::new(tokio::spawn(self.run(rows, pieces)));
+        Box::pin(unfold((taken, task), |(mut taken, task)| async move {
+            let piece = taken.recv().await?;
+            Some((piece, (taken, task)))
+        }))
+    }
+
+    async fn run(self, mut rows: ByteStream, pieces: mpsc::Sender<anyhow::Result<Bytes>>) {
+        tokio::select! {
+            () = pass(&mut rows, &pieces) => return,
+            () = self.wanted() => {}
+        }
+        let error = self.give_way(rows).await;
+        // Whoever took the rows may be gone.
+        drop(pieces.send(Err(error)).await);
+    }
+
+    /// Returns when somebody waits for the table to whom way is given.
+    async fn wanted(&self) {
+        while self.pool.may_yield(self.table) {
+            sleep(LOOK_EVERY).await;
+            match self.is_wanted().await {
+                Ok(true) if self.pool.yields(self.table) => return,
+                Ok(_) => {}
+                Err(error) => tracing::debug!("who waits for a table could not be asked: {error:#}"),
+            }
+        }
+        std::future::pending().await
+    }
+
+    async fn is_wanted(&self) -> anyhow::Result<bool> {
+        Ok(self.pool.guard().await?.row(WANTED, &[&self.table]).await?.get(0))
+    }
+
+    /// Ends the read, and with it its lock.
+    async fn give_way(self, mut rows: ByteStream) -> anyhow::Error {
+        cancel(self.cancel).await;
+        // A server that waits to be rid of rows does not hear that it was told to end.
+        let ended = timeout(END_DEADLINE, async {
+            loop {
+                match rows.next().await {
+                    Some(Ok(_)) => {}
+                    Some(Err(error)) => return Some(error),
+                    None => return None,
+                }
+            }
+        });
+        match ended.await {
+            // It has ended for another reason, which says more.
+            Ok(Some(error)) if !has_code(&error, &[SqlState::OBJECT_IN_USE]) => error,
+            _ => {
+                let name = self.pool.tables.get(&self.table).map(|table| format!("{}.{}", table.schema, table.name));
+                let message = format!("table \"{}\" is wanted by somebody else", name.unwrap_or_default());
+                PgError::new(SqlState::LOCK_NOT_AVAILABLE, message)
+                    .detail("Reading it gave way to a change of the schema that waited for it.")
+                    .into()
+            }
+        }
+    }
+}
+
+/// Hands on what is read, until all of it is or nobody takes it any more.
+async fn pass(rows: &mut ByteStream, pieces: &mpsc::Sender<anyhow::Result<Bytes>>) {
+    while let Some(piece) = rows.next().await {
+        let is_last = piece.is_err();
+        if pieces.send(piece).await.is_err() || is_last {
+            return;
+        }
+    }
+}

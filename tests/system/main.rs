@@ -17,6 +17,7 @@ mod driver_steps; // one script of steps through every driver, and through psql
 mod drivers; // the same for application drivers
 mod extended; // ours in the extended protocol: what a driver may rely on, promise by promise
 mod failover; // promotion, crash and return of servers and nodes
+mod hostile; // operators, functions and types of a client's own that stand before PostgreSQL's
 mod locality; // CockroachDB's cases of EXECUTION LOCALITY: nodes whose tiers cross, several shards
 mod mistakes; // wrong secrets, shards, stores and addresses
 mod outages; // stores, nodes and registries that are away for long: waited for, told, and nothing made twice
@@ -25,6 +26,7 @@ mod restore; // everything comes back the same, once, and damage is noticed
 mod rows; // SHOW as a row source: prepared, in pipelines, with positions, cancelled
 mod scripts; // texts of several statements, ours among PostgreSQL's
 mod security; // passwords, TLS, open doors
+mod sessions; // timeouts, encoding, dates and messages that a client has set for its session
 mod settings; // what is set for the fleet holds on every node, without a restart
 mod shards; // several shards: each by its own rules, into others by shard_map, and left out only by name
 mod survival; // jobs outlive nodes that are stopped in turn, and a registry that moves

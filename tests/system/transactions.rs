@@ -138,6 +138,24 @@ fn an_attached_backup_stands_alone() {
         assert_eq!(wire.query("BEGIN").hear(), "C BEGIN\nZ T");
         assert_eq!(wire.query(ATTACHED).hear(), format!("{REFUSED}\nZ E"));
         assert_eq!(wire.query("ROLLBACK").hear(), "C ROLLBACK\nZ I");
+        // What is wrong with it itself comes first.
+        let tier = "E SERROR CXXUUU Mtier must be in the form \"key=value\" not \"abc\"";
+        for text in [ATTACHED.to_owned(), restore.to_owned()] {
+            let text = format!("{text} WITH EXECUTION LOCALITY = 'abc'");
+            assert_eq!(wire.query("BEGIN").hear(), "C BEGIN\nZ T");
+            assert_eq!(wire.query(&text).hear(), format!("{tier}\nZ E"));
+            assert_eq!(wire.query("ROLLBACK").hear(), "C ROLLBACK\nZ I");
+            wire.parse("", "SELECT 1 WHERE false").bind("", "", 0).execute("", 0);
+            let heard = wire.parse("", &text).bind("", "", 0).execute("", 0).sync().hear();
+            assert!(heard.ends_with(&format!("{tier}\nZ I")), "{heard}");
+        }
+        let switch = "SET CLUSTER SETTING feature.backup.enabled";
+        assert_eq!(wire.query(&format!("{switch} = false")).hear(), "C SET CLUSTER SETTING\nZ I");
+        assert_eq!(wire.query("BEGIN").hear(), "C BEGIN\nZ T");
+        let heard = wire.query(&format!("{ATTACHED} WITH EXECUTION LOCALITY = 'abc'")).hear();
+        assert!(heard.starts_with("E SERROR C57000 ") && heard.ends_with("Z E"), "{heard}");
+        assert_eq!(wire.query("ROLLBACK").hear(), "C ROLLBACK\nZ I");
+        assert_eq!(wire.query(&format!("{switch} = true")).hear(), "C SET CLUSTER SETTING\nZ I");
         // A block that the same pipeline has begun, and an implicit one.
         for first in ["BEGIN", "SELECT 1 WHERE false"] {
             wire.parse("", first)

@@ -14,7 +14,7 @@ use cluster::{Filter, PeerSession, Peers, Purpose, spoken};
 use jobs::{Birth, Job, JobId, Jobs, NewJob, Taken};
 use pgerror::{PgError, SqlState};
 use serde_json::Value;
-use sql::{Backup, Text};
+use sql::{Backup, Statement, Text};
 use storage::{Connections, Seal, Uri};
 use tokio::time::timeout;
 
@@ -132,6 +132,24 @@ impl Backups {
         }
         let message = "too many backups are begun at the same moment";
         Err(PgError::new(SqlState::OBJECT_IN_USE, message).hint("Try again.").into())
+    }
+
+    /// What is wrong with a BACKUP or a RESTORE before anything is asked about its transaction: that its feature is
+    /// switched off, or its filter is none.
+    ///
+    /// # Errors
+    ///
+    /// These two, in this order. While the registry cannot be read nothing is known of features, and that is no error.
+    pub async fn check_first(&self, statement: &Statement) -> anyhow::Result<()> {
+        let (feature, locality) = match statement {
+            Statement::Backup(backup) => ("backup", &backup.options.execution_locality),
+            Statement::Restore(restore) => ("restore", &restore.options.execution_locality),
+            _ => return Ok(()),
+        };
+        if let Ok(settings) = self.jobs.settings().await {
+            settings.check_feature(feature, statement.tag())?;
+        }
+        filter_of(locality.as_ref()).map(drop)
     }
 
     /// Makes the job, and, unless the client wants its id only (`detached`), waits for its end.

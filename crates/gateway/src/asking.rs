@@ -21,19 +21,23 @@ use crate::transactions::{MARK, birth_of, transaction};
 
 /// Texts come in hexadecimal digits, because the answer is in the client's encoding. Whether the user is a superuser is asked
 /// of the catalog: the session's `is_superuser` stays what it was when the role was set.
+///
+/// Here and in every question to a client's session, operators, functions and types are named with their schema: found by
+/// the client's `search_path`, they would be the client's own, and answer what it likes.
 const WHO: &str = "
-    SELECT pg_catalog.encode(pg_catalog.convert_to(text, 'UTF8'), 'hex') FROM (VALUES
-        (1, current_user::text),
-        (2, CASE WHEN EXISTS (SELECT FROM pg_catalog.pg_roles WHERE rolname = current_user AND rolsuper)
-            THEN 'on' ELSE 'off' END),
-        (3, (SELECT setting FROM pg_catalog.pg_settings WHERE name = 'statement_timeout')),
+    SELECT pg_catalog.encode(pg_catalog.convert_to(told, 'UTF8'), 'hex') FROM (VALUES
+        (1, CURRENT_USER::pg_catalog.text),
+        (2, CASE WHEN EXISTS (SELECT FROM pg_catalog.pg_roles AS roles
+                WHERE roles.rolname OPERATOR(pg_catalog.=) CURRENT_USER AND roles.rolsuper) THEN 'on' ELSE 'off' END),
+        (3, (SELECT setting FROM pg_catalog.pg_settings WHERE name OPERATOR(pg_catalog.=) 'statement_timeout')),
         (4, pg_catalog.current_setting('backhaul.debug_pausepoints', true)),
         (5, pg_catalog.current_setting('backhaul.on_relocation', true)),
         (6, pg_catalog.current_setting('backhaul.progress', true)),
         (7, pg_catalog.current_setting('backhaul.backup.balanced_distribution', true)),
         (8, pg_catalog.current_setting('backhaul.backup.standby_mode', true)),
-        (9, pg_catalog.current_database()::text),
-        (10, pg_catalog.to_json(pg_catalog.current_schemas(true))::text)) AS asked (number, text) ORDER BY number";
+        (9, pg_catalog.current_database()::pg_catalog.text),
+        (10, pg_catalog.to_json(pg_catalog.current_schemas(true))::pg_catalog.text),
+        (11, pg_catalog.current_setting('client_min_messages'))) AS asked (number, told) ORDER BY number";
 
 /// No more of a value that is no id is told.
 const TOLD_MAX: usize = 60;
@@ -45,6 +49,14 @@ pub(crate) struct Order {
     pub(crate) origin: Origin,
     /// What queries in it are run with.
     pub(crate) arguments: Arguments,
+    /// Its client has said that it wants no notices.
+    pub(crate) quiet: bool,
+}
+
+impl Order {
+    pub(crate) fn new(work: Work, origin: Origin, arguments: Arguments) -> Self {
+        Self { work, origin, arguments, quiet: false }
+    }
 }
 
 /// What there is to do for it.
@@ -141,7 +153,7 @@ impl Asking {
     pub(crate) fn namesake(tag: u8, body: Bytes, name: &[u8]) -> (Self, String) {
         let digits: String = name.iter().map(|byte| format!("{byte:02x}")).collect();
         let question = format!(
-            "SELECT 1 FROM pg_catalog.pg_prepared_statements WHERE from_sql AND name = \
+            "SELECT 1 FROM pg_catalog.pg_prepared_statements WHERE from_sql AND name OPERATOR(pg_catalog.=) \
              pg_catalog.convert_from(pg_catalog.decode('{digits}', 'hex'), pg_catalog.pg_client_encoding())"
         );
         (Self::new(About::Namesake { tag, body }, true), question)
@@ -205,9 +217,11 @@ impl Asking {
     /// What it says is not what was asked for.
     pub(crate) fn answered(self) -> Result<Next, PgError> {
         match self.about {
-            About::Who(order, joins) => {
+            About::Who(mut order, joins) => {
                 let unknown = || PgError::new(SqlState::INTERNAL_ERROR, "the server did not say who the client is");
-                let requester = Box::new(requester(&self.told).ok_or_else(unknown)?);
+                let (requester, quiet) = requester(&self.told).ok_or_else(unknown)?;
+                let requester = Box::new(requester);
+                order.quiet = quiet;
                 Ok(match joins {
                     Some(shard) => {
                         let asking = Self::new(About::Mark(order, requester, shard), self.extended);
@@ -249,7 +263,8 @@ pub(crate) fn with_position(body: &[u8], change: impl FnOnce(usize) -> usize) ->
     Some(frame.into())
 }
 
-fn requester(told: &[Option<String>]) -> Option<Requester> {
+/// Who asks, and whether they want no notices.
+fn requester(told: &[Option<String>]) -> Option<(Requester, bool)> {
     let text = |digits: &Option<String>| {
         let Some(digits) = digits else { return Some(None) };
         let byte = |pair: &[u8]| u8::from_str_radix(std::str::from_utf8(pair).ok()?, 16).ok();
@@ -268,12 +283,13 @@ fn requester(told: &[Option<String>]) -> Option<Requester> {
         standby_mode,
         Some(database),
         Some(path),
-    ] = <[Option<String>; 10]>::try_from(told).ok()?
+        Some(min_messages),
+    ] = <[Option<String>; 11]>::try_from(told).ok()?
     else {
         return None;
     };
     let milliseconds: u64 = timeout.parse().ok()?;
-    Some(Requester {
+    let requester = Requester {
         user,
         superuser: superuser == "on",
         statement_timeout: (milliseconds > 0).then(|| Duration::from_millis(milliseconds)),
@@ -286,7 +302,9 @@ fn requester(told: &[Option<String>]) -> Option<Requester> {
         },
         database,
         search_path: serde_json::from_str(&path).ok()?,
-    })
+    };
+    // All that this gateway says beside errors is a NOTICE.
+    Some((requester, matches!(min_messages.as_str(), "warning" | "error")))
 }
 
 /// NULL is nobody's id.
@@ -329,13 +347,14 @@ mod tests {
 
     fn order() -> Order {
         let statements = sql::parse("SHOW JOBS").unwrap();
-        Order { work: Work::Ours(statements), origin: Origin::Query, arguments: Arguments::default() }
+        Order::new(Work::Ours(statements), Origin::Query, Arguments::default())
     }
 
-    fn tell_who(asking: &mut Asking) {
+    fn tell_who(asking: &mut Asking, min_messages: &str) {
         let hex = |text: &str| text.bytes().map(|byte| format!("{byte:02x}")).collect::<String>();
         let settings = [Some("jürgen"), Some("on"), Some("50"), None, Some("wait"), Some("")];
-        for value in settings.into_iter().chain([Some("off"), None, Some("movr"), Some(r#"["pg_catalog","ü"]"#)]) {
+        let path = Some(r#"["pg_catalog","ü"]"#);
+        for value in settings.into_iter().chain([Some("off"), None, Some("movr"), path, Some(min_messages)]) {
             let digits = value.map(hex);
             asking.told(&row(&[digits.as_deref()]));
         }
@@ -345,7 +364,7 @@ mod tests {
     fn who_asks_is_told_in_digits() {
         let (mut asking, question) = Asking::who(order(), None);
         assert_eq!((question, asking.is_extended()), (WHO, false));
-        tell_who(&mut asking);
+        tell_who(&mut asking, "notice");
         let Ok(Next::Start(_, requester, Birth::Now)) = asking.answered() else { panic!("no start") };
         let settings = Settings { on_relocation: "wait".to_owned(), balanced: "off".to_owned(), ..Settings::default() };
         let expected = Requester {
@@ -358,6 +377,31 @@ mod tests {
         };
         assert_eq!(*requester, expected);
         assert!(Asking::who(order(), None).0.answered().is_err());
+        for (min_messages, quiet) in [("debug1", false), ("log", false), ("warning", true), ("error", true)] {
+            let mut asking = Asking::who(order(), None).0;
+            tell_who(&mut asking, min_messages);
+            assert!(matches!(asking.answered(), Ok(Next::Start(order, ..)) if order.quiet == quiet), "{min_messages}");
+        }
+    }
+
+    #[test]
+    fn questions_leave_nothing_to_the_client_s_search_path() {
+        let (_, namesake) = Asking::namesake(b'B', Bytes::new(), b"s");
+        for question in [WHO, MARK, &namesake] {
+            let bare: String = question.split('\'').step_by(2).collect();
+            assert!(bare.split("::").skip(1).all(|cast| cast.starts_with("pg_catalog.")), "{question}");
+            let unnamed = bare.split("OPERATOR(pg_catalog.").enumerate().map(|(index, part)| match index {
+                0 => part,
+                _ => part.split_once(')').unwrap().1,
+            });
+            assert!(unnamed.flat_map(str::chars).all(|sign| !"=<>+-/%&|^!~@#".contains(sign)), "{question}");
+            let words: Vec<&str> = bare.split_inclusive('(').collect();
+            for call in words {
+                let name = call.trim_end_matches('(').rsplit([' ', '(']).next().unwrap();
+                let keyword = ["", "OPERATOR", "EXISTS", "VALUES", "asked", "AS", "ELSE"].contains(&name.trim());
+                assert!(!call.ends_with('(') || keyword || name.starts_with("pg_catalog."), "{call}");
+            }
+        }
     }
 
     type Reply = oneshot::Receiver<Result<Vec<i64>, PgError>>;
@@ -382,7 +426,7 @@ mod tests {
     #[test]
     fn a_transaction_is_asked_about_before_anything_is_run() {
         let (mut asking, _) = Asking::who(order(), Some("s1".to_owned()));
-        tell_who(&mut asking);
+        tell_who(&mut asking, "notice");
         let Ok(Next::Ask(mut asking, question)) = asking.answered() else { panic!("no question") };
         assert_eq!(question, MARK);
         asking.told(&row(&[Some("740 2 00000001")]));

@@ -57,6 +57,10 @@ fn formats(body: &mut &[u8]) -> Option<Vec<i16>> {
 /// The integers among the types that a client may give a parameter, by `pg_type.oid`: int8, int2, int4, oid.
 const INTEGERS: [u32; 4] = [20, 21, 23, 26];
 
+/// And the others whose binary form is read: bool, float4, float8.
+const BOOL: u32 = 16;
+const FLOATS: [u32; 2] = [700, 701];
+
 /// And the texts: text, unknown, varchar, bpchar, name.
 const TEXTS: [u32; 5] = [25, 705, 1043, 1042, 19];
 
@@ -71,22 +75,49 @@ impl Given<'_> {
         if !self.binary || TEXTS.contains(&oid) {
             return Ok(Some(utf8(bytes)?.to_owned()));
         }
-        if !INTEGERS.contains(&oid) {
-            let message = "a parameter of a statement of Backhaul in binary form must be a text or an integer";
-            return Err(PgError::new(SqlState::FEATURE_NOT_SUPPORTED, message)
-                .hint("Let the driver take the type that Describe gives, or send it as text."));
-        }
-        let number = match *bytes {
-            [a, b] => i64::from(i16::from_be_bytes([a, b])),
-            [a, b, c, d] if oid == INTEGERS[3] => i64::from(u32::from_be_bytes([a, b, c, d])),
-            [a, b, c, d] => i64::from(i32::from_be_bytes([a, b, c, d])),
-            [a, b, c, d, e, f, g, h] => i64::from_be_bytes([a, b, c, d, e, f, g, h]),
+        let read = match oid {
+            BOOL => truth(bytes),
+            _ if FLOATS.contains(&oid) => float(bytes),
+            _ if INTEGERS.contains(&oid) => integer(bytes, oid == INTEGERS[3]),
             _ => {
-                let message = "incorrect binary data format in bind parameter";
-                return Err(PgError::new(SqlState::INVALID_BINARY_REPRESENTATION, message));
+                let message =
+                    "a parameter of a statement of Backhaul in binary form must be a text, a number or a truth value";
+                return Err(PgError::new(SqlState::FEATURE_NOT_SUPPORTED, message)
+                    .detail("Of the numbers, numeric has to be sent as text.")
+                    .hint("Let the driver take the type that Describe gives, or send it as text."));
             }
         };
-        Ok(Some(number.to_string()))
+        let malformed = || {
+            let message = "incorrect binary data format in bind parameter";
+            PgError::new(SqlState::INVALID_BINARY_REPRESENTATION, message)
+        };
+        read.map(Some).ok_or_else(malformed)
+    }
+}
+
+fn truth(bytes: &[u8]) -> Option<String> {
+    match *bytes {
+        [byte] => Some((byte != 0).to_string()),
+        _ => None,
+    }
+}
+
+fn integer(bytes: &[u8], unsigned: bool) -> Option<String> {
+    let number = match *bytes {
+        [a, b] => i64::from(i16::from_be_bytes([a, b])),
+        [a, b, c, d] if unsigned => i64::from(u32::from_be_bytes([a, b, c, d])),
+        [a, b, c, d] => i64::from(i32::from_be_bytes([a, b, c, d])),
+        [a, b, c, d, e, f, g, h] => i64::from_be_bytes([a, b, c, d, e, f, g, h]),
+        _ => return None,
+    };
+    Some(number.to_string())
+}
+
+fn float(bytes: &[u8]) -> Option<String> {
+    match *bytes {
+        [a, b, c, d] => Some(f32::from_be_bytes([a, b, c, d]).to_string()),
+        [a, b, c, d, e, f, g, h] => Some(f64::from_be_bytes([a, b, c, d, e, f, g, h]).to_string()),
+        _ => None,
     }
 }
 
@@ -104,7 +135,7 @@ mod tests {
         assert_eq!((bound.name, &bound.formats), (&b"s"[..], &vec![1]));
         assert_eq!(texts, [Some("7".to_owned()), Some("42".to_owned()), None]);
         assert_eq!(([bound.given, &[0, 1, 0, 1]].concat(), bound.rest), (body[3..].to_vec(), &body[3..]));
-        let binary = |bytes: &'static [u8], oid| Given { binary: true, bytes: Some(bytes) }.text(oid);
+        let binary = |bytes: &[u8], oid| Given { binary: true, bytes: Some(bytes) }.text(oid);
         for (bytes, oid, expected) in [
             (b"1234".as_slice(), 25, Ok("1234")),
             (b"1234", 23, Ok("825373492")),
@@ -113,7 +144,13 @@ mod tests {
             (b"\xff\xff\xff\xff\xff\xff\xff\xfe", 20, Ok("-2")),
             (b"123", 20, Err("22P03")),
             (b"\xff", 25, Err("22021")),
-            (b"1234", 700, Err("0A000")),
+            (b"\0", 16, Ok("false")),
+            (b"\x01", 16, Ok("true")),
+            (b"\0\0", 16, Err("22P03")),
+            (&1.5_f32.to_be_bytes(), 700, Ok("1.5")),
+            (&65_536_f64.to_be_bytes(), 701, Ok("65536")),
+            (b"123", 701, Err("22P03")),
+            (b"1234", 1700, Err("0A000")),
         ] {
             let read = binary(bytes, oid);
             let read = read.as_ref().map(|text| text.as_deref().unwrap()).map_err(|error| error.code.as_str());

@@ -193,18 +193,21 @@ impl Session {
         let text = query_text(body)?;
         let work = if sql::is_ours(text.as_bytes()) {
             let parsed = sql::parse(text)?;
-            Work::Ours(parsed.into_iter().map(|statement| statement.bind(&[])).collect::<Result<_, _>>()?)
+            if self.speech.takes_apart(&parsed) {
+                return self.several(body);
+            }
+            self.speech.work(parsed.into_iter().map(|statement| statement.bind(&[])).collect::<Result<_, _>>()?)
         } else {
             Work::Sourced(Sourced::read(text)?.bind(&[])?)
         };
-        self.ask(Order { work, origin: Origin::Query, arguments: Arguments::default() });
+        self.ask(Order::new(work, Origin::Query, Arguments::default()));
         Ok(())
     }
 
     /// A statement of ours takes its name on the server, too, as an empty one, or as its query: so the server knows the
     /// name as taken, and as known when it is to be deallocated. Its ParseComplete is the client's.
     fn prepare(&mut self, body: &Bytes) -> Result<(), PgError> {
-        let ForServer { name, text, types, position } = self.locals.parse(body)?;
+        let ForServer { name, text, types, position } = self.locals.parse(body, &self.speech)?;
         Writer(&mut self.to_server).parse(name, &text, &types);
         self.pipeline.forwarded(b'P');
         self.places = Some(Places { until: b'1', position });
@@ -237,7 +240,7 @@ impl Session {
             if !self.conforming_strings && sourced.text().contains('\\') {
                 return Err(needs_conforming_strings());
             }
-            self.ask(Order { work: Work::Sourced(sourced), origin: Origin::Message(body), arguments });
+            self.ask(Order::new(Work::Sourced(sourced), Origin::Message(body), arguments));
         }
         Ok(())
     }
@@ -246,7 +249,7 @@ impl Session {
         match self.locals.begin_execute(body)? {
             Execution::Run(statement, arguments) => {
                 let origin = Origin::Message(body.clone());
-                self.ask(Order { work: Work::Ours(vec![*statement]), origin, arguments });
+                self.ask(Order::new(Work::Ours(vec![*statement]), origin, arguments));
                 Ok(())
             }
             Execution::Ready => self.locals.finish_execute(body, None, &mut self.to_client),
@@ -264,10 +267,11 @@ impl Session {
         };
         let is_part = matches!(order.origin, Origin::Part { .. });
         let is_inside = is_part || self.pipeline.is_inside();
-        if let Some(refusal) = statements.iter().find_map(stands_alone)
+        if let Some((statement, refusal)) = statements.iter().find_map(stands_alone)
             && (is_inside || statements.len() > 1)
         {
-            return self.fail(order.origin.tag(), &refusal);
+            let statement = statement.clone();
+            return self.refuse(statement, order.origin, refusal);
         }
         let is_alone = match order.origin {
             // In the simple protocol a text is a transaction of its own.
@@ -313,6 +317,7 @@ impl Session {
             Ok(Next::GoOn) => {
                 if let Some(running) = &self.running {
                     self.cancelable.go_on(running.cancelled.clone());
+                    self.keep_awake(tag != b'Q');
                 }
                 Ok(())
             }
@@ -336,7 +341,9 @@ impl Session {
     }
 
     fn start(&mut self, order: Order, requester: Option<Requester>, birth: Birth) {
-        let Order { work, origin, arguments } = order;
+        let Order { work, origin, arguments, quiet } = order;
+        self.speech.quiet = quiet;
+        self.keep_awake(origin.is_extended());
         let before = origin.before();
         let cancelled = self.cancelable.begin();
         let (gateway, remarks, questions) = (self.gateway.clone(), self.remarks.sender(), self.questions.clone());
@@ -355,6 +362,37 @@ impl Session {
             }
         });
         self.running = Some(Running { future, origin, joins, cancelled });
+    }
+
+    /// Refuses a statement that stands where it cannot, unless it is refused for itself before.
+    fn refuse(&mut self, statement: Statement, origin: Origin, refusal: PgError) {
+        self.keep_awake(origin.is_extended());
+        let (gateway, cancelled) = (self.gateway.clone(), self.cancelable.begin());
+        let cancel = cancelled.clone();
+        let future = Box::pin(async move {
+            let error = tokio::select! {
+                error = gateway.refusal(&statement, refusal) => error,
+                () = cancel.cancelled() => cancelled_by_user(),
+            };
+            Outcome::Answered(vec![(statement, Err(error))])
+        });
+        self.running = Some(Running { future, origin, joins: false, cancelled });
+    }
+
+    /// The server takes a session for idle whose Query it has answered, and its timeouts would end one that waits for a
+    /// statement of ours. They count up to the next message of whatever kind, and this one does nothing else. In a
+    /// pipeline nothing is counted.
+    fn keep_awake(&mut self, extended: bool) {
+        if !extended {
+            Writer(&mut self.to_server).flush();
+        }
+    }
+
+    /// Ends what a Query is answered with: the ReadyForQuery is the server's, which counts from then on how long the
+    /// session is idle.
+    fn conclude(&mut self) {
+        Writer(&mut self.to_server).sync();
+        self.pipeline.forwarded(b'S');
     }
 
     /// What ours does has come to its end.
@@ -377,7 +415,7 @@ impl Session {
 
     fn answer(&mut self, answers: Answered, origin: &Origin) -> Result<(), PgError> {
         for (statement, answer) in answers {
-            let answer = answer?;
+            let answer = self.speech.answer(answer?);
             match origin {
                 Origin::Message(body) => self.locals.finish_execute(body, Some(answer), &mut self.to_client)?,
                 Origin::Query | Origin::Part { .. } => {
@@ -392,7 +430,7 @@ impl Session {
             }
         }
         if matches!(origin, Origin::Query) {
-            Writer(&mut self.to_client).ready(self.pipeline.transaction());
+            self.conclude();
         }
         Ok(())
     }
@@ -400,7 +438,7 @@ impl Session {
     /// Sends the client's message on with rows in its text.
     fn send_on(&mut self, sent: Sent, origin: Origin) -> Result<(), PgError> {
         let Sent { rewritten, arguments, notices } = sent;
-        notices.iter().for_each(|notice| Writer(&mut self.to_client).notice(notice));
+        self.speech.notices(notices).iter().for_each(|notice| Writer(&mut self.to_client).notice(notice));
         let mut out = Writer(&mut self.to_server);
         let until = match origin {
             Origin::Query => {
@@ -428,7 +466,7 @@ impl Session {
     /// A statement of ours fails, and with it the transaction that it stands in, as PostgreSQL does it.
     fn fail(&mut self, tag: u8, error: &PgError) {
         let mut said = BytesMut::new();
-        Writer(&mut said).error(error);
+        Writer(&mut said).error(&self.speech.words(error.clone()));
         let extended = tag != b'Q';
         if extended || self.pipeline.transaction() == Transaction::Open {
             Writer(&mut self.to_server).poison(extended);
@@ -437,14 +475,14 @@ impl Session {
             self.skipping = extended;
         } else {
             self.to_client.unsplit(said);
-            Writer(&mut self.to_client).ready(self.pipeline.transaction());
+            self.conclude();
         }
     }
 }
 
 /// Whether everybody gets the same.
 fn is_for_everybody(work: &Work) -> bool {
-    let same = |statement: &Statement| matches!(statement, Statement::ShowLocality | Statement::ShowNodes);
+    let same = |statement: &Statement| matches!(statement, Statement::ShowLocality);
     match work {
         Work::Ours(statements) => statements.iter().all(same),
         Work::Sourced(sourced) => sourced.sources().iter().all(|source| same(&source.statement)),
@@ -452,13 +490,14 @@ fn is_for_everybody(work: &Work) -> bool {
 }
 
 /// Why a statement cannot be part of a transaction with others, if it cannot.
-fn stands_alone(statement: &Statement) -> Option<PgError> {
-    match statement {
-        Statement::Backup(backup) if !backup.options.detached => Some(in_transaction(statement.tag())),
-        Statement::Restore(restore) if !restore.options.detached => Some(in_transaction(statement.tag())),
-        Statement::Settings(Settings::Set { .. }) => Some(setting_in_transaction()),
-        _ => None,
-    }
+fn stands_alone(statement: &Statement) -> Option<(&Statement, PgError)> {
+    let refusal = match statement {
+        Statement::Backup(backup) if !backup.options.detached => in_transaction(statement.tag()),
+        Statement::Restore(restore) if !restore.options.detached => in_transaction(statement.tag()),
+        Statement::Settings(Settings::Set { .. }) => setting_in_transaction(),
+        _ => return None,
+    };
+    Some((statement, refusal))
 }
 
 fn query_text(body: &[u8]) -> Result<&str, PgError> {

@@ -7,7 +7,7 @@
 //! transaction where it stands in one ([`transactions`]), after the client's own session
 //! has been asked what only it knows ([`asking`]), and answered from [`local`] and [`answer`]. A text of PostgreSQL's with
 //! a SHOW of ours as a row source goes on with rows in its place ([`rows`]), and a text of several statements goes on one by
-//! one ([`script`]).
+//! one ([`script`]). In which words all this is told is the client's to choose ([`speech`]).
 //!
 //! **The relay is faithful.** Frames pass byte for byte. PostgreSQL authenticates its own clients through it; no
 //! password is kept and no user list exists. A frame is looked at only where it may be ours: the text of Query and
@@ -44,6 +44,7 @@ mod server_frames;
 mod session;
 mod settings;
 mod show;
+mod speech;
 mod startup;
 pub mod tls;
 mod transactions;

@@ -12,6 +12,7 @@ use crate::frame::{cut_i16, cut_i32, cut_string};
 use crate::requests::Arguments;
 use crate::rows;
 use crate::run::columns;
+use crate::speech::Speech;
 
 /// The types that our parameters have, by `pg_type.oid`.
 const TEXT_OID: u32 = 25;
@@ -247,7 +248,7 @@ impl Locals {
     }
 
     /// Parse, of a text that is ours or has row sources. Gives what the server has to accept, too.
-    pub(crate) fn parse<'b>(&mut self, mut body: &'b [u8]) -> Result<ForServer<'b>, PgError> {
+    pub(crate) fn parse<'b>(&mut self, mut body: &'b [u8], speech: &Speech) -> Result<ForServer<'b>, PgError> {
         let (Some(name), Some(text)) = (cut_string(&mut body), cut_string(&mut body)) else {
             return Err(malformed("Parse"));
         };
@@ -259,7 +260,11 @@ impl Locals {
                 return Err(PgError::new(SqlState::SYNTAX_ERROR, message));
             };
             let known = statement.parameters()?;
-            (Meaning::Ours(statement), known)
+            let meaning = match speech.is_server_s(&statement) {
+                true => Meaning::Sourced(Sourced::of(statement)),
+                false => Meaning::Ours(statement),
+            };
+            (meaning, known)
         } else {
             let sourced = Sourced::read(text)?;
             let known = sourced.parameters()?;

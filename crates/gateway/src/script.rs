@@ -89,14 +89,14 @@ impl Session {
         };
         let origin = Origin::Part { before };
         let work = match work {
-            PartWork::Ours(statement) => Work::Ours(vec![statement]),
+            PartWork::Ours(statement) => self.speech.work(vec![statement]),
             PartWork::Theirs(sourced) if sourced.sources().is_empty() => {
                 self.send_part(sourced.text(), Box::new(move |at| at + before));
                 return true;
             }
             PartWork::Theirs(sourced) => Work::Sourced(sourced),
         };
-        self.ask(Order { work, origin, arguments: Arguments::default() });
+        self.ask(Order::new(work, origin, Arguments::default()));
         true
     }
 

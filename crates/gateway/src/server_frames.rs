@@ -117,13 +117,15 @@ impl Session {
                 let session = std::sync::Arc::clone(&self.cancelable);
                 self.registered = Some(self.gateway.cancel_keys().register(key, session));
             }
-            b'S' => match cut_string(&mut body) {
-                Some(b"standard_conforming_strings") => self.conforming_strings = body.starts_with(b"on"),
-                Some(b"client_encoding") => {
-                    self.ascii_in_characters = cut_string(&mut body).is_some_and(|name| ASCII_INSIDE.contains(&name));
+            b'S' => {
+                let (Some(name), Some(value)) = (cut_string(&mut body), cut_string(&mut body)) else { return };
+                match name {
+                    b"standard_conforming_strings" => self.conforming_strings = value == b"on",
+                    b"client_encoding" => self.ascii_in_characters = ASCII_INSIDE.contains(&value),
+                    _ => {}
                 }
-                _ => {}
-            },
+                self.speech.heard(name, value);
+            }
             b'C' => match cut_string(&mut body) {
                 Some(b"DISCARD ALL" | b"DEALLOCATE ALL") => self.locals.discard_all(),
                 Some(b"PREPARE") => self.locals.doubt(),

@@ -32,6 +32,7 @@ use crate::pipeline::Pipeline;
 use crate::progress::Remarks;
 use crate::rows::Sent;
 use crate::script::{Origin, Script};
+use crate::speech::Speech;
 use crate::transactions::Joined;
 
 /// Reading from one side stops while this much waits to be written to the other.
@@ -84,6 +85,8 @@ pub(crate) struct Session {
     pub(crate) conforming_strings: bool,
     /// The client's encoding has bytes of ASCII inside of characters; while that is so, only texts in ASCII are looked into.
     pub(crate) ascii_in_characters: bool,
+    /// How the client is spoken to.
+    pub(crate) speech: Speech,
     /// The server has said that it ends the connection.
     pub(crate) server_ended: bool,
     /// The client has said good-bye.
@@ -135,6 +138,7 @@ impl Session {
             greeted: false,
             conforming_strings: true,
             ascii_in_characters: false,
+            speech: Speech::default(),
             server_ended: false,
             client_ended: false,
             skipping: false,
@@ -232,7 +236,7 @@ impl Session {
             && self.from_server.is_between_frames()
         {
             // Not in the middle of a frame of the server: the client could not tell our words from its bytes.
-            Writer(&mut self.to_client).fatal(&error);
+            Writer(&mut self.to_client).fatal(&self.speech.words(error));
         }
         let last_words = async {
             client_out.write_all_buf(&mut self.to_client).await?;
@@ -251,9 +255,8 @@ impl Session {
             self.put(question);
         }
         if self.from_server.is_between_frames() {
-            if let Some(remark) = self.remarks.take() {
-                Writer(&mut self.to_client).notice(&remark);
-            }
+            let remarks = self.remarks.take().into_iter().collect();
+            self.speech.notices(remarks).iter().for_each(|remark| Writer(&mut self.to_client).notice(remark));
             if let Some(outcome) = self.outcome.take() {
                 self.finish(outcome);
             }

@@ -31,10 +31,12 @@ pub(crate) const MARK: &str = "
             SELECT pg_catalog.pg_current_xact_id() AS top,
                    pg_catalog.pg_logical_emit_message(true, 'backhaul', '') AS place)
         SELECT pg_catalog.concat_ws(' ', top,
-            (SELECT pg_catalog.max((locks.transactionid::text::bigint - top::text::bigint) & 4294967295)
+            (SELECT pg_catalog.max((locks.transactionid::pg_catalog.text::pg_catalog.int8
+                    OPERATOR(pg_catalog.-) top::pg_catalog.text::pg_catalog.int8) OPERATOR(pg_catalog.&) 4294967295)
              FROM pg_catalog.pg_locks AS locks
-             WHERE marked.place IS NOT NULL AND locks.locktype = 'transactionid' AND locks.granted
-               AND locks.mode = 'ExclusiveLock' AND locks.pid = pg_catalog.pg_backend_pid()),
+             WHERE marked.place IS NOT NULL AND locks.locktype OPERATOR(pg_catalog.=) 'transactionid' AND locks.granted
+               AND locks.mode OPERATOR(pg_catalog.=) 'ExclusiveLock'
+               AND locks.pid OPERATOR(pg_catalog.=) pg_catalog.pg_backend_pid()),
             pg_catalog.left(pg_catalog.pg_walfile_name(place), 8))
         FROM marked) END";
 
@@ -149,6 +151,12 @@ impl Joined {
 }
 
 impl Gateway {
+    /// Why a statement is refused that has to stand alone and does not: in CockroachDB's order, for what it says itself
+    /// first.
+    pub(crate) async fn refusal(&self, statement: &Statement, refusal: PgError) -> PgError {
+        self.backups.check_first(statement).await.err().map_or(refusal, |error| spoken(&error))
+    }
+
     /// Runs the statements of one text, one by one, up to the first that fails or is cancelled. `before` are the characters
     /// before their text in the client's.
     pub(crate) async fn run_all(

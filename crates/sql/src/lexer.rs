@@ -110,6 +110,12 @@ impl<'t> Iterator for Lexer<'t> {
     }
 }
 
+/// Whether a text has nothing but white space and comments; one that never ends is more.
+pub(crate) fn is_blank(text: &[u8]) -> bool {
+    let mut lexer = Lexer::new(text);
+    lexer.skip_blank() && lexer.rest().is_empty()
+}
+
 fn is_space(byte: u8) -> bool {
     matches!(byte, b' ' | b'\t' | b'\n' | b'\r' | 0x0b | 0x0c)
 }

@@ -143,6 +143,7 @@ mod tests {
             ("SHOW LOCALITY", vec![ShowLocality]),
             ("show nodes ;", vec![ShowNodes]),
             (";; SHOW LOCALITY; /* and */ SHOW NODES;", vec![ShowLocality, ShowNodes]),
+            ("/* app */ ; SHOW NODES; -- nightly", vec![ShowNodes]),
         ] {
             assert_eq!(parse(text), Ok(expected), "{text}");
         }

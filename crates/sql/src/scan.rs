@@ -93,6 +93,10 @@ const LONGEST: usize = 6;
 /// every encoding that PostgreSQL allows on the wire for these characters in this place: before the first word.
 pub fn is_ours(text: &[u8]) -> bool {
     let mut rest = text;
+    // Statements that say nothing may come before it.
+    while let Some(behind) = skip_blank(rest).and_then(|text| text.strip_prefix(b";")) {
+        rest = behind;
+    }
     // SHOW nodes.x is a setting of that name.
     starts_ours(|| next_word(&mut rest)) && !skip_blank(rest).is_some_and(|rest| rest.starts_with(b"."))
 }
@@ -233,7 +237,19 @@ mod tests {
             ("/* SHOW LOCALITY", false),
             ("-- SHOW LOCALITY", false),
             ("", false),
-            (";SHOW LOCALITY", false),
+        ] {
+            assert_eq!(is_ours(text.as_bytes()), ours, "{text}");
+        }
+    }
+
+    #[test]
+    fn statements_that_say_nothing_may_come_first() {
+        for (text, ours) in [
+            (";SHOW LOCALITY", true),
+            (" ; -- a\n;/* b */; backup DATABASE a INTO 'x'", true),
+            (";", false),
+            ("; SHOW jobs.x", false),
+            ("; SELECT 1; SHOW JOBS", false),
         ] {
             assert_eq!(is_ours(text.as_bytes()), ours, "{text}");
         }

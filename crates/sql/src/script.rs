@@ -8,7 +8,7 @@ use std::ops::Range;
 
 use pgerror::PgError;
 
-use crate::lexer::{Kind, Lexer};
+use crate::lexer::{Kind, Lexer, is_blank};
 use crate::parser::{needs_detached, parse_nested, waits};
 use crate::rows::{Sourced, shifted};
 use crate::scan::is_ours;
@@ -84,7 +84,7 @@ pub fn read_mixed(text: &str) -> Result<Vec<Part>, PgError> {
 fn statements(text: &[u8]) -> impl Iterator<Item = Range<usize>> {
     let (mut lexer, mut start) = (Lexer::new(text), 0);
     // A function's body has semicolons of its own, and where it ends is not known here: nothing behind it is cut.
-    let (mut depth, mut in_body, mut after_begin, mut is_empty) = (0_usize, false, false, true);
+    let (mut depth, mut in_body, mut after_begin) = (0_usize, false, false);
     std::iter::from_fn(move || {
         loop {
             let piece = lexer.next();
@@ -101,16 +101,14 @@ fn statements(text: &[u8]) -> impl Iterator<Item = Range<usize>> {
                     }
                     in_body |= after_begin && piece.is_word("ATOMIC");
                     after_begin = piece.is_word("BEGIN");
-                    is_empty = false;
                     continue;
                 }
             };
             let range = start..end;
             start = piece.as_ref().map_or(text.len(), |_| end + 1);
-            // A comment alone is no statement; a literal that never ends is one.
-            let nothing = is_empty && piece.is_some() || text[range.clone()].trim_ascii().is_empty();
-            (is_empty, after_begin) = (true, false);
-            if !nothing {
+            after_begin = false;
+            // A comment alone is no statement, behind the last semicolon either; what never ends is one.
+            if !is_blank(&text[range.clone()]) {
                 return Some(range);
             }
         }
@@ -136,6 +134,11 @@ mod tests {
             ("a; 'b; c", vec!["a", "'b; c"]),
             ("a) ; b", vec!["a)", "b"]),
             ("é; ü", vec!["é", "ü"]),
+            ("a; -- b", vec!["a"]),
+            ("a; /* b; */ \n", vec!["a"]),
+            ("a; /* b", vec!["a", "/* b"]),
+            ("-- a\n; b", vec!["b"]),
+            ("-- a", vec![]),
             (";", vec![]),
             ("", vec![]),
         ] {
@@ -158,6 +161,11 @@ mod tests {
             ("SELECT $$;$$, (1; SHOW JOBS)", false),
             ("SHOW JOBS; \"backup\" DATABASE a INTO 'x'", true),
             ("SHOW JOBS;\n\t", false),
+            ("SHOW JOBS; -- nightly", false),
+            ("BACKUP DATABASE a INTO 'x'; /* app */ ; -- b", false),
+            ("; SHOW JOBS", false),
+            ("; SHOW JOBS; SELECT 1", true),
+            ("SHOW JOBS; /* open", true),
             ("SELECT 1;", false),
         ] {
             assert_eq!(is_mixed(text.as_bytes()), mixed, "{text}");

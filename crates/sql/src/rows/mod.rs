@@ -230,7 +230,7 @@ enum Place {
     Named,
     /// Instead of brackets without a name: they get one, which older servers demand.
     Nameless,
-    /// Into the parentheses of a CTE.
+    /// Into the parentheses of a CTE, or as a whole text.
     Body,
 }
 
@@ -249,6 +249,12 @@ impl Sourced {
     /// later, whose rows would never change; 53400 for sources that are nested too deeply.
     pub fn read(text: &str) -> Result<Self, PgError> {
         Self::read_at(text, 0)
+    }
+
+    /// A statement of ours as the query of its rows, and nothing else.
+    pub fn of(statement: Statement) -> Self {
+        let source = RowSource { statement, before: 0, whole: 0..0, place: Place::Body };
+        Self { text: String::new(), sources: vec![source] }
     }
 
     pub(crate) fn read_at(text: &str, depth: usize) -> Result<Self, PgError> {

@@ -1,7 +1,7 @@
 //! A client whose schema has operators, functions and types with PostgreSQL's names, in front of PostgreSQL's own: what
 //! the gateway asks in its session is answered by PostgreSQL all the same.
 
-use crate::support::demo::{Demo, psql};
+use crate::support::demo::{Demo, directory, psql};
 use crate::support::jobs::{detached, succeeded};
 use crate::support::wire::Wire;
 use crate::support::{both, run};
@@ -90,4 +90,42 @@ fn statements_do_what_they_say_whatever_stands_in_front() {
     assert_eq!(heard, "T status:25:0\nD succeeded\nC SELECT 1\nZ I");
     wire.parse("", "SELECT status FROM [SHOW JOB $1]").bind_values("", "", &[(0, Some(job.as_bytes()))], &[]);
     assert_eq!(wire.execute("", 0).sync().hear(), "1\n2\nD succeeded\nC SELECT 1\nZ I");
+}
+
+/// The owner of a database says what is found first in it, by whoever comes; by the service role, too, which may read
+/// everything.
+#[test]
+fn a_database_s_own_path_is_not_that_of_the_service_role() {
+    let demo = Demo::start(&["--nodes", "2", "--servers", "1", "--no-example-database"]);
+    let script = "
+        CREATE ROLE plain LOGIN; CREATE DATABASE theirs OWNER plain;
+        ALTER DATABASE theirs SET search_path = s, pg_catalog;
+        \\c theirs
+        CREATE TABLE public.secret AS SELECT 1 AS n;
+        SET ROLE plain; CREATE SCHEMA s; CREATE TABLE s.seen (who name);
+        CREATE FUNCTION s.yes(name, name) RETURNS bool LANGUAGE plpgsql AS
+            $$ BEGIN INSERT INTO s.seen VALUES (session_user); RETURN true;
+               EXCEPTION WHEN read_only_sql_transaction THEN RETURN true; END $$;
+        CREATE OPERATOR s.= (LEFTARG = name, RIGHTARG = name, FUNCTION = s.yes);
+        GRANT ALL ON SCHEMA s TO public; GRANT ALL ON s.seen TO public;
+        RESET ROLE;";
+    let dir = directory();
+    let file = dir.path().join("made.sql");
+    std::fs::write(&file, script).unwrap();
+    run(psql(&demo.direct_url(1)).args(["-q", "-v", "ON_ERROR_STOP=1", "-f"]).arg(&file));
+    demo.ask(1, "CREATE EXTERNAL CONNECTION shelf AS 'nodelocal://1/h'");
+    demo.ask(1, "GRANT USAGE ON EXTERNAL CONNECTION shelf TO plain");
+    for node in &demo.nodes {
+        let url = node.url.replace("root@", "plain@").replace("/postgres", "/theirs");
+        let backup = "BACKUP DATABASE theirs INTO 'external://shelf'";
+        let told = both(&psql(&url).args(["-qAt", "-v", "VERBOSITY=verbose", "-c", backup]).output().unwrap());
+        let expected = "ERROR:  42501: user plain does not have SELECT privilege on relation secret";
+        assert!(told.starts_with(expected), "{told}");
+    }
+    let seen = "SELECT DISTINCT who OPERATOR(pg_catalog.||) '' FROM s.seen";
+    let theirs = demo.direct_url(1).replace("/postgres?", "/theirs?");
+    assert_eq!(run(psql(&theirs).args(["-qAt", "-c", seen])).trim(), "", "nobody has called their function");
+    let backup = "BACKUP DATABASE theirs INTO 'nodelocal://1/h'";
+    assert!(demo.ask(2, backup).contains("|succeeded|"));
+    assert_eq!(run(psql(&theirs).args(["-qAt", "-c", seen])).trim(), "", "nor by a backup");
 }

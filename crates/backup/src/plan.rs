@@ -278,7 +278,9 @@ impl Backups {
             LIMIT 1";
         let object = session.query_opt(objects, &[&user]).await.map_err(spoken).context("check large objects")?;
         let query = "
-            SELECT c.oid::pg_catalog.regclass::text, pg_catalog.has_table_privilege(r.oid, c.oid, 'SELECT')
+            SELECT CASE n.nspname WHEN 'public' THEN pg_catalog.quote_ident(c.relname)
+                   ELSE pg_catalog.format('%I.%I', n.nspname, c.relname) END,
+                   pg_catalog.has_table_privilege(r.oid, c.oid, 'SELECT')
             FROM pg_catalog.pg_class c JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace, pg_catalog.pg_roles r
             WHERE r.rolname = $1 AND c.relkind IN ('r', 'p', 'm', 'S') AND c.relpersistence <> 't'
               AND n.nspname NOT IN ('pg_catalog', 'information_schema') AND n.nspname NOT LIKE 'pg_toast%'

@@ -19,6 +19,10 @@ use tokio_postgres::fallible_iterator::FallibleIterator as _;
 
 use crate::Server;
 
+/// What a lent session finds first, whatever a database's owner has said for it: their operators and types would run with
+/// the service role's rights.
+const OWN_PATH: &str = "-c search_path=pg_catalog";
+
 /// A login that takes longer is given up.
 const LOGIN_DEADLINE: Duration = Duration::from_secs(10);
 
@@ -47,12 +51,13 @@ pub(crate) enum FirstAnswer {
 /// The server is not there, refuses (its own words and SQLSTATE, as a [`PgError`]), or asks for a kind of proof other
 /// than a password.
 pub async fn login(server: &Server, database: &str, application_name: &str) -> anyhow::Result<LoggedIn> {
+    let options = format!("{} {OWN_PATH}", server.options());
     let parameters = [
         ("user", server.user()),
         ("database", database),
         ("application_name", application_name),
         ("client_encoding", "UTF8"),
-        ("options", server.options()),
+        ("options", &options),
     ];
     let steps = async {
         let mut login = Login::open(server, &parameters).await?;

@@ -251,6 +251,8 @@ async fn databases(server: &Server, client: &Client) -> anyhow::Result<Vec<Datab
 async fn tables(server: &Server, database: &str) -> Option<i64> {
     let counting = async {
         let (client, _connection) = server.session_in(database).await?;
+        // The database's owner may have put operators of their own in front.
+        client.batch_execute("SET search_path = pg_catalog").await?;
         Ok::<i64, tokio_postgres::Error>(client.query_one(TABLES, &[]).await?.get(0))
     };
     timeout(COUNT_DEADLINE, counting).await.ok()?.ok()

@@ -189,6 +189,18 @@ impl Fleet {
         self.start_node(number);
     }
 
+    /// Has a standby receive nothing more of what its primary does.
+    #[track_caller]
+    pub fn cut_off(&self, number: usize) {
+        for apart in ["ALTER SYSTEM SET primary_conninfo = ''", "SELECT pg_reload_conf()"] {
+            run(self.demo.psql_direct(number).args(["-v", "ON_ERROR_STOP=1", "-Atc", apart]));
+        }
+        until("the standby to be cut off", || {
+            let seen = run(self.demo.psql_direct(number).args(["-Atc", "SELECT count(*) FROM pg_stat_wal_receiver"]));
+            if seen.trim() == "0" { Ok(()) } else { Err(seen) }
+        });
+    }
+
     /// Makes a job that is held at a pausepoint, and waits until it is there.
     #[track_caller]
     pub fn held(&self, statement: &str, point: &str) -> String {

@@ -142,14 +142,7 @@ fn a_client_waits_on_while_the_registry_is_away_and_gets_its_row() {
 #[test]
 fn a_job_that_is_lost_while_it_is_waited_for_is_told_on_every_node() {
     let fleet = Fleet::start(&["--voters", "1", "--rows", "2000"]);
-    // Standby 2 receives nothing more.
-    for apart in ["ALTER SYSTEM SET primary_conninfo = ''", "SELECT pg_reload_conf()"] {
-        run(fleet.demo.psql_direct(2).args(["-v", "ON_ERROR_STOP=1", "-Atc", apart]));
-    }
-    until("the standby to be cut off", || {
-        let seen = run(fleet.demo.psql_direct(2).args(["-Atc", "SELECT count(*) FROM pg_stat_wal_receiver"]));
-        if seen.trim() == "0" { Ok(()) } else { Err(seen) }
-    });
+    fleet.cut_off(2);
     let statement = format!("BACKUP DATABASE movr INTO 'nodelocal://1/lost' WITH {WEST}, DETACHED");
     let job = fleet.held(&statement, "backup.after_lock");
     // Node 1 has given out the id.

@@ -188,14 +188,7 @@ fn claims_of_the_dead_are_left_alone_until_a_new_registry_has_settled() {
 #[test]
 fn a_job_whose_row_was_lost_with_the_registry_s_server_is_reported() {
     let fleet = Fleet::start(&["--voters", "1", "--rows", "2000"]);
-    // Standby 2 receives nothing more.
-    for apart in ["ALTER SYSTEM SET primary_conninfo = ''", "SELECT pg_reload_conf()"] {
-        run(fleet.demo.psql_direct(2).args(["-v", "ON_ERROR_STOP=1", "-Atc", apart]));
-    }
-    until("the standby to be cut off", || {
-        let seen = run(fleet.demo.psql_direct(2).args(["-Atc", "SELECT count(*) FROM pg_stat_wal_receiver"]));
-        if seen.trim() == "0" { Ok(()) } else { Err(seen) }
-    });
+    fleet.cut_off(2);
     let statement = format!("BACKUP DATABASE movr INTO 'nodelocal://1/lost' WITH {WEST}, DETACHED");
     let job = fleet.held(&statement, "backup.after_lock");
     let coordinator: usize = fleet.job(&job, "coordinator_id").parse().unwrap();

@@ -100,6 +100,30 @@ fn a_server_that_restarts_is_named_while_it_is_down() {
     });
 }
 
+/// With it goes the registry, and the nodes' sessions run out; none is back as soon as the first client is.
+#[test]
+fn a_client_that_comes_right_after_its_server_has_crashed_is_given_its_job() {
+    let demo = Demo::start(&["--nodes", "2", "--servers", "1"]);
+    let registry = demo.direct_url(1).replace("/movr?", "/backhaul?");
+    let shorter = "UPDATE registry.settings SET value = '1000' WHERE name = 'session_life_ms'";
+    run(crate::support::demo::psql(&registry).args(["-qc", shorter]));
+    let backup = "BACKUP DATABASE movr INTO 'nodelocal://1/b'";
+    let detached = format!("{backup} WITH DETACHED");
+    for number in [1, 2, 1, 2] {
+        kill(demo.server_pid(1), Signal::SIGKILL).unwrap();
+        demo.restart_server(1);
+        until("the server to be led to", || {
+            let seen = demo.ask(number, "SELECT 1");
+            if seen == "1" { Ok(()) } else { Err(seen) }
+        });
+        let mut psql = demo.psql(number);
+        let told = both(&psql.args(["-Atq", "-c", "BEGIN", "-c", &detached, "-c", "COMMIT"]).output().unwrap());
+        assert!(told.trim().parse::<i64>().is_ok(), "{told}");
+        let row = demo.ask(number, backup);
+        assert!(row.contains("|succeeded|"), "{row}");
+    }
+}
+
 #[test]
 fn a_killed_node_is_dead_to_the_others_after_one_session_life() {
     let demo = Demo::start(&["--no-example-database"]);

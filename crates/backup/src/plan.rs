@@ -187,7 +187,7 @@ impl Backups {
         let rules = rules_of(statement, requester)?;
         let pausepoints = requester.pausepoints()?;
         // Whoever cannot make a job need not plan one.
-        let id = JobId::new(self.jobs.node_id()?);
+        let id = self.jobs.new_id().await?;
         let created = Utc::now();
         let targets = self.targets(&statement.targets, requester).await?;
         let uri = Uri::parse(literal(&statement.into)?)?;

@@ -123,6 +123,12 @@ impl PeerSession {
         self.notifications.clone()
     }
 
+    /// Returns when the connection has ended.
+    pub async fn lost(&self) {
+        let mut notifications = self.notifications();
+        while notifications.changed().await.is_ok() {}
+    }
+
     /// Asks a verb and returns the text of its answer.
     ///
     /// # Errors

@@ -21,7 +21,7 @@ use tokio_postgres::types::ToSql;
 const RETRY: Duration = Duration::from_millis(250);
 
 /// How long a statement waits for a connection to the registry.
-const CONNECTION_DEADLINE: Duration = Duration::from_secs(10);
+pub(crate) const CONNECTION_DEADLINE: Duration = Duration::from_secs(10);
 
 /// How long a statement may take, the wait for a synchronous standby included.
 const STATEMENT_DEADLINE: Duration = Duration::from_secs(30);

@@ -20,7 +20,7 @@ use crate::attend::may_pass;
 use crate::birth::{Birth, Transaction};
 use crate::gate;
 use crate::job::{Job, JobId, NewJob};
-use crate::ledger::Ledger;
+use crate::ledger::{CONNECTION_DEADLINE, Ledger};
 use crate::run::{FRUITLESS, Run};
 use crate::settle::UNDECIDED;
 
@@ -171,7 +171,7 @@ impl Jobs {
         Some(Held { jobs: self.clone(), claim, stop })
     }
 
-    /// This node's number, once it is a member.
+    /// This node's session in the registry.
     ///
     /// # Errors
     ///
@@ -182,6 +182,15 @@ impl Jobs {
             Standing::Member(_) => Err(apart("its session has run out")),
             Standing::Apart { reason } => Err(apart(&reason)),
         }
+    }
+
+    /// As [`Jobs::session`], but a node that has lost the registry is given a moment to be a member again: whoever asks
+    /// for a job while the registry fails over need not ask twice.
+    async fn member(&self) -> Result<Session, PgError> {
+        if self.0.cluster.me().node_id.is_some() {
+            self.0.registry.joined(CONNECTION_DEADLINE).await;
+        }
+        self.session()
     }
 
     /// Makes a job that any node may take, once it is there.
@@ -203,7 +212,7 @@ impl Jobs {
             }
             Birth::Told => None,
         };
-        self.insert(new, Start::Undecided(&self.session()?, transaction)).await
+        self.insert(new, Start::Undecided(&self.member().await?, transaction)).await
     }
 
     /// Makes a job that this node takes at once, and waits until it has ended or is paused.
@@ -233,7 +242,7 @@ impl Jobs {
 
     /// Makes a job under this node's claim and begins it, or writes it over to the node that is given.
     async fn begin_here(&self, new: &NewJob) -> anyhow::Result<Option<NodeId>> {
-        let session = self.session()?;
+        let session = self.member().await?;
         let claimed = Claimed {
             id: new.id,
             job_type: new.job_type.clone(),
@@ -466,13 +475,13 @@ impl Jobs {
         }
     }
 
-    /// This node's number.
+    /// A number for a job that is made here.
     ///
     /// # Errors
     ///
-    /// As [`Jobs::session`].
-    pub fn node_id(&self) -> Result<NodeId, PgError> {
-        Ok(self.session()?.node_id)
+    /// 08006 when the node is no member of the registry, and does not become one within some seconds.
+    pub async fn new_id(&self) -> Result<JobId, PgError> {
+        Ok(JobId::new(self.member().await?.node_id))
     }
 }
 

@@ -39,7 +39,7 @@ impl Backups {
             None => ShardMap::default(),
         };
         let pausepoints = requester.pausepoints()?;
-        let id = JobId::new(self.jobs.node_id()?);
+        let id = self.jobs.new_id().await?;
         let fleet = self.shards().await?;
         shard_map.check_targets(&fleet)?;
         let shards = shard_map.possible_targets(&fleet);

@@ -254,12 +254,9 @@ pub(super) struct Renewed {
     pub(super) settings: FleetSettings,
 }
 
-/// Renews the session: one statement, sent once, that is either there or not.
-///
-/// # Errors
-///
-/// The session has run out or was taken over; the node has to join again.
-pub(super) async fn renew(client: &Client, session: &Session, life: Duration) -> anyhow::Result<Renewed> {
+/// Renews the session: one statement, sent once, that is either there or not. Nothing comes back for a session that has
+/// run out or was taken over; the node has to join again.
+pub(super) async fn renew(client: &Client, session: &Session, life: Duration) -> anyhow::Result<Option<Renewed>> {
     let beat = "
         WITH beat AS (
             UPDATE registry.sessions SET expires_at = clock_timestamp() + $3::float8 * interval '1 ms'
@@ -274,14 +271,13 @@ pub(super) async fn renew(client: &Client, session: &Session, life: Duration) ->
                (SELECT array_agg(value ORDER BY name) FROM registry.settings)
         FROM beat";
     let renewed = client.query_opt(beat, &[&session.node_id.0, &session.id, &milliseconds(life)]).await;
-    let row = renewed.map_err(spoken).context("renew the node's session")?;
-    let row = row.context("the node's session has run out")?;
+    let Some(row) = renewed.map_err(spoken).context("renew the node's session")? else { return Ok(None) };
     let texts = |column| row.get::<_, Option<Vec<String>>>(column).unwrap_or_default();
-    Ok(Renewed {
+    Ok(Some(Renewed {
         registry_time: row.get(0),
         life: life_of(row.get(1)),
         addresses: texts(2),
         shards: texts(3).into_iter().zip(texts(4)).collect(),
         settings: FleetSettings::of_rows(texts(5).into_iter().zip(texts(6))),
-    })
+    }))
 }

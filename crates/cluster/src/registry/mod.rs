@@ -130,6 +130,13 @@ impl Registry {
         self.0.standing.borrow().clone()
     }
 
+    /// Waits until this node is a member, at most so long.
+    pub async fn joined(&self, deadline: Duration) {
+        let mut standings = self.0.standing.subscribe();
+        let is_member = |standing: &Standing| matches!(standing, Standing::Member(session) if session.is_valid());
+        let _ = timeout(deadline, standings.wait_for(is_member)).await;
+    }
+
     /// The fleet's settings, as this node last heard of them.
     pub fn settings(&self) -> watch::Receiver<FleetSettings> {
         self.0.settings.subscribe()
@@ -167,7 +174,11 @@ impl Registry {
             if error.downcast_ref::<Refused>().is_some() {
                 return error;
             }
-            self.apart(format!("{error:#}"));
+            match &kept {
+                // Nobody may believe this node dead yet, and the next connection renews the same session.
+                Some(session) if session.is_valid() => tracing::info!("the registry is lost for now: {error:#}"),
+                _ => self.apart(format!("{error:#}")),
+            }
             sleep(RETRY).await;
         }
     }
@@ -231,7 +242,10 @@ impl Registry {
                 membership::check_shard(&session, &cluster.me(), &mut checked).await?;
                 membership::renew(&session, standing, life).await
             });
-            let renewed = beat.await.map_err(|_| anyhow!("the registry did not answer in time"))??;
+            let Some(renewed) = beat.await.map_err(|_| anyhow!("the registry did not answer in time"))?? else {
+                *kept = None;
+                bail!("the node's session has run out");
+            };
             standing.valid_until = sent + life;
             self.0.standing.send_replace(Standing::Member(standing.clone()));
             report_offset(renewed.registry_time - Utc::now(), &mut reported);
@@ -246,8 +260,10 @@ impl Registry {
                 news
             });
             let elsewhere = views.wait_for(|view| view.registry().is_some_and(|(node, _)| node.instance != beside));
-            if timeout(lived / 4, elsewhere).await.is_ok() {
-                bail!("the registry has moved to another server");
+            tokio::select! {
+                _ = elsewhere => bail!("the registry has moved to another server"),
+                () = session.lost() => bail!("the connection to the registry was lost"),
+                () = sleep(lived / 4) => {}
             }
         }
         bail!("the node has no session")

@@ -121,6 +121,9 @@ fn a_directory_has_one_lock() {
     let row = demo.ask(1, &format!("SHOW JOB WHEN COMPLETE {other}"));
     let text = "already contains a `BACKUP-LOCK` file written by job 7";
     assert!(row.contains("|failed|") && row.contains(text), "{row}");
+    // The code that a client gets who waits for the job from its beginning.
+    let code = format!("SELECT result ->> 'code' FROM registry.jobs WHERE id = {other}");
+    assert_eq!(run(psql(&demo.direct_url(1).replace("/movr?", "/backhaul?")).args(["-Atc", &code])).trim(), "42C01");
 }
 
 #[test]

@@ -154,30 +154,60 @@ fn a_job_that_is_lost_while_it_is_waited_for_is_told_on_every_node() {
     assert!(told.contains("HINT:  The job may not have succeeded."), "{told}");
 }
 
-#[test]
-fn a_job_whose_making_was_not_answered_is_there_once() {
-    let fleet = Fleet::start(&["--rows", "500"]);
-    // The commit has been made, and waits for its synchronous standby: then the connection breaks.
+/// Sends a text to node 1, whose server's synchronous standby is frozen; breaks the one connection that waits for it in
+/// `statement`, which is committed by then; and gives what the client has heard in the end.
+fn unanswered(fleet: &Fleet, statement: &str, text: &str) -> String {
     fleet.demo.signal_server(2, Signal::SIGSTOP);
-    let statement = format!("BACKUP DATABASE movr INTO 'nodelocal://1/o' WITH {WEST}, DETACHED");
     let mut psql = fleet.demo.psql(1);
-    let client = psql.args(["-Atq", "-v", "VERBOSITY=verbose", "-c", &statement]);
+    let client = psql.args(["-Atq", "-v", "VERBOSITY=verbose", "-c", text]);
     let client = client.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
-    let broken = "SELECT count(pg_terminate_backend(pid)) FROM pg_stat_activity
-                  WHERE wait_event = 'SyncRep' AND query LIKE '%INSERT INTO registry.jobs%'";
-    until("the row to be written", || {
-        let seen = both(&fleet.demo.psql_direct(1).args(["-Atc", broken]).output().unwrap());
+    let broken = format!(
+        "SELECT count(pg_terminate_backend(pid)) FROM pg_stat_activity
+         WHERE wait_event = 'SyncRep' AND query LIKE '%{statement}%' AND pid <> pg_backend_pid()"
+    );
+    until("the commit to wait", || {
+        let seen = both(&fleet.demo.psql_direct(1).args(["-Atc", &broken]).output().unwrap());
         if seen.trim() == "1" { Ok(()) } else { Err(seen) }
     });
-    until("its gateway to ask again", || match log(&fleet, 1) {
+    until("its gateway to ask again", || match log(fleet, 1) {
         said if said.contains("whether the job was made is not known yet") => Ok(()),
         said => Err(said),
     });
     fleet.demo.signal_server(2, Signal::SIGCONT);
-    let job = both(&client.wait_with_output().unwrap()).trim().to_owned();
+    both(&client.wait_with_output().unwrap()).trim().to_owned()
+}
+
+#[test]
+fn a_job_whose_making_was_not_answered_is_there_once() {
+    let fleet = Fleet::start(&["--rows", "500"]);
+    let statement = format!("BACKUP DATABASE movr INTO 'nodelocal://1/o' WITH {WEST}, DETACHED");
+    let job = unanswered(&fleet, "INSERT INTO registry.jobs", &statement);
     assert!(job.parse::<i64>().is_ok(), "{job}");
     assert_eq!(fleet.registry("SELECT string_agg(id::text, ' ') FROM registry.jobs"), job);
     assert_eq!(fleet.end_of(&job), ("succeeded".to_owned(), String::new()));
+}
+
+/// The jobs of a text of several statements are written one by one, and are there together.
+#[test]
+fn jobs_of_one_text_whose_end_was_not_answered_are_there_once() {
+    let fleet = Fleet::start(&["--rows", "500"]);
+    // Of all commits only that which makes them be there waits for the standby.
+    for statement in ["ALTER SYSTEM SET synchronous_commit = 'local'", "SELECT pg_reload_conf()"] {
+        run(fleet.demo.psql_direct(1).args(["-Atqc", statement]));
+    }
+    fleet.registry(
+        "CREATE FUNCTION wait() RETURNS trigger LANGUAGE plpgsql AS
+                        $$BEGIN SET LOCAL synchronous_commit = on; RETURN NEW; END$$;
+                    CREATE TRIGGER wait AFTER UPDATE ON registry.jobs FOR EACH ROW
+                        WHEN (OLD.status = 'undecided') EXECUTE FUNCTION wait()",
+    );
+    let statement = format!("BACKUP DATABASE movr INTO 'nodelocal://1/o' WITH {WEST}, DETACHED");
+    let jobs = unanswered(&fleet, "DELETE FROM registry.transactions", &format!("{statement}; {statement}"));
+    assert_eq!(fleet.registry("SELECT string_agg(id::text, E'\\n' ORDER BY id) FROM registry.jobs"), jobs);
+    assert_eq!(jobs.lines().count(), 2);
+    for job in jobs.lines() {
+        assert_eq!(fleet.end_of(job), ("succeeded".to_owned(), String::new()));
+    }
 }
 
 #[test]

@@ -27,8 +27,9 @@ use crate::rules::{Fleet, Rules, anchor, nearest, workers};
 const LOOK_EVERY: Duration = Duration::from_millis(500);
 
 /// What may pass: a store or a lock that refuses, a conflict with recovery, a server that restarts.
-const PASSING: [SqlState; 8] = [
+const PASSING: [SqlState; 9] = [
     SqlState::IO_ERROR,
+    SqlState::TOO_MANY_CONNECTIONS,
     SqlState::LOCK_NOT_AVAILABLE,
     SqlState::OBJECT_IN_USE,
     SqlState::SERIALIZATION_FAILURE,

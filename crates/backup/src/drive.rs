@@ -91,7 +91,7 @@ impl Shard<'_> {
                 // What was changed is changed on every server.
                 return Some(End::All(end()));
             }
-            if said.code == SqlState::OBJECT_IN_USE {
+            if said.code == SqlState::TOO_MANY_CONNECTIONS {
                 return Some(End::Crowded);
             }
             let gone = said.code == SqlState::CONNECTION_FAILURE && !deal.has_server(server);

@@ -33,10 +33,10 @@ const LOCK_WAIT: &str = "10s";
 const IDLE_MAX_MS: u32 = 30_000;
 const RENEW_EVERY: Duration = Duration::from_secs(10);
 
-/// What a role may have set that would end what is held, or keep more than locks: `pg_catalog` functions only, for a
-/// setting that older servers do not have.
+/// What a role may have set that would end what is held; one of the settings older servers do not have. The isolation is
+/// that of every session of a node's, so no snapshot is kept.
 const SETTINGS: &str = "
-    SET statement_timeout = 0; SET idle_session_timeout = 0; SET default_transaction_isolation = 'read committed';
+    SET statement_timeout = 0; SET idle_session_timeout = 0;
     SELECT pg_catalog.set_config(name, '0', false) FROM pg_catalog.pg_settings WHERE name = 'transaction_timeout'";
 
 /// The leaseholder's answers, its wait for a lock included.

@@ -235,26 +235,6 @@ impl Jobs {
         Ok(())
     }
 
-    /// These jobs, made to be told ([`crate::Birth::Told`]), are there from now on: all of them, or none.
-    ///
-    /// # Errors
-    ///
-    /// The registry is not reachable, and whether they are there is not known; 57014 when they were given up.
-    pub async fn publish(&self, ids: &[JobId]) -> anyhow::Result<()> {
-        let numbers: Vec<i64> = ids.iter().map(|id| id.0).collect();
-        let publish = "
-            WITH gone AS (DELETE FROM registry.transactions WHERE job_id = ANY($1) RETURNING job_id)
-            UPDATE registry.jobs SET status = 'running', modified = clock_timestamp()
-            WHERE id = ANY($1) AND status = 'undecided' AND (SELECT count(*) FROM gone) = cardinality($1) RETURNING id";
-        if self.ledger().query(publish, &[&numbers]).await?.len() < ids.len() {
-            let message = "the jobs of this text were given up before it came to its end";
-            return Err(PgError::new(SqlState::QUERY_CANCELED, message).hint("Send it again.").into());
-        }
-        ids.iter().for_each(|id| self.remember(*id));
-        self.ledger().notify().await;
-        Ok(())
-    }
-
     /// These jobs never were, if they are undecided.
     ///
     /// # Errors

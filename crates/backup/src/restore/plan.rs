@@ -2,7 +2,7 @@
 
 use anyhow::Context as _;
 use cluster::{Peers, spoken};
-use jobs::{Birth, JobId, NewJob};
+use jobs::{Birth, NewJob};
 use pgerror::{PgError, SqlState};
 use sql::{Restore, Subdir, Targets};
 use storage::Uri;

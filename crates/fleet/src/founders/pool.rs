@@ -154,7 +154,7 @@ impl Pool {
             }
             if timeout_at(deadline, freed).await.is_err() {
                 let message = format!("all readers of database {} are busy", quoted(&self.database));
-                return Err(PgError::new(SqlState::OBJECT_IN_USE, message).into());
+                return Err(PgError::new(SqlState::TOO_MANY_CONNECTIONS, message).into());
             }
         }
     }

@@ -269,16 +269,24 @@ impl Fleet {
         }
     }
 
-    /// Waits until every node has a session and answers.
+    /// Waits until every node has a session, and answers every other one: each has a view of its own, and work is dealt by
+    /// that of the coordinator.
     #[track_caller]
     pub fn until_all_live(&self) {
         let live = format!("{}", self.demo.nodes.len());
         until("every node to be back", || {
             let query = "SELECT count(*) FROM registry.sessions WHERE expires_at > clock_timestamp()";
             let seen = self.registry(query);
-            let nodes = self.demo.ask(1, "SHOW NODES");
-            let reachable = nodes.lines().filter(|row| row.contains("|t|t|")).count();
-            if seen == live && reachable == self.demo.nodes.len() { Ok(()) } else { Err(format!("{seen}: {nodes}")) }
+            if seen != live {
+                return Err(format!("{seen} sessions"));
+            }
+            for number in 1..=self.demo.nodes.len() {
+                let nodes = self.demo.ask(number, "SHOW NODES");
+                if nodes.lines().filter(|row| row.contains("|t|t|")).count() != self.demo.nodes.len() {
+                    return Err(format!("node {number}: {nodes}"));
+                }
+            }
+            Ok(())
         });
     }
 

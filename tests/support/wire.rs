@@ -50,7 +50,10 @@ impl Wire {
             while stopped.recv_timeout(std::time::Duration::from_millis(20)) == Err(RecvTimeoutError::Timeout) {
                 let mut packet = vec![0, 0, 0, 8 + key.len() as u8, 4, 0xd2, 0x16, 0x2e];
                 packet.extend_from_slice(&key);
-                TcpStream::connect(&address).unwrap().write_all(&packet).unwrap();
+                let mut stream = TcpStream::connect(&address).unwrap();
+                stream.write_all(&packet).unwrap();
+                // It is closed when the request has been carried out: none comes to the next statement.
+                drop(stream.read_to_end(&mut Vec::new()));
             }
         });
         Canceller { stop: Some(stop), thread: Some(thread) }

@@ -141,10 +141,10 @@ fn a_killed_node_is_dead_to_the_others_after_one_session_life() {
     until("node 3 to be dead", || {
         let seen = demo.ask(4, "SHOW NODES");
         let dead = seen.lines().any(|row| row.starts_with("3|") && row.contains("|f|f|"));
-        if dead { Ok(()) } else { Err(seen) }
+        // With sessions this short, a slow moment may take another one's away for a moment, too.
+        let live = seen.lines().filter(|row| row.contains("|t|t|")).count();
+        if dead && live == 3 { Ok(()) } else { Err(seen) }
     });
-    let live = demo.ask(4, "SHOW NODES").lines().filter(|row| row.contains("|t|t|")).count();
-    assert_eq!(live, 3);
 }
 
 #[test]

@@ -2,8 +2,8 @@
 //!
 //! A registry that fails over takes answers with it: the row may have been written, may still be, or never will. The
 //! number of the job is chosen before and is nobody else's, so the same row is written again: a try that finds the number
-//! taken has found its own row, and one that finds it published has found its own work. Only when that lasts too long a client is told what is not known, and how to find it out:
-//! it is never invited to make a second job.
+//! taken has found its own row, and one that finds it published has found its own work. Only when that lasts too long a
+//! client is told what is not known, and how to find it out: it is never invited to make a second job.
 
 use std::time::{Duration, Instant};
 

@@ -72,6 +72,8 @@ fn an_attached_client_is_told_of_the_relocation() {
     let kept = run(psql(&registry).args(["-v", "ON_ERROR_STOP=1", "-Atc", &kept]));
     assert!(kept.lines().count() == 2 && kept.lines().all(|line| line.starts_with(left_out)), "{kept}");
     assert_eq!(columns[1..3], ["succeeded", "1.0"], "{row}");
+    // G14
+    assert_eq!(succeeded(&demo, 2, columns[0])[13], "3");
     let manifest = LocalBackup::newest(&extern_dirs(&demo), "b").manifest;
     assert_eq!(manifest["job"].to_string(), columns[0]);
     let files: Vec<_> = manifest["shards"][0]["files"].as_array().unwrap().iter().collect();

@@ -5,6 +5,8 @@ use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use backup::PAUSEPOINTS;
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
 
 use crate::support::demo::{Demo, psql};
 use crate::support::faults::Fleet;
@@ -35,6 +37,35 @@ fn until_status(demo: &Demo, job: &str, status: &str) {
         let row = demo.ask(2, &format!("SHOW JOB {job}"));
         if row.contains(&format!("|{status}|")) { Ok(()) } else { Err(row) }
     });
+}
+
+/// I9, step by step: the request, for as long as the job's coordinator is silent, and what is done then.
+#[test]
+fn a_request_is_there_to_be_seen_until_it_is_heeded() {
+    let demo = Demo::start(&[]);
+    let point = "backup.after_lock";
+    let west = "EXECUTION LOCALITY = 'region=us-west-1'";
+    for (verb, requested, done) in [("PAUSE", "pause-requested", "paused"), ("CANCEL", "cancel-requested", "canceled")]
+    {
+        let set = format!("SET backhaul.debug_pausepoints = '{point}:hold'");
+        let statement = format!("BACKUP DATABASE movr INTO 'nodelocal://1/i9' WITH {west}, DETACHED");
+        let job = run(demo.psql(1).args(["-v", "ON_ERROR_STOP=1", "-qAt", "-c", &set, "-c", &statement]));
+        let job = job.trim();
+        let coordinator = until("the job to be held", || {
+            let row = demo.ask(1, &format!("SHOW JOB {job}"));
+            let held = row.contains(&format!("|running|holding at pause point \"{point}\"|"));
+            if held { Ok(row.split('|').nth(13).unwrap().parse::<usize>().unwrap()) } else { Err(row) }
+        });
+        // Not for so long that another node would take the job over.
+        let coordinator = Pid::from_raw(demo.nodes[coordinator - 1].pid);
+        kill(coordinator, Signal::SIGSTOP).unwrap();
+        let answer = tag(&demo, 2, &format!("{verb} JOB {job}"));
+        let row = demo.ask(1, &format!("SHOW JOB {job}"));
+        kill(coordinator, Signal::SIGCONT).unwrap();
+        assert_eq!(answer, format!("{verb} JOBS 1"));
+        assert!(row.contains(&format!("|{requested}|")), "{row}");
+        until_status(&demo, job, done);
+    }
 }
 
 /// I9: a running job is paused; and as it is then, canceled (below).

@@ -8,7 +8,7 @@
 //! | results in text and binary, by column | `wire.rs`: pipelines; here: formats; every type in binary: `drivers.rs` |
 //! | row limits, PortalSuspended, the end with the transaction | `wire.rs`: names; `rows.rs` |
 //! | pipelines of ours and theirs answer in order; Flush | `wire.rs`: pipelines |
-//! | an error skips up to its Sync and fails the transaction | `wire.rs`: errors; here: queries |
+//! | an error skips up to its Sync and fails the transaction, which a pipeline may end | `wire.rs`: errors; here: queries, end |
 //! | DISCARD ALL, DEALLOCATE ALL, DEALLOCATE of one, Close | here: deallocated |
 //! | `statement_timeout` and cancel end a wait | here: waits; `rows.rs`; `control.rs` |
 
@@ -136,6 +136,19 @@ fn a_statement_that_was_deallocated_is_gone() {
     let heard = wire.bind("", "t", 0).execute("", 0).sync().hear();
     assert!(heard.starts_with("2\nD region=us-east-1"), "{heard}");
     assert!(wire.query("DEALLOCATE ALL").hear().ends_with("Z I"));
+    // Each answer of the server is about its own name, however many of ours are given away in one pipeline, ...
+    wire.parse("s", "SHOW LOCALITY").parse("t", "SHOW LOCALITY").sync().query("DEALLOCATE s").query("DEALLOCATE t");
+    assert_eq!([(); 3].map(|()| wire.hear()), ["1\n1\nZ I", "C DEALLOCATE\nZ I", "C DEALLOCATE\nZ I"]);
+    wire.parse("s", "SELECT 3 AS three").parse("t", "SELECT 4 AS four");
+    wire.bind("", "s", 0).execute("", 0).bind("", "t", 0).execute("", 0).sync();
+    assert_eq!(wire.hear(), "1\n1\n2\nD 3\nC SELECT 1\n2\nD 4\nC SELECT 1\nZ I");
+    assert!(wire.query("DEALLOCATE ALL").hear().ends_with("Z I"));
+    // ... and whatever else is parsed in front of it.
+    wire.parse("s", "SHOW LOCALITY").parse("u", "SELECT 3 AS three").parse("s", "SELECT 4 AS four").sync();
+    assert!(wire.hear().starts_with("1\n1\nE SERROR C42P05"));
+    let heard = wire.bind("", "s", 0).execute("", 0).bind("", "u", 0).execute("", 0).sync().hear();
+    assert_eq!(heard, "2\nD region=us-east-1,zone=a\nC SHOW\n2\nD 3\nC SELECT 1\nZ I");
+    assert!(wire.query("DEALLOCATE ALL").hear().ends_with("Z I"));
     // Given to something else by SQL, in one text or two.
     for how in [
         ["DEALLOCATE one", "PREPARE one AS SELECT 3 AS three"],
@@ -168,6 +181,47 @@ fn a_statement_that_was_deallocated_is_gone() {
     // A portal's name is taken until it is closed.
     wire.parse("", "SHOW LOCALITY").bind("p", "", 0).bind("p", "", 0).sync();
     assert_eq!(wire.hear(), "1\n2\nE SERROR C42P03 Mcursor \"p\" already exists\nZ I");
+}
+
+#[test]
+fn a_pipeline_may_end_a_transaction_that_has_failed() {
+    let demo = demo();
+    let backup = "BACKUP DATABASE postgres INTO 'nodelocal://1/p' WITH DETACHED";
+    for (node, zone) in demo.nodes.iter().zip(["a", "b"]) {
+        let mut wire = Wire::login(&node.address, "postgres");
+        let begin = |wire: &mut Wire| {
+            assert_eq!(wire.query("BEGIN; SAVEPOINT a").hear(), "C BEGIN\nC SAVEPOINT\nZ T");
+            wire.parse("empty", "").bind("empty", "empty", 0).close(b'S', "empty").sync();
+            assert_eq!(wire.hear(), "1\n2\n3\nZ T");
+            assert!(wire.query("SELECT nothing").hear().ends_with("Z E"));
+        };
+        for (end, status) in [("ROLLBACK", "I"), ("COMMIT", "I"), ("ROLLBACK TO a", "T"), ("ROLLBACK AND CHAIN", "T")] {
+            begin(&mut wire);
+            wire.parse("", end).bind("", "", 0).execute("", 0);
+            wire.parse("", "SHOW LOCALITY").bind("", "", 0).execute("", 0);
+            wire.parse("", backup).bind("", "", 0).execute("", 0).sync();
+            let heard = wire.hear();
+            let is_id = |value: &&str| value.parse::<i64>().is_ok();
+            let job = heard.lines().filter_map(|line| line.strip_prefix("D ")).find(is_id).unwrap_or_default();
+            let locality = format!("D region=us-east-1,zone={zone}\nC SHOW");
+            let expected = format!("1\n2\nC ROLLBACK\n1\n2\n{locality}\n1\n2\nD {job}\nC BACKUP\nZ {status}");
+            assert_eq!(heard, expected, "{end}");
+            if status == "T" {
+                assert_eq!(wire.query("COMMIT").hear(), "C COMMIT\nZ I", "{end}");
+            }
+            let row = demo.ask(1, &format!("SHOW JOB WHEN COMPLETE {job}"));
+            assert!(row.contains("|succeeded|"), "{end}: {row}");
+        }
+        // Nothing else ends it: not an empty statement, which may be executed in it, and not an error of ours.
+        begin(&mut wire);
+        let refused =
+            "E SERROR C25P02 Mcurrent transaction is aborted, commands ignored until end of transaction block";
+        wire.execute("empty", 0).parse("", "SHOW LOCALITY").bind("", "", 0).execute("", 0).sync();
+        assert_eq!(wire.hear(), format!("I\n{refused}\nZ E"));
+        wire.parse("", "SHOW LOCALITY").parse("", "ROLLBACK").bind("", "", 0).execute("", 0).sync();
+        assert_eq!(wire.hear(), format!("{refused}\nZ E"));
+        assert_eq!(wire.query("ROLLBACK").hear(), "C ROLLBACK\nZ I");
+    }
 }
 
 #[test]

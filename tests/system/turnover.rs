@@ -58,6 +58,8 @@ fn moved_and_held(fleet: &Fleet, uri: &str, filter: &str, point: &str) -> (Strin
     let told = both(&psql.output().unwrap());
     let (job, to) = relocated(&told);
     fleet.until_held(job, point);
+    // G12
+    assert_eq!(fleet.job(job, "status || '|' || coordinator_id"), format!("running|{to}"));
     (job.to_owned(), to.to_owned())
 }
 
@@ -178,7 +180,8 @@ fn a_job_that_no_node_matches_any_more_waits_for_one_and_then_fails_in_the_origi
         }
         let (status, error) = fleet.end_of(&job);
         assert_eq!(status, "failed");
-        // G16
+        // G16. Its second text no client can be told: a coordinator that lives matches, and so has itself to work with. What
+        // would be said if it had not is a test of `crates/backup/src/deal.rs`.
         assert!(error.starts_with(nobody), "{error}");
         if back == Back::ToRemove {
             assert_eq!((files(&fleet), fleet.job(&job, "execution_errors::text").as_str()), (0, "{}"));

@@ -177,7 +177,12 @@ fn names_of_statements_and_portals_follow_the_rules() {
         wire.parse("s", "SHOW LOCALITY").parse("s", "SHOW LOCALITY").sync().hear(),
         "1\nE SERROR C42P05 Mprepared statement \"s\" already exists\nZ I"
     );
-    assert!(wire.parse("m", "SHOW LOCALITY; SHOW LOCALITY").sync().hear().contains("C42601"));
+    let several = "E SERROR C42601 Mcannot insert multiple commands into a prepared statement\nZ I";
+    for text in
+        ["SHOW LOCALITY; SHOW LOCALITY", "SHOW LOCALITY; SELECT 1", "SELECT 1; SHOW LOCALITY", "SELECT 1; SELECT 2"]
+    {
+        assert_eq!(wire.parse("m", text).sync().hear(), several, "{text}");
+    }
     // Row limits, and a portal that ends with its transaction.
     assert_eq!(wire.query("BEGIN").hear(), "C BEGIN\nZ T");
     wire.parse("nodes", "SHOW NODES").bind("p", "nodes", 0).execute("p", 1).execute("p", 1).execute("p", 1).sync();

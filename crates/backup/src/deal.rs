@@ -332,7 +332,35 @@ pub(crate) trait AsyncDone<P, R>: Send {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Arc;
+
+    use cluster::secret::ClusterSecret;
+    use cluster::store::Store;
+    use cluster::{Cluster, Dialer};
+
     use super::*;
+    use crate::rules::tests::info;
+
+    /// G16, the second text. A coordinator matches, and so is a worker itself: this is for one that would not.
+    #[tokio::test]
+    async fn without_a_node_that_matches_nothing_is_dealt_and_it_may_be_tried_again() {
+        let state = tempfile::tempdir().unwrap();
+        let store = Arc::new(Store::open(state.path()).unwrap());
+        let cluster = Cluster::new(info(1, 0, None), &[], store).unwrap();
+        let peers = Peers::new(cluster, Dialer::new(ClusterSecret::Insecure, None, "test".to_owned()));
+        let (rules, busy) = (Rules::matching(&"region=west".parse().unwrap()), Busy::default());
+        let servers = [NodeId(1)];
+        let deal = Deal { peers: &peers, rules: &rules, shard: "s1", servers: &servers, at_once: 1, busy: &busy };
+        let mut queues: Queues<&str, Failures> = Queues::of(vec![("a span", 7)]);
+        let error = deal.deal(&mut queues, &mut Servers::default(), true).unwrap_err();
+        let said = PgError::of(&error).unwrap();
+        assert_eq!(said.code, SqlState::UNCATEGORIZED);
+        assert_eq!(said.message, "no healthy sql instances available matching locality requirement");
+        assert!(error.downcast_ref::<Retryable>().is_some() && queues.is_open());
+        // For a moment it is waited for, and nothing is begun.
+        assert!(deal.deal_or_wait(&mut queues, &mut Servers::default(), true).is_ok());
+        assert!(queues.next(|_, _| Some(NodeId(1))).is_none());
+    }
 
     #[test]
     fn a_server_without_room_is_asked_for_less() {

@@ -27,6 +27,8 @@ enum Judged {
     /// Not enough of it is there to tell.
     Later,
     Pass,
+    /// It passes when everything before it is answered, so that what is answered next is about it.
+    Alone,
     Drop,
     Ours,
     TooLong,
@@ -53,16 +55,19 @@ impl Session {
             let Some(found) = header(self.from_client.unjudged())? else { break };
             match self.judge(found) {
                 Judged::Later => break,
-                Judged::Pass => {
+                Judged::Ours | Judged::Alone | Judged::TooLong if !self.is_our_turn() => {
+                    self.held = true;
+                    break;
+                }
+                Judged::Pass | Judged::Alone => {
+                    if let Some(body) = self.from_client.unjudged().get(5..found.len.min(LOOK_MAX)) {
+                        self.locals.superseded(found.tag, body);
+                    }
                     self.client_ended |= found.tag == b'X';
                     self.pipeline.forwarded(found.tag);
                     self.from_client.pass(found.len);
                 }
                 Judged::Drop => self.from_client.discard(found.len),
-                Judged::Ours | Judged::TooLong if !self.is_our_turn() => {
-                    self.held = true;
-                    break;
-                }
                 // Not held: a client that goes away here has not asked for anything, no more than of PostgreSQL.
                 Judged::Ours if self.depends_on_what_follows(found) => break,
                 Judged::Ours => {
@@ -120,8 +125,7 @@ impl Session {
                 let looked_at = found.len.min(LOOK_MAX);
                 let Some(body) = self.from_client.unjudged().get(5..looked_at) else { return Judged::Later };
                 if !self.is_ours(found.tag, body) {
-                    self.locals.superseded(found.tag, body);
-                    Judged::Pass
+                    if self.locals.is_renamed(found.tag, body) { Judged::Alone } else { Judged::Pass }
                 } else if found.len > LOOK_MAX {
                     Judged::TooLong
                 } else {

@@ -24,7 +24,8 @@ pub(crate) struct Locals {
     statements: HashMap<Vec<u8>, Prepared>,
     /// Parsed here, and not yet accepted under its name by the server.
     parsed: Option<(Vec<u8>, Prepared)>,
-    /// A name of ours that the client parses something of the server's under: the server decides whether it was free.
+    /// A name of ours that the client parses something of the server's under: the server decides whether it was free, by its
+    /// next answer, because that Parse was sent alone ([`Locals::is_renamed`]).
     taken: Option<Vec<u8>>,
     portals: HashMap<Vec<u8>, Portal>,
 }
@@ -163,6 +164,11 @@ fn malformed(message: &str) -> PgError {
     PgError::new(SqlState::PROTOCOL_VIOLATION, format!("invalid {message} message"))
 }
 
+fn several_commands() -> PgError {
+    // PostgreSQL's own words.
+    PgError::new(SqlState::SYNTAX_ERROR, "cannot insert multiple commands into a prepared statement")
+}
+
 impl Locals {
     fn holds(&self, name: &[u8]) -> bool {
         let parsed = self.parsed.as_ref().is_some_and(|(parsed, _)| parsed == name);
@@ -190,8 +196,17 @@ impl Locals {
         }
     }
 
+    /// Whether a frame is a Parse of something of the server's under a name that is ours. Of several answers to such ones it
+    /// could not be told which name each has freed.
+    pub(crate) fn is_renamed(&self, tag: u8, mut body: &[u8]) -> bool {
+        tag == b'P' && cut_string(&mut body).is_some_and(|name| !name.is_empty() && self.holds(name))
+    }
+
     /// Forgets what a frame that goes to the server replaces there.
     pub(crate) fn superseded(&mut self, tag: u8, mut body: &[u8]) {
+        if !matches!(tag, b'P' | b'B' | b'C') {
+            return;
+        }
         let is_statement = body.first() == Some(&b'S');
         if tag == b'C' {
             body = body.get(1..).unwrap_or_default();
@@ -253,12 +268,12 @@ impl Locals {
             return Err(malformed("Parse"));
         };
         let text = utf8(text)?;
+        if sql::is_mixed(text.as_bytes()) {
+            return Err(several_commands());
+        }
         let (meaning, known) = if sql::is_ours(text.as_bytes()) {
             let mut parsed = sql::parse(text)?;
-            let (Some(statement), true) = (parsed.pop(), parsed.is_empty()) else {
-                let message = "cannot insert multiple commands into a prepared statement";
-                return Err(PgError::new(SqlState::SYNTAX_ERROR, message));
-            };
+            let (Some(statement), true) = (parsed.pop(), parsed.is_empty()) else { return Err(several_commands()) };
             let known = statement.parameters()?;
             let meaning = match speech.is_server_s(&statement) {
                 true => Meaning::Sourced(Sourced::of(statement)),

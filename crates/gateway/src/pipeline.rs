@@ -76,13 +76,13 @@ pub(crate) enum Verdict {
     Asked,
 }
 
-/// The transaction status of the last ReadyForQuery.
+/// The transaction status: that of the last ReadyForQuery, but for one that has failed and that a pipeline has ended since.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) enum Transaction {
     /// None is open.
     #[default]
     Idle,
-    /// One is open.
+    /// One is open; or there was one that had failed, and what a pipeline has open since is told at its Sync.
     Open,
     /// One is open and has failed.
     Failed,
@@ -272,6 +272,11 @@ impl Pipeline {
                 self.slots.pop_front();
             }
             (b'C' | b'I' | b's', Some(Slot::Step(Step::Execute))) => {
+                // In a transaction that has failed nothing is completed but what ends it or goes back to a savepoint. An
+                // empty statement is answered there, too, with a message of its own.
+                if tag == b'C' && self.transaction == Transaction::Failed {
+                    self.transaction = Transaction::Open;
+                }
                 self.copy_in = false;
                 self.slots.pop_front();
             }
@@ -472,6 +477,14 @@ mod tests {
             (">Q <C <ZT", Transaction::Open),
             (">Q <C <ZT >Q <E <ZE", Transaction::Failed),
             (">Q <C <ZT >Q <C <ZI", Transaction::Idle),
+            // What is completed after a failure has ended the transaction, or gone back in it.
+            (">Q <E <ZE >P >B >E <1 <2", Transaction::Failed),
+            (">Q <E <ZE >P >B >E <1 <2 <C", Transaction::Open),
+            (">Q <E <ZE >P >B >E >S <1 <2 <C <ZI", Transaction::Idle),
+            (">Q <E <ZE >P >B >E >P >B >E >S <1 <2 <C <E <ZI", Transaction::Idle),
+            (">Q <E <ZE >E <I", Transaction::Failed),
+            (">Q <E <ZE >P <E", Transaction::Failed),
+            (">Q <E <ZE >Q <C", Transaction::Failed),
         ] {
             assert_eq!(play(script).transaction(), transaction, "{script}");
         }

@@ -112,7 +112,7 @@ pub(crate) struct Session {
     question: Option<Question>,
     /// Set while the server answers a text that is not as the client wrote it.
     pub(crate) places: Option<Places>,
-    /// A statement of ours has come in and waits for its turn.
+    /// A frame has come in that waits for its turn: a statement of ours, or what is to be sent alone.
     pub(crate) held: bool,
     pub(crate) cancelable: Arc<Cancelable>,
     pub(crate) registered: Option<Registered>,

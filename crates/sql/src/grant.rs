@@ -8,6 +8,7 @@ use sqlparser::tokenizer::Token;
 use crate::cursor::Cursor;
 use crate::names::quoted_name;
 use crate::statement::{Statement, Text};
+use crate::targets::patterns;
 
 /// `GRANT USAGE ON EXTERNAL CONNECTION a, b TO role`, or `REVOKE … FROM role`.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -100,6 +101,44 @@ fn not_here(cursor: &Cursor<'_>, verb: &str) -> Option<PgError> {
     Some(cursor.unsupported(format!("{verb} {privileges} is not supported")).detail(detail).hint(hint))
 }
 
+/// The rest of a statement about privileges that nobody can have: `SYSTEM privilege, …` or `privilege ON [kind] name, …`, and
+/// the roles.
+fn refused(cursor: &mut Cursor<'_>, gives: bool) -> Result<Statement, PgError> {
+    if cursor.eat_word("SYSTEM") {
+        if cursor.eat_word("ALL") {
+            cursor.eat_word("PRIVILEGES");
+        } else {
+            names(cursor)?;
+        }
+    } else {
+        cursor.name()?;
+        cursor.expect_words(&["ON"])?;
+        let kinds: [&[&str]; 5] =
+            [&["DATABASE"], &["TABLE"], &["SCHEMA"], &["EXTERNAL", "CONNECTION"], &["ALL", "TABLES", "IN", "SCHEMA"]];
+        let _ = kinds.iter().any(|kind| cursor.eat_words(kind));
+        patterns(cursor)?;
+    }
+    roles(cursor, gives)?;
+    if gives && cursor.at_word("WITH") {
+        cursor.expect_words(&["WITH", "GRANT", "OPTION"])?;
+    }
+    Err(cursor.refused())
+}
+
+/// `TO role, …` or `FROM role, …`.
+fn roles(cursor: &mut Cursor<'_>, gives: bool) -> Result<Vec<String>, PgError> {
+    cursor.expect_words(&[if gives { "TO" } else { "FROM" }])?;
+    names(cursor)
+}
+
+fn names(cursor: &mut Cursor<'_>) -> Result<Vec<String>, PgError> {
+    let mut names = vec![cursor.name()?];
+    while cursor.eat(&Token::Comma) {
+        names.push(cursor.name()?);
+    }
+    Ok(names)
+}
+
 /// `{ GRANT | REVOKE } { USAGE | DROP | ALL [PRIVILEGES] } ON EXTERNAL CONNECTION name, … { TO | FROM } role, …`.
 pub(crate) fn grant(cursor: &mut Cursor<'_>) -> Result<Statement, PgError> {
     let gives = cursor.eat_word("GRANT");
@@ -107,7 +146,8 @@ pub(crate) fn grant(cursor: &mut Cursor<'_>) -> Result<Statement, PgError> {
         cursor.expect_words(&["REVOKE"])?;
     }
     if let Some(refusal) = not_here(cursor, if gives { "GRANT" } else { "REVOKE" }) {
-        return Err(refusal);
+        cursor.refuse(refusal);
+        return refused(cursor, gives);
     }
     let privilege = if cursor.eat_word("USAGE") {
         Privilege::Usage
@@ -123,11 +163,7 @@ pub(crate) fn grant(cursor: &mut Cursor<'_>) -> Result<Statement, PgError> {
     while cursor.eat(&Token::Comma) {
         connections.push(cursor.text()?);
     }
-    cursor.expect_words(&[if gives { "TO" } else { "FROM" }])?;
-    let mut roles = vec![cursor.name()?];
-    while cursor.eat(&Token::Comma) {
-        roles.push(cursor.name()?);
-    }
+    let roles = roles(cursor, gives)?;
     if gives && cursor.at_words(&["WITH", "GRANT", "OPTION"]) {
         let refusal = cursor.unsupported("GRANT ON EXTERNAL CONNECTION … WITH GRANT OPTION is not supported");
         cursor.refuse(refusal.hint("Its owner and superusers grant it."));

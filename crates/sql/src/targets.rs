@@ -79,6 +79,11 @@ fn tables(cursor: &mut Cursor<'_>, verb: &Verb) -> Result<(), PgError> {
     let refusal = cursor.unsupported(format!("{} TABLE is not supported yet", verb.name));
     cursor.refuse(refusal.hint(verb.not_tables));
     cursor.eat_word("TABLE");
+    patterns(cursor)
+}
+
+/// `a, b.*`: names of tables, read over.
+pub(crate) fn patterns(cursor: &mut Cursor<'_>) -> Result<(), PgError> {
     loop {
         while !cursor.eat(&Token::Mul) {
             cursor.name()?;

@@ -430,4 +430,4 @@ pub(crate) fn nothing_to_read(shard: &str, decision: &Decision, rules: &Rules) -
 }
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;

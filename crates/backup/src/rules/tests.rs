@@ -145,7 +145,7 @@ fn a_node_that_does_not_answer_takes_no_part() {
 }
 
 /// A node of s1 as others hear of it: a primary at `lsn`, or a standby that has come so far and whose receiver is `status`.
-fn info(number: i32, lsn: u64, status: Option<&str>) -> NodeInfo {
+pub(crate) fn info(number: i32, lsn: u64, status: Option<&str>) -> NodeInfo {
     let name = format!("n{number}");
     let upstream = |status: &str| Upstream { application_name: name.clone(), slot: None, status: status.to_owned() };
     let listed = |number: i32| Downstream {

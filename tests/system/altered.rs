@@ -1,5 +1,6 @@
 //! Tables that are altered while a standby is read: after the second spoilt point they are held on the leaseholder, unless
-//! the statement keeps away from it; then the job fails and names them. Another coordinator holds what the first one held.
+//! the statement keeps away from it; then the job fails and names them, as it does when even that is no help. Another
+//! coordinator holds what the first one held.
 
 use nix::sys::signal::Signal;
 
@@ -162,6 +163,30 @@ fn where_the_leaseholder_is_forbidden_the_job_fails_and_names_the_tables() {
         assert!(error.starts_with(named), "{options}: {error}");
         assert_eq!(fleet.on(1, "movr", HELD).trim(), "0", "{options}");
     }
+    let left = files_in(&fleet.demo.node_dir(1).join("extern"));
+    assert!(left.is_empty(), "{left:?}");
+}
+
+#[test]
+fn what_no_lock_holds_still_fails_the_job_in_the_end_and_is_named() {
+    let fleet = start();
+    // Labels are added without a lock on the tables that have them.
+    fleet.on(1, "movr", "CREATE TYPE mood AS ENUM ('calm'); CREATE TABLE moody AS SELECT 'calm'::mood AS mood");
+    let job = fleet.held(&format!("BACKUP DATABASE movr INTO 'nodelocal://1/b' WITH {WEST}, DETACHED"), POINT);
+    for spoilt in 0..4 {
+        until_at(&fleet, &job, spoilt);
+        assert_eq!(fleet.job(&job, "status"), "running");
+        fleet.on(1, "movr", &format!("ALTER TYPE mood ADD VALUE 'mood {spoilt}'"));
+        until("the standby to have the label", || {
+            let label = format!("SELECT count(*) FROM pg_enum WHERE enumlabel = 'mood {spoilt}'");
+            let seen = both(&fleet.demo.psql_direct(3).args(["-Atc", &label]).output().unwrap());
+            if seen.trim() == "1" { Ok(()) } else { Err(seen) }
+        });
+        fleet.let_go(&job, POINT);
+    }
+    let (status, error) = fleet.end_of(&job);
+    assert_eq!(status, "failed", "{error}");
+    assert!(error.starts_with("table \"public.moody\" was changed while it was backed up"), "{error}");
     let left = files_in(&fleet.demo.node_dir(1).join("extern"));
     assert!(left.is_empty(), "{left:?}");
 }

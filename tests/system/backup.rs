@@ -99,6 +99,7 @@ fn only_matching_nodes_reach_an_s3_store_and_its_keys_stay_secret() {
     );
     let job = detached(&demo, 1, &format!("BACKUP DATABASE movr INTO '{uri}' WITH {WEST}, DETACHED"));
     let shown = succeeded(&demo, 1, &job).join("|");
+    whoever_is_asked_looks_into_the_store(&demo, &s3, &|address: &str| uri.replace(&door.address, address));
     let pids = [3, 4].map(|number: usize| demo.nodes[number - 1].pid);
     assert_eq!(door.visitors().into_iter().collect::<Vec<_>>(), pids, "who came to the store");
     let seals = s3.keys("BACKUP_MANIFEST");
@@ -145,6 +146,18 @@ fn only_matching_nodes_reach_an_s3_store_and_its_keys_stay_secret() {
         [("SHOW JOB", &shown), ("SHOW", &connections), ("registry", &dump), ("manifest", &manifest), ("logs", &logs)]
     {
         assert!(!text.contains(secret), "the secret is in the {place}");
+    }
+}
+
+/// Statements without a filter: no other node comes to a store that the gateway reaches.
+fn whoever_is_asked_looks_into_the_store(demo: &Demo, s3: &S3, through: &dyn Fn(&str) -> String) {
+    for number in [2, 4] {
+        let door = s3.watched();
+        let uri = through(&door.address);
+        assert_eq!(demo.ask(number, &format!("SHOW BACKUPS IN '{uri}'")).lines().count(), 1);
+        let shown = demo.ask(number, &format!("SHOW BACKUP FROM LATEST IN '{uri}'"));
+        assert!(shown.contains("rides") && !shown.contains("ERROR"), "{shown}");
+        assert_eq!(door.visitors().into_iter().collect::<Vec<_>>(), [demo.nodes[number - 1].pid], "node {number}");
     }
 }
 
@@ -284,6 +297,40 @@ fn ddl_during_an_export_never_costs_a_row() {
             assert_eq!((rows.len(), sums.filter(|sum| *sum != 0).count()), (1000, 0));
         }
     });
+}
+
+#[test]
+fn a_backup_gives_way_to_whoever_waits_for_a_table_and_goes_on() {
+    let fleet = Fleet::start(&["--rows", "100"]);
+    let demo = &fleet.demo;
+    fleet.on(1, "movr", "CREATE TABLE wanted AS SELECT n, repeat('x', 500) FROM generate_series(1, 30000) n");
+    let (setting, zone) = ("bulkio.backup.node_rate_limit", "EXECUTION LOCALITY = 'region=us-east-1,zone=a'");
+    // At this rate its rows take minutes, and are locked on the primary all the while.
+    assert_eq!(demo.ask(1, &format!("SET CLUSTER SETTING {setting} = '64KiB'")), "SET CLUSTER SETTING");
+    let statement = format!("BACKUP DATABASE movr INTO 'nodelocal://1/b' WITH {zone}, DETACHED");
+    let reading = "SELECT count(*) FROM pg_locks JOIN pg_stat_activity USING (pid)
+        WHERE relation = 'wanted'::regclass AND granted AND application_name LIKE 'backhaul job%' AND query LIKE 'COPY %'";
+    let job = detached(demo, 1, &statement);
+    until("its rows to be read", || {
+        let seen = run(demo.psql_direct(1).args(["-Atc", reading]));
+        if seen.trim() == "1" { Ok(()) } else { Err(fleet.job(&job, "status")) }
+    });
+    let lock = "SET lock_timeout = '25s'; BEGIN; LOCK TABLE wanted IN ACCESS EXCLUSIVE MODE; COMMIT";
+    run(demo.psql_direct(1).args(["-v", "ON_ERROR_STOP=1", "-qc", lock]));
+    assert_eq!(fleet.job(&job, "status"), "running");
+    assert_eq!(demo.ask(1, &format!("RESET CLUSTER SETTING {setting}")), "SET CLUSTER SETTING");
+    assert_eq!(fleet.end_of(&job), ("succeeded".to_owned(), String::new()));
+    let log = std::fs::read_to_string(demo.node_dir(1).join("node.log")).unwrap();
+    assert!(log.contains("table \"public.wanted\" is wanted by somebody else"), "{log}");
+    // Whatever was read of it before is not in the backup.
+    let backup = LocalBackup::newest(&extern_dirs(demo), "b");
+    assert_eq!(backup.manifest["shards"][0]["point"]["mode"], "Exported");
+    let sorted = |mut rows: Vec<String>| {
+        rows.sort_unstable();
+        rows
+    };
+    let there = run(demo.psql_direct(1).args(["-qAtc", "COPY wanted TO STDOUT"]));
+    assert!(sorted(backup.rows("wanted")) == sorted(there.lines().map(str::to_owned).collect()), "rows differ");
 }
 
 #[test]

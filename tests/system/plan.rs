@@ -8,7 +8,7 @@ use serde_json::Value;
 
 use crate::support::demo::Demo;
 use crate::support::store::{LocalBackup, S3};
-use crate::support::{both, until};
+use crate::support::{both, run, until};
 
 const WEST: &str = "EXECUTION LOCALITY = 'region=us-west-1'";
 
@@ -155,6 +155,52 @@ fn a_standby_that_is_not_fit_is_passed_over_with_its_reason() {
         end.into_iter().for_each(on_n3);
         explained(&demo, 1, &statement, "read: node 3 (region=us-west-1,zone=a), non-voting replica");
     }
+}
+
+/// What every server would refuse is explained, and fails the job.
+#[test]
+fn what_is_certain_to_fail_is_an_error_of_the_plan() {
+    let demo = Demo::start(&["--rows", "100"]);
+    let on_n1 = |text: &str| drop(run(demo.psql_direct(1).args(["-v", "ON_ERROR_STOP=1", "-qc", text])));
+    let names: Vec<String> = (1..=13).map(|number| format!("d{number}")).collect();
+    names.iter().for_each(|name| on_n1(&format!("CREATE DATABASE {name}")));
+    let to = |databases: &str| format!("BACKUP DATABASE {databases} INTO 'nodelocal://self/b' WITH {WEST}");
+    let (one, many) = (to("movr"), to(&format!("movr, {}", names.join(", "))));
+    let role = "ALTER ROLE backhaul";
+    for (begin, end, statement, code, message) in [
+        (
+            "SELECT",
+            "SELECT",
+            many,
+            "22023",
+            "a backup of 14 databases needs at least 46 connections, and the server has ",
+        ),
+        (
+            &*format!("{role} RESET lo_compat_privileges"),
+            &*format!("{role} SET lo_compat_privileges = on"),
+            one.clone(),
+            "42501",
+            "the role of the node may not read the large objects of database \"movr\"",
+        ),
+    ] {
+        on_n1(begin);
+        // The job would ask all of them, one after the other.
+        let plan = until("every server to refuse", || {
+            let plan = demo.ask(1, &format!("EXPLAIN {statement}"));
+            let refusals = plan.matches("would be read, and does not let itself: node").count();
+            if refusals == 3 { Ok(plan) } else { Err(plan) }
+        });
+        assert_eq!(plan.matches(&format!("error: {message}")).count(), 3, "{plan}");
+        assert_eq!(plan.matches(&format!(" ({code})\n")).count(), 3, "{plan}");
+        for absent in [" read: node", "next: node", "exported by"] {
+            assert!(!plan.contains(absent), "{plan}");
+        }
+        let told = demo.ask(3, &statement);
+        assert!(told.starts_with(&format!("ERROR:  {code}: {message}")) && told.contains("HINT:  "), "{told}");
+        on_n1(end);
+    }
+    let plan = explained(&demo, 1, &one, "read: node 3");
+    assert!(!plan.contains("error: "), "{plan}");
 }
 
 #[test]

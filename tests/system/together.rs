@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use std::process::{Child, Stdio};
 
 use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
 use serde_json::Value;
 
 use crate::support::demo::{Demo, psql};
@@ -354,6 +355,60 @@ fn where_it_cannot_be_proven_one_server_is_read_and_the_plan_says_why() {
     });
     for number in [2, 3] {
         assert_replays(&demo, number);
+    }
+}
+
+/// A process that stands still until this is dropped.
+struct Frozen(Pid);
+
+impl Frozen {
+    fn new(pid: Pid) -> Self {
+        kill(pid, Signal::SIGSTOP).unwrap();
+        Self(pid)
+    }
+}
+
+impl Drop for Frozen {
+    fn drop(&mut self) {
+        // It may have been ended meanwhile.
+        let _ = kill(self.0, Signal::SIGCONT);
+    }
+}
+
+#[test]
+fn where_they_do_not_come_to_one_position_in_time_one_server_is_read_and_the_job_says_why() {
+    let fleet = Fleet::start(&TWIN);
+    let demo = &fleet.demo;
+    bank(demo);
+    let statement = format!("BACKUP DATABASE bank INTO 'nodelocal://1/b' WITH {WEST}, DETACHED");
+    until_explained(demo, &statement, "read beside it: node");
+    let point = "backup.after_lock";
+    let job = fleet.held(&statement, point);
+    // From now on one of them gets no further, and looks as it did.
+    let receiver = run(demo.psql_direct(3).args(["-Atc", "SELECT pid FROM pg_stat_wal_receiver"]));
+    let receiver = Frozen::new(Pid::from_raw(receiver.trim().parse().unwrap()));
+    let _writers = Writers::start(demo);
+    fleet.on(1, "bank", "UPDATE t1 SET balance = balance");
+    let position = fleet.on(1, "bank", "SELECT pg_current_wal_insert_lsn()");
+    let is_there = format!("SELECT pg_last_wal_replay_lsn() >= '{}'", position.trim());
+    until("the other one to be ahead", || {
+        let seen = [2, 3].map(|number| run(demo.psql_direct(number).args(["-Atc", &is_there])));
+        if seen == ["t\n", "f\n"] { Ok(()) } else { Err(format!("{seen:?}")) }
+    });
+    fleet.let_go(&job, point);
+    until("the job to say so", || {
+        let noted = fleet.job(&job, "execution_errors::text");
+        let words = "They did not come to stand at one position within 10 seconds.";
+        if noted.contains(words) { Ok(()) } else { Err(noted) }
+    });
+    assert_eq!(fleet.end_of(&job), ("succeeded".to_owned(), String::new()));
+    let backup = newest(demo, "b");
+    let shard = &backup.manifest["shards"][0];
+    assert_eq!((&shard["read_beside"], read_from(shard).len()), (&Value::Null, 1));
+    assert_eq!(balances(&backup), TOTAL);
+    drop(receiver);
+    for number in [2, 3] {
+        assert_replays(demo, number);
     }
 }
 

@@ -12,7 +12,7 @@ use std::time::Duration;
 use anyhow::Context as _;
 use cluster::settings::Holding;
 use cluster::{Locality, NodeId, Role, View};
-use fleet::founders::{DatabasePlan, FOUNDERS, Looked, Open, Request, What};
+use fleet::founders::{DatabasePlan, FOUNDERS, Looked, Open, Request, What, never_fits};
 use pgerror::PgError;
 use sql::Backup;
 
@@ -147,7 +147,10 @@ impl Backups {
             Some((replica, looked)) => self.beside(page, &seen, &decision, (replica, looked), databases).await?,
             None => Vec::new(),
         };
-        for replica in decision.candidates().filter(|replica| !servers.contains(&replica.node)) {
+        // Those before the one that is read have been told.
+        let read = found.as_ref().map(|(replica, _)| replica.node);
+        let untold = decision.candidates().skip_while(|replica| Some(replica.node) != read);
+        for replica in untold.filter(|replica| !servers.contains(&replica.node)) {
             let node = named(&view, replica.node);
             page.say(1, format!("next: {node}, {}: {replica}", replica.role));
         }
@@ -188,7 +191,7 @@ impl Backups {
     ) -> anyhow::Result<Option<(&'d Replica, Looked)>> {
         for replica in decision.candidates() {
             let node = named(seen.view, replica.node);
-            match self.look_at(replica.node, databases).await {
+            match self.look_to_read(replica.node, databases).await {
                 Ok(looked) => {
                     page.say(1, format!("read: {node}, {}", replica.role));
                     page.say(2, format!("why: {replica}"));
@@ -220,7 +223,7 @@ impl Backups {
         for replica in decision.candidates().filter(|it| it.node != first.node && decision.together.contains(&it.node))
         {
             let node = named(seen.view, replica.node);
-            match self.look_at(replica.node, databases).await {
+            match self.look_to_read(replica.node, databases).await {
                 Ok(beside) if together && beside.in_recovery && beside.may_pause => {
                     page.say(1, format!("read beside it: {node}, {}", replica.role));
                     page.say(
@@ -247,6 +250,15 @@ impl Backups {
             page.say(2, format!("read alone: {why}"));
         }
         Ok(servers)
+    }
+
+    /// Looks at a server that a backup of these databases would read; an error is one that would refuse its point, too.
+    async fn look_to_read(&self, node: NodeId, databases: &[String]) -> anyhow::Result<Looked> {
+        let looked = self.look_at(node, databases).await?;
+        match looked.budget.and_then(|budget| never_fits(databases.len(), budget)) {
+            Some(refusal) => Err(refusal.into()),
+            None => Ok(looked),
+        }
     }
 
     /// Looks at the server beside `node`.
@@ -299,12 +311,9 @@ fn connections(databases: usize, looked: &Looked) -> String {
         // A node of an older version, which has none.
         return format!("connections: at most {} on its server", Open::connections_for(databases, readers(databases)));
     };
-    let (word, count) = match Open::readers_within(databases, readers(databases), budget) {
-        Some(readers) => ("most", Open::connections_for(databases, readers)),
-        // So the point will be refused.
-        None => ("least", Open::connections_for(databases, 1)),
-    };
-    format!("connections: at {word} {count} on its server, where all backups together have {budget}")
+    let readers = Open::readers_within(databases, readers(databases), budget).unwrap_or(1);
+    let count = Open::connections_for(databases, readers);
+    format!("connections: at most {count} on its server, where all backups together have {budget}")
 }
 
 /// When a pause ends before everything is read.

@@ -250,3 +250,54 @@ pub(crate) fn hex(bytes: &[u8]) -> String {
 pub(crate) fn sha256(bytes: &[u8]) -> String {
     hex(&Sha256::digest(bytes))
 }
+
+#[cfg(test)]
+mod tests {
+    use cluster::registry::Registry;
+    use cluster::secret::ClusterSecret;
+    use cluster::store::Store;
+    use cluster::{Cluster, Dialer};
+    use jobs::Ledger;
+    use serde_json::json;
+    use uuid::Uuid;
+
+    use super::*;
+
+    /// A node in the west that has no session, and so exports nothing in the end.
+    fn export(state: &std::path::Path) -> Arc<Export> {
+        let me = json!({
+            "instance": Uuid::new_v4(), "node_id": 1, "cluster_id": null, "address": "127.0.0.1:1",
+            "locality": "region=west,zone=a", "shard": "s1", "build": "", "started_at": "2026-01-01T00:00:00Z",
+            "server": null, "peers": [], "shards": {}, "revision": 0,
+        });
+        let store = Arc::new(Store::open(state).unwrap());
+        let cluster = Cluster::new(serde_json::from_value(me).unwrap(), &[], store).unwrap();
+        let dialer = Dialer::new(ClusterSecret::Insecure, None, "test".to_owned());
+        let peers = Peers::new(cluster.clone(), dialer.clone());
+        let stores = Stores::new(peers.clone(), state.to_owned());
+        Export::new(peers, stores, Jobs::new(cluster, Registry::default(), Ledger::default(), dialer))
+    }
+
+    #[tokio::test]
+    async fn a_node_refuses_a_span_of_a_job_that_it_does_not_match() {
+        let state = tempfile::tempdir().unwrap();
+        let export = export(state.path());
+        for (filter, refusal) in [
+            ("region=east", Some("was given a span of a job for region=east")),
+            ("zone=a,region=east", Some("was given a span of a job for region=east")),
+            ("region=west,zone=b", Some("was given a span of a job for zone=b")),
+            ("zone=a,region=west", None),
+            ("", None),
+        ] {
+            let what = founders::What::Table { oid: 1, from_block: 0, to_block: None };
+            let span = SpanRequest { lease: Uuid::new_v4(), database: "shop".to_owned(), what };
+            let (uri, path) = ("nodelocal://1/b".to_owned(), "data/x".to_owned());
+            let task = Task { job: 7, uri, filter: filter.to_owned(), path, founder: NodeId(1), span };
+            let asked = serde_json::to_value(Request::Span(Box::new(task))).unwrap();
+            let Err(error) = export.call(asked).await else { panic!("{filter}: it was exported") };
+            let said = format!("{error:#}");
+            assert_eq!(said.contains("was given a span"), refusal.is_some(), "{filter}: {said}");
+            assert!(refusal.is_none_or(|refusal| said.ends_with(refusal)), "{filter}: {said}");
+        }
+    }
+}

@@ -195,6 +195,7 @@ pub(crate) fn tables_of(error: &PgError, read: Option<&str>, databases: &[Databa
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::manifest::tests;
 
     fn table(oid: u32, name: &str) -> Table {
         Table { database: "shop".to_owned(), oid, schema: "public".to_owned(), name: name.to_owned() }
@@ -213,5 +214,29 @@ mod tests {
         assert_eq!(spoilt.held().len(), 2);
         let again: Spoilt = serde_json::from_value(serde_json::to_value(&spoilt).unwrap()).unwrap();
         assert_eq!(again, spoilt);
+    }
+
+    /// A table of the same name in another database is not in the way of anything.
+    #[test]
+    fn only_tables_of_the_database_that_was_read_are_held() {
+        let users = [tests::table(1, "users"), tests::table(2, "rides")];
+        let plans: Vec<DatabasePlan> = ["shop", "stock"]
+            .map(|name| serde_json::from_value::<DatabasePlan>(tests::database(name, &users)).unwrap())
+            .into();
+        let message = "table \"public.users\" was changed while it was backed up";
+        let changed = PgError::new(SqlState::OBJECT_NOT_IN_PREREQUISITE_STATE, message);
+        let locked = PgError::new(SqlState::LOCK_NOT_AVAILABLE, message);
+        for (error, read, expected) in [
+            (&changed, Some("shop"), vec!["shop"]),
+            (&changed, Some("stock"), vec!["stock"]),
+            (&changed, None, vec!["shop", "stock"]),
+            (&changed, Some("else"), vec![]),
+            (&locked, Some("shop"), vec![]),
+        ] {
+            let held = tables_of(error, read, &plans);
+            assert!(held.iter().all(|table| (table.oid, table.name.as_str()) == (1, "users")), "{held:?}");
+            let databases: Vec<&str> = held.iter().map(|table| table.database.as_str()).collect();
+            assert_eq!(databases, expected, "{read:?}");
+        }
     }
 }

@@ -175,12 +175,12 @@ impl Manifest {
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use serde_json::{Value, json};
 
     use super::*;
 
-    fn table(oid: u32, name: &str) -> Value {
+    pub(crate) fn table(oid: u32, name: &str) -> Value {
         let identity = json!({ "oid": oid, "relkind": "r", "relam": 2, "relfilenode": oid, "columns": [] });
         json!({
             "oid": oid, "schema": "public", "name": name, "columns": ["i"], "blocks": 9, "bytes": 1, "estimated_rows": 1,
@@ -188,7 +188,7 @@ mod tests {
         })
     }
 
-    fn database(name: &str, tables: &[Value]) -> Value {
+    pub(crate) fn database(name: &str, tables: &[Value]) -> Value {
         json!({
             "name": name, "oid": 5, "encoding": "UTF8", "collate": "C", "ctype": "C", "locale_provider": "c",
             "owner": "o", "settings": [], "extensions": [], "tables": tables, "sequences": [], "materialized_views": [],
@@ -203,14 +203,17 @@ mod tests {
         })
     }
 
-    fn shard(name: &str, databases: &[Value], files: &[Value]) -> Value {
-        let point = json!({
+    pub(crate) fn point() -> Value {
+        json!({
             "lsn": 1, "timeline": 1, "time": "2026-11-22T10:58:16Z", "in_recovery": true, "mode": "Paused",
             "server_version": 180_000, "system_identifier": "7", "readers": 1, "databases_at_one_point": true
-        });
+        })
+    }
+
+    fn shard(name: &str, databases: &[Value], files: &[Value]) -> Value {
         let schemas = [file("shop", &Value::Null)];
         json!({
-            "shard": name, "read_from": 1, "point": point, "databases": databases, "schemas": schemas, "files": files
+            "shard": name, "read_from": 1, "point": point(), "databases": databases, "schemas": schemas, "files": files
         })
     }
 

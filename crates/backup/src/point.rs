@@ -375,6 +375,22 @@ mod tests {
     use super::*;
 
     #[test]
+    fn points_are_taken_anew_a_bounded_number_of_times() {
+        let mut tries = Tries::default();
+        for spoilt in 0..4 {
+            assert_eq!((tries.spoilt, tries.are_over()), (spoilt, false));
+            tries = tries.spoilt();
+        }
+        assert!(tries.are_over());
+        let mut tries = Tries { spoilt: 3, lost: 0 };
+        for lost in 0..30 {
+            assert_eq!((tries.spoilt, tries.lost, tries.are_over()), (3, lost, false));
+            tries = tries.lost();
+        }
+        assert!(tries.are_over());
+    }
+
+    #[test]
     fn a_missing_right_is_said_once_until_it_was_there() {
         let mut told = BTreeSet::new();
         let (two, three) = (NodeId(2), NodeId(3));

@@ -94,19 +94,7 @@ async fn attempt(
     // Each one that is done lets its replay go on, whatever becomes of the others.
     let (opened, besides) = tokio::join!(take(*node, true), join_all(taking));
     let mut opened = opened?;
-    let mut proven = Vec::new();
-    let mut refused = None;
-    for (node, beside) in others.iter().zip(besides) {
-        match beside {
-            Ok(beside) if is_same(&opened, &beside) => {
-                // A busy server lends fewer sessions, and what is dealt is dealt to all of them alike.
-                opened.point.readers = opened.point.readers.min(beside.point.readers);
-                proven.push(*node);
-            }
-            Ok(_) => refused = Some(unproven(&format!("Node {node}'s does not show what the others do.")).into()),
-            Err(error) => refused = Some(error),
-        }
-    }
+    let (proven, refused) = proven(&mut opened, others.iter().copied().zip(besides));
     match (proven.is_empty(), refused) {
         (true, Some(error)) => Err(error),
         (true, None) => Err(unproven("There is only one.").into()),
@@ -118,6 +106,27 @@ async fn attempt(
             Ok(Together { lease, node: *node, others: proven, opened })
         }
     }
+}
+
+/// Of the servers that took the point beside `opened` those that have proven to show the same, and why the last of the
+/// others has not. What `opened` says then holds for all of them.
+fn proven(
+    opened: &mut Opened,
+    besides: impl Iterator<Item = (NodeId, anyhow::Result<Opened>)>,
+) -> (Vec<NodeId>, Option<anyhow::Error>) {
+    let (mut proven, mut refused) = (Vec::new(), None);
+    for (node, beside) in besides {
+        match beside {
+            Ok(beside) if is_same(opened, &beside) => {
+                // A busy server lends fewer sessions, and what is dealt is dealt to all of them alike.
+                opened.point.readers = opened.point.readers.min(beside.point.readers);
+                proven.push(node);
+            }
+            Ok(_) => refused = Some(unproven(&format!("Node {node}'s does not show what the others do.")).into()),
+            Err(error) => refused = Some(error),
+        }
+    }
+    (proven, refused)
 }
 
 /// Opens sessions; gives the nodes on which that was possible, in the order of `nodes`.
@@ -207,7 +216,43 @@ pub(crate) fn sentence(said: &PgError) -> String {
 
 #[cfg(test)]
 mod tests {
+    use serde_json::{Value, json};
+
     use super::*;
+    use crate::manifest::tests;
+
+    /// A point of a database with one table, with some of it another one.
+    fn opened(point: &[(&str, Value)], table: &[(&str, Value)]) -> Opened {
+        let with = |mut whole: Value, parts: &[(&str, Value)]| {
+            parts.iter().for_each(|(name, part)| whole[name] = part.clone());
+            whole
+        };
+        let database = tests::database("shop", &[with(tests::table(10, "rides"), table)]);
+        let (point, databases) = (with(tests::point(), point), [database]);
+        serde_json::from_value(json!({ "point": point, "databases": databases })).unwrap()
+    }
+
+    #[test]
+    fn servers_are_read_together_that_show_the_same_with_the_fewest_readers_of_any() {
+        let mut first = opened(&[("readers", json!(4))], &[]);
+        // How large a table's files are differs from server to server.
+        let sizes = [("blocks", json!(8)), ("bytes", json!(3)), ("estimated_rows", json!(0))];
+        let another = json!({ "oid": 10, "relkind": "r", "relam": 2, "relfilenode": 11, "columns": [] });
+        let besides = [
+            opened(&[("readers", json!(3))], &sizes),
+            opened(&[("readers", json!(1)), ("lsn", json!(2))], &[]),
+            opened(&[("readers", json!(1)), ("timeline", json!(2))], &[]),
+            opened(&[("readers", json!(1)), ("system_identifier", json!("8"))], &[]),
+            opened(&[("readers", json!(1)), ("databases_at_one_point", json!(false))], &[]),
+            opened(&[("readers", json!(1))], &[("identity", another)]),
+            opened(&[("readers", json!(2))], &[]),
+            opened(&[("readers", json!(4))], &[]),
+        ];
+        let (proven, refused) = proven(&mut first, (2..).map(NodeId).zip(besides.map(Ok)));
+        assert_eq!((first.point.readers, proven), (2, [2, 8, 9].map(NodeId).to_vec()));
+        let said = PgError::of(&refused.unwrap()).cloned().unwrap();
+        assert_eq!(said.detail.as_deref(), Some("Node 7's does not show what the others do."));
+    }
 
     #[test]
     fn an_error_becomes_a_sentence() {

@@ -94,9 +94,11 @@ impl Rules {
         Self { filter: filter.clone(), ..Self::default() }
     }
 
-    /// Whether the statement keeps us away from the leaseholder's rows and tables.
-    pub(crate) fn forbid(&self, leaseholder: &Locality) -> bool {
-        !self.replicas.allows(Role::Leaseholder) || self.strict && leaseholder.first_unmatched(&self.filter).is_some()
+    /// Whether the statement keeps us away from the leaseholder's rows and tables, as far as that is known while nobody
+    /// leads the shard.
+    pub(crate) fn forbid(&self, leaseholder: Option<&Locality>) -> bool {
+        let is_outside = |place: &Locality| place.first_unmatched(&self.filter).is_some();
+        !self.replicas.allows(Role::Leaseholder) || self.strict && leaseholder.is_some_and(is_outside)
     }
 }
 

@@ -235,10 +235,20 @@ fn a_leaseholder_that_is_not_read_is_no_anchor() {
         let anchor = anchor(&demo, &rules(asked), &[NodeId(server)]).unwrap();
         assert_eq!(anchor.id, Some(NodeId(expected)), "{asked}");
     }
-    assert!(rules("standby").forbid(&"region=east".parse().unwrap()));
-    assert!(rules("strict region=west").forbid(&"region=east".parse().unwrap()));
-    assert!(!rules("strict region=east").forbid(&"region=east".parse().unwrap()));
-    assert!(!rules("region=west").forbid(&"region=east".parse().unwrap()));
+}
+
+#[test]
+fn a_statement_may_keep_away_from_the_leaseholder_whoever_that_is_or_by_where_it_is() {
+    let east = "region=east".parse().unwrap();
+    for (asked, east_is, nobody_is) in [
+        ("standby", true, true),
+        ("nonvoting", true, true),
+        ("strict region=west", true, false),
+        ("strict region=east", false, false),
+        ("region=west", false, false),
+    ] {
+        assert_eq!((rules(asked).forbid(Some(&east)), rules(asked).forbid(None)), (east_is, nobody_is), "{asked}");
+    }
 }
 
 #[test]

@@ -83,16 +83,29 @@ impl Budget {
     }
 }
 
-fn refused(room: Room, databases: usize, held: usize) -> PgError {
+/// Why a backup of so many databases would not fit into a server's budget if there were no other, as it is told to whoever
+/// asks for a point: 22023. Nothing where it would.
+pub fn never_fits(databases: usize, budget: usize) -> Option<PgError> {
     let needed = Open::connections_for(databases, 1);
-    let of = format!("of {databases} database{}", if databases == 1 { "" } else { "s" });
-    if needed > room.budget {
-        let message = format!("a backup {of} needs at least {needed} connections, and the server has {}", room.budget);
-        return PgError::new(SqlState::INVALID_PARAMETER_VALUE, message)
+    let message =
+        format!("a backup {} needs at least {needed} connections, and the server has {budget}", of(databases));
+    (needed > budget).then(|| {
+        PgError::new(SqlState::INVALID_PARAMETER_VALUE, message)
             .detail(format!("{USERS_PERCENT} per cent of what it does not keep back is left to its users."))
-            .hint("Raise max_connections there, or back up fewer databases in one statement.");
+            .hint("Raise max_connections there, or back up fewer databases in one statement.")
+    })
+}
+
+fn of(databases: usize) -> String {
+    format!("of {databases} database{}", if databases == 1 { "" } else { "s" })
+}
+
+fn refused(room: Room, databases: usize, held: usize) -> PgError {
+    if let Some(never) = never_fits(databases, room.budget) {
+        return never;
     }
-    let message = format!("the server has no connections left for a backup {of}");
+    let needed = Open::connections_for(databases, 1);
+    let message = format!("the server has no connections left for a backup {}", of(databases));
     PgError::new(SqlState::TOO_MANY_CONNECTIONS, message)
         .detail(format!(
             "It needs at least {needed}. Backups have {held} of the {} that all of them may have, and {} are free.",

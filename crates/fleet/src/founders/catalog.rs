@@ -1,12 +1,13 @@
 //! What a database holds at a point, read from its catalogs.
 //!
 //! Everything is read by a founder, so from the snapshot that the rows will be read from, except for what PostgreSQL
-//! does not version: sizes of files, and sequences. A table that the backup could not read to the end is an error here
-//! already, and one whose rows this server does not have is named as skipped.
+//! does not version: sizes of files, and sequences. A table or a large object that the backup could not read to the end is
+//! an error here already, and a table whose rows this server does not have is named as skipped.
 
 use std::collections::BTreeSet;
 use std::fmt::Write as _;
 
+use anyhow::Context as _;
 use pgerror::{PgError, SqlState};
 use tokio_postgres::Row;
 
@@ -149,6 +150,7 @@ pub(super) async fn plan(founder: &Session, in_recovery: bool) -> anyhow::Result
     let mut plan = database(&founder.row(DATABASE, &[]).await?)?;
     if plan.large_objects > 0 {
         plan.large_object_files = founder.row(LARGE_OBJECT_FILES, &[]).await?.get(0);
+        may_read_large_objects(founder, &plan.name).await?;
     }
     let order = "ORDER BY pg_catalog.pg_relation_size(c.oid) DESC NULLS LAST, c.oid";
     let query = format!("SELECT {TABLE_COLUMNS}, {IDENTITY}, {TYPES} {OWN} AND c.relkind IN ('r', 'f') {order}");
@@ -172,6 +174,36 @@ pub(super) async fn plan(founder: &Session, in_recovery: bool) -> anyhow::Result
     plan.roles = founder.rows(ROLES, &[]).await?.iter().map(|row| row.get(0)).collect();
     plan.tablespaces = founder.rows(TABLESPACES, &[]).await?.iter().map(|row| row.get(0)).collect();
     Ok(plan)
+}
+
+/// The first large object that the role may not read by what the catalogs say.
+const DOUBTFUL: &str = "
+    SELECT oid FROM pg_catalog.pg_largeobject_metadata
+    WHERE NOT pg_catalog.current_setting('lo_compat_privileges')::bool AND NOT pg_catalog.pg_has_role(lomowner, 'USAGE')
+      AND NOT EXISTS (SELECT FROM pg_catalog.aclexplode(lomacl) a WHERE a.privilege_type = 'SELECT'
+                      AND (a.grantee = 0 OR pg_catalog.pg_has_role(a.grantee, 'USAGE')))
+    LIMIT 1";
+
+/// Asked for a plan, and before the first piece: so the refusal comes as an answer and not in the middle of the rows. Only
+/// one object is opened for it, for there may be millions.
+///
+/// # Errors
+///
+/// 42501 when the role may not read one of them.
+pub(super) async fn may_read_large_objects(founder: &Session, database: &str) -> anyhow::Result<()> {
+    let doubtful = founder.rows(DOUBTFUL, &[]).await.context("ask for the right to read large objects")?;
+    let Some(doubtful) = doubtful.first() else { return Ok(()) };
+    // A newer release may have another way to give the right.
+    let query = "SELECT length(pg_catalog.lo_get($1, 0, 0))";
+    founder.rows(query, &[&doubtful.get::<_, u32>(0)]).await.map(drop).map_err(|error| {
+        if !has_code(&error, &[SqlState::INSUFFICIENT_PRIVILEGE]) {
+            return error.context("ask for the right to read large objects");
+        }
+        let message = format!("the role of the node may not read the large objects of database {}", quoted(database));
+        PgError::new(SqlState::INSUFFICIENT_PRIVILEGE, message)
+            .hint("Let a superuser set lo_compat_privileges = on for the role.")
+            .into()
+    })
 }
 
 /// Encodings in which PostgreSQL cannot say which characters the bytes are: it converts them to no other one, or, of

@@ -40,6 +40,7 @@ use tokio_util::sync::{CancellationToken, DropGuard};
 use tokio_util::task::AbortOnDropHandle;
 use uuid::Uuid;
 
+pub use self::budget::never_fits;
 use self::budget::{Budget, Share};
 pub use self::dump::SCHEMA_BYTES_MAX;
 pub(crate) use self::dump::pg_dump_version;

@@ -21,7 +21,7 @@ use pgerror::{PgError, SqlState};
 use tokio::time::{Instant, timeout_at};
 use tokio_postgres::CopyOutStream;
 
-use super::catalog::{IDENTITY, LARGE_OBJECT_FILES, TYPES};
+use super::catalog::{IDENTITY, LARGE_OBJECT_FILES, TYPES, may_read_large_objects};
 use super::pool::{Lent, Pool};
 use super::session::{Session, has_code, late, quoted, said, within};
 use super::types::{Identity, LARGE_OBJECT_PIECE, ROWS_SILENCE_MAX, TablePlan, What, invalidated};
@@ -76,6 +76,7 @@ async fn begin(pool: &Pool, founder: &Session, what: &What) -> anyhow::Result<Co
             LARGE_OBJECTS.to_owned()
         }
         What::LargeObjectData => {
+            // Who is a member of what is no matter of the point.
             may_read_large_objects(founder, &pool.database).await?;
             compare_large_objects(pool).await?;
             large_object_data()
@@ -203,32 +204,6 @@ async fn compare_large_objects(pool: &Pool) -> anyhow::Result<()> {
         true => Ok(()),
         false => Err(invalidated("pg_catalog.pg_largeobject", "It or one of its indexes was rewritten.").into()),
     }
-}
-
-/// The first large object that the role may not read by what the catalogs say.
-const DOUBTFUL: &str = "
-    SELECT oid FROM pg_catalog.pg_largeobject_metadata
-    WHERE NOT pg_catalog.current_setting('lo_compat_privileges')::bool AND NOT pg_catalog.pg_has_role(lomowner, 'USAGE')
-      AND NOT EXISTS (SELECT FROM pg_catalog.aclexplode(lomacl) a WHERE a.privilege_type = 'SELECT'
-                      AND (a.grantee = 0 OR pg_catalog.pg_has_role(a.grantee, 'USAGE')))
-    LIMIT 1";
-
-/// Asks before the first piece, so that the refusal comes as an answer and not in the middle of the rows. Only one object
-/// is opened for it, for there may be millions.
-async fn may_read_large_objects(founder: &Session, database: &str) -> anyhow::Result<()> {
-    let doubtful = founder.rows(DOUBTFUL, &[]).await.context("ask for the right to read large objects")?;
-    let Some(doubtful) = doubtful.first() else { return Ok(()) };
-    // A newer release may have another way to give the right.
-    let query = "SELECT length(pg_catalog.lo_get($1, 0, 0))";
-    founder.rows(query, &[&doubtful.get::<_, u32>(0)]).await.map(drop).map_err(|error| {
-        if !has_code(&error, &[SqlState::INSUFFICIENT_PRIVILEGE]) {
-            return error.context("ask for the right to read large objects");
-        }
-        let message = format!("the role of the node may not read the large objects of database {}", quoted(database));
-        PgError::new(SqlState::INSUFFICIENT_PRIVILEGE, message)
-            .hint("Let a superuser set lo_compat_privileges = on for the role.")
-            .into()
-    })
 }
 
 struct Copying {

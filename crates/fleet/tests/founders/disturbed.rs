@@ -220,6 +220,7 @@ async fn large_objects_that_the_role_may_not_read_are_refused_before_their_rows(
          GRANT SELECT ON LARGE OBJECT 5001 TO PUBLIC"
     );
     let fleet = Fleet::start(false, &setup).await;
+    let refusal = "the role of the node may not read the large objects of database \"shop\"";
     for (step, may_read) in [
         ("SELECT", false),
         ("ALTER LARGE OBJECT 5002 OWNER TO owner", true),
@@ -228,14 +229,24 @@ async fn large_objects_that_the_role_may_not_read_are_refused_before_their_rows(
     ] {
         fleet.in_database("shop", step).await;
         let (founders, lease) = (Founders::new(fleet.primary.server("reader").unwrap()), Uuid::new_v4());
-        opened(&founders, open(lease, 1)).await;
         if may_read {
+            opened(&founders, open(lease, 1)).await;
             assert_eq!(rows(&founders, lease, What::LargeObjectData).await.len(), 2, "{step}");
-        } else {
-            let error = refused(&founders, &span(lease, What::LargeObjectData)).await;
-            assert_eq!(error.message, "the role of the node may not read the large objects of database \"shop\"");
+            continue;
+        }
+        // Nothing is begun that could not come to its end.
+        for asked in [Request::Open(open(lease, 1)), Request::Look { databases: vec!["shop".to_owned()] }] {
+            assert_eq!(refused(&founders, &asked).await.message, refusal, "{step}");
         }
     }
+    // A right that is lost after the point.
+    fleet
+        .in_database("shop", "ALTER ROLE reader RESET lo_compat_privileges; ALTER LARGE OBJECT 5002 OWNER TO owner")
+        .await;
+    let (founders, lease) = (Founders::new(fleet.primary.server("reader").unwrap()), Uuid::new_v4());
+    opened(&founders, open(lease, 1)).await;
+    fleet.in_database("shop", "REVOKE owner FROM reader").await;
+    assert_eq!(refused(&founders, &span(lease, What::LargeObjectData)).await.message, refusal);
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -5,7 +5,7 @@ use std::sync::Mutex;
 
 use super::*;
 
-fn limits() -> PauseLimits {
+pub(super) fn limits() -> PauseLimits {
     PauseLimits { longest_ms: 120_000, wal_bytes: 0, free_bytes: 0 }
 }
 

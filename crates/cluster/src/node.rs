@@ -169,7 +169,7 @@ pub struct Downstream {
     pub application_name: String,
     /// The replication slot that it holds.
     pub slot: Option<String>,
-    /// `async`, `potential`, `sync` or `quorum`.
+    /// `async`, `potential`, `sync`, `quorum`, or `unknown` where the node's role may not see it.
     pub sync_state: String,
     /// `streaming`, `catchup`, ….
     pub state: String,
@@ -212,8 +212,10 @@ impl Role {
     /// What `node` is to its shard, given the node that leads it.
     ///
     /// A standby is the one its sender lists under the same slot, or under the same name when no slot is used
-    /// (PostgreSQL offers no better link between `pg_stat_replication` and the standby). A standby that streams from
-    /// another standby is asynchronous to the primary by nature.
+    /// (PostgreSQL offers no better link between `pg_stat_replication` and the standby). Of several under one name each may
+    /// be the one, and of one whose state may not be seen each state may be true: where a commit may wait for it, it counts
+    /// as voting, because a voting standby must never be paused. A standby that streams from another standby is
+    /// asynchronous to the primary by nature.
     pub fn of(node: &NodeInfo, leader: Option<&NodeInfo>) -> Self {
         if node.server.is_none() {
             return Self::None;
@@ -225,15 +227,17 @@ impl Role {
         let Some(upstream) = state.upstream.as_ref().filter(|_| state.in_recovery) else { return Self::Overtaken };
         let primary = leader.and_then(NodeInfo::server_state);
         let Some(primary) = primary.filter(|primary| primary.timeline == state.timeline) else { return Self::Detached };
-        let listed = primary.downstream.iter().find(|standby| match (&upstream.slot, &standby.slot) {
+        let is_it = |standby: &&Downstream| match (&upstream.slot, &standby.slot) {
             (Some(ours), Some(theirs)) => ours == theirs,
             _ => standby.application_name == upstream.application_name,
-        });
-        match listed.map(|standby| standby.sync_state.as_str()) {
-            Some("sync" | "quorum" | "potential") => Self::Voting,
-            Some(_) => Self::NonVoting,
-            None if upstream.status == "streaming" => Self::NonVoting,
-            None => Self::Detached,
+        };
+        let listed: Vec<_> = primary.downstream.iter().filter(is_it).collect();
+        if listed.iter().any(|standby| standby.sync_state != "async") {
+            Self::Voting
+        } else if listed.is_empty() && upstream.status != "streaming" {
+            Self::Detached
+        } else {
+            Self::NonVoting
         }
     }
 }
@@ -294,6 +298,9 @@ pub(crate) mod tests {
                 downstream("walreceiver", Some("b"), "quorum"),
                 downstream("walreceiver", Some("c"), "async"),
                 downstream("named", None, "sync"),
+                downstream("twins", None, "async"),
+                downstream("twins", None, "potential"),
+                downstream("unseen", None, "unknown"),
             ];
         }
         let receiving = |name: &str, slot: Option<&str>, status: &str| {
@@ -313,6 +320,8 @@ pub(crate) mod tests {
             (standby("walreceiver", Some("c")), Role::NonVoting),
             (standby("named", None), Role::Voting),
             (standby("cascaded", None), Role::NonVoting),
+            (standby("twins", None), Role::Voting),
+            (standby("unseen", None), Role::Voting),
             (receiving("left behind", None, "not receiving"), Role::Detached),
             (node(3, "s1", Some((false, 1))), Role::Overtaken),
             (

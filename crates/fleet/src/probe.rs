@@ -174,8 +174,10 @@ const STATE: &str = "
            pg_catalog.has_function_privilege('pg_catalog.pg_wal_replay_pause()', 'EXECUTE')
            AND pg_catalog.has_function_privilege('pg_catalog.pg_wal_replay_resume()', 'EXECUTE')";
 
+/// Of other roles' standbys only names are shown to a role without `pg_monitor`. Whether commits wait for them is unknown
+/// then, which is not the same as that they do not.
 const DOWNSTREAM: &str = "
-    SELECT r.application_name, s.slot_name::text, coalesce(r.sync_state, 'async'), coalesce(r.state, 'unknown')
+    SELECT r.application_name, s.slot_name::text, coalesce(r.sync_state, 'unknown'), coalesce(r.state, 'unknown')
     FROM pg_catalog.pg_stat_replication r LEFT JOIN pg_catalog.pg_replication_slots s ON s.active_pid = r.pid
     WHERE r.state IS DISTINCT FROM 'backup' ORDER BY r.application_name, r.pid";
 
@@ -229,13 +231,17 @@ fn registry_of(comment: &str) -> Option<Uuid> {
 
 /// The name under which a standby is listed by its sender: `application_name` of its connection string, else
 /// `cluster_name`, else `walreceiver` (PostgreSQL's documentation of `primary_conninfo`).
+///
+/// `pg_stat_wal_receiver` shows that string with nothing quoted, so a name may have blanks and equals signs in it. It is
+/// followed by what the receiver itself gives as a fallback, which libpq lists next.
 fn application_name(conninfo: Option<&str>, cluster_name: Option<&str>) -> String {
-    let given = conninfo
-        .unwrap_or_default()
-        .split_ascii_whitespace()
-        .find_map(|pair| pair.strip_prefix("application_name=").filter(|name| !name.is_empty()));
+    let conninfo = format!(" {}", conninfo.unwrap_or_default());
+    let given = conninfo.split_once(" application_name=").map(|(_, rest)| {
+        let next = rest.find(" fallback_application_name=").or_else(|| rest.find(char::is_whitespace));
+        &rest[..next.unwrap_or(rest.len())]
+    });
     let cluster_name = cluster_name.filter(|name| !name.is_empty());
-    given.or(cluster_name).unwrap_or("walreceiver").trim_matches('\'').to_owned()
+    given.filter(|name| !name.is_empty()).or(cluster_name).unwrap_or("walreceiver").to_owned()
 }
 
 /// tokio-postgres prints a server's error as "db error"; the words are in its source.
@@ -257,6 +263,16 @@ mod tests {
             (Some("user=r host=/tmp"), Some("c"), "c"),
             (Some("user=r application_name= host=/tmp"), Some(""), "walreceiver"),
             (None, None, "walreceiver"),
+            (Some("application_name=n2"), None, "n2"),
+            // As PostgreSQL 15 shows it.
+            (
+                Some(
+                    "user=r host=/tmp application_name=my 'st= andby fallback_application_name=walreceiver sslmode=prefer",
+                ),
+                None,
+                "my 'st= andby",
+            ),
+            (Some("host=/tmp fallback_application_name=c sslmode=prefer"), Some("c"), "c"),
         ] {
             assert_eq!(application_name(conninfo, cluster_name), name);
         }

@@ -286,7 +286,7 @@ impl Opening<'_> {
             voting,
             life_ms: ms(LEASE_LIFE),
             pause: is_kept.then(|| PauseLimits { longest_ms: ms(pause), wal_bytes: wal, free_bytes: free }),
-            limits: PointLimits { age_ms: ms(age), xmin_age },
+            limits: PointLimits { age_ms: ms(age), xmin_age, wal_bytes: wal },
         }
     }
 

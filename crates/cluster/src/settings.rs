@@ -104,7 +104,7 @@ pub const SETTINGS: [Setting; 10] = [
     Setting {
         name: "bulkio.backup.standby_wal_limit",
         kind: Kind::Bytes(ROOM_MIN, ROOM_MAX),
-        description: "with more WAL to replay a standby is not kept paused for a backup; 0 is no limit",
+        description: "with more WAL to replay a standby is kept neither paused nor waiting for a backup; 0 is no limit",
         row: "bulkio.backup.standby_wal_limit",
         default: 8 * KIB * KIB * KIB,
     },

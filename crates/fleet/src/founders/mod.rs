@@ -220,7 +220,8 @@ impl Founders {
         let (kept, given_up, tasks) = (Mutex::new(kept), OnceLock::new(), Mutex::default());
         let lease = Arc::new(Lease { life, ends, pools, _end: guard, kept, given_up, _share: taken.share, tasks });
         let expiry = tokio::spawn(expire(self.me.clone(), request.lease, Arc::downgrade(&lease)));
-        let limits = tokio::spawn(limits::watch(Arc::downgrade(&lease), request.job, request.limits.clone()));
+        let (limits, server) = (request.limits.clone(), self.server.address());
+        let limits = tokio::spawn(limits::watch(Arc::downgrade(&lease), request.job, limits, server));
         let tasks = [expiry, limits].map(AbortOnDropHandle::new);
         lease.tasks.lock().unwrap_or_else(PoisonError::into_inner).extend(tasks);
         self.leases.lock().unwrap_or_else(PoisonError::into_inner).insert(request.lease, lease);

@@ -113,13 +113,17 @@ pub struct PauseLimits {
     pub free_bytes: u64,
 }
 
-/// How long a point may be held. Beyond any of these the lease is given up, with 53400.
+/// How long a point may be held, and at what price. Beyond any of these the lease is given up: with 53400, or, for the
+/// WAL, as a point that was lost ([`is_point_lost`]).
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct PointLimits {
     /// Milliseconds; 0 is any number.
     pub age_ms: u64,
     /// Transactions that may begin on the primary while it has to keep what the point shows; 0 is any number.
     pub xmin_age: u64,
+    /// Bytes of WAL that may wait on a standby whose replay stands though nobody has paused it; 0 is any number.
+    #[serde(default)]
+    pub wal_bytes: u64,
 }
 
 /// The settings of the fleet that these come from, for messages.

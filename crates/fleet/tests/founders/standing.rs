@@ -231,8 +231,8 @@ async fn a_pause_that_somebody_ends_is_not_begun_anew_and_theirs_is_left_alone()
 #[tokio::test(flavor = "multi_thread")]
 async fn a_point_is_given_up_that_is_held_for_too_long() {
     let fleet = Fleet::start(true, ACCOUNTS).await;
-    let old = PointLimits { age_ms: 1500, xmin_age: 0 };
-    let costly = PointLimits { age_ms: 0, xmin_age: 50 };
+    let old = PointLimits { age_ms: 1500, ..PointLimits::default() };
+    let costly = PointLimits { xmin_age: 50, ..PointLimits::default() };
     let burn = "DO $$ BEGIN FOR n IN 1..200 LOOP UPDATE account SET balance = 0 WHERE id = 1; COMMIT; END LOOP; END $$";
     for (server, limits, message, setting) in [
         (fleet.primary(), &old, "the backup's point has become too old", "snapshot_age_limit"),
@@ -257,5 +257,31 @@ async fn a_point_is_given_up_that_is_held_for_too_long() {
     }
     // With it the pause is over.
     until(&fleet.standby(), PAUSE_STATE, "not paused").await;
+    fleet.caught_up().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_point_that_keeps_a_standby_from_replaying_is_given_up_when_too_much_waits() {
+    let fleet = Fleet::start(true, ACCOUNTS).await;
+    let standby = fleet.standby();
+    // Replay waits for queries for ever, and the primary does not know what they see.
+    for setting in ["max_standby_streaming_delay = -1", "hot_standby_feedback = off"] {
+        ask(&standby, "postgres", &format!("ALTER SYSTEM SET {setting}")).await;
+    }
+    ask(&standby, "postgres", "SELECT pg_reload_conf()").await;
+    until(&standby, "SELECT current_setting('max_standby_streaming_delay')", "-1").await;
+    until(&fleet.primary(), "SELECT count(backend_xmin) FROM pg_stat_replication", "0").await;
+    let founders = Founders::new(standby.clone());
+    let limits = PointLimits { wal_bytes: 1_000_000, ..PointLimits::default() };
+    let request = Open { limits, ..open(Uuid::new_v4(), 2) };
+    opened(&founders, request.clone()).await;
+    fleet.in_database("shop", "DELETE FROM account WHERE id < 10000").await;
+    fleet.in_database("shop", "VACUUM account").await;
+    fleet.in_database("shop", "UPDATE account SET balance = balance + 1").await;
+    let sessions = "SELECT count(*) FROM pg_stat_activity WHERE application_name LIKE 'backhaul job 7%'";
+    until(&standby, sessions, "0").await;
+    let error = refused(&founders, &Request::Renew { lease: request.lease }).await;
+    assert!(is_point_lost(&error), "{error:?}");
+    assert!(error.detail.is_some_and(|detail| detail.contains("more than bulkio.backup.standby_wal_limit")));
     fleet.caught_up().await;
 }

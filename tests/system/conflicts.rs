@@ -234,6 +234,29 @@ fn beyond_a_limit_replay_goes_on_and_so_does_the_job() {
 }
 
 #[test]
+fn a_standby_that_would_wait_for_ever_for_a_backup_goes_on_when_too_much_waits() {
+    let fleet = pausing();
+    let demo = &fleet.demo;
+    let before: usize = on_server(demo, 1, "SELECT count(*) FROM rides").parse().unwrap();
+    demo.ask(1, "SET CLUSTER SETTING bulkio.backup.standby_wal_limit = '4MiB'");
+    on_server(demo, 3, "ALTER SYSTEM SET max_standby_streaming_delay = -1");
+    on_server(demo, 3, "SELECT pg_reload_conf()");
+    let retry = "SET backhaul.backup.standby_mode = 'retry'";
+    until_explained(&fleet, retry, "conflicts: retry");
+    let job = fleet.held_after(retry, &statement(), HELD);
+    on_server(demo, 1, "DELETE FROM rides WHERE ctid IN (SELECT ctid FROM rides LIMIT 100)");
+    on_server(demo, 1, "VACUUM rides");
+    on_server(demo, 1, "CREATE TABLE filler AS SELECT repeat('x', 1000) FROM generate_series(1, 10000)");
+    let position = on_server(demo, 1, "SELECT pg_current_wal_flush_lsn()");
+    until_on(demo, 3, &format!("SELECT pg_last_wal_replay_lsn() >= '{position}'"), "t");
+    fleet.let_go(&job, HELD);
+    assert_eq!(fleet.end_of(&job), ("succeeded".to_owned(), String::new()));
+    let errors = fleet.job(&job, "execution_errors::text");
+    assert!(errors.contains("is lost") && errors.contains("bulkio.backup.standby_wal_limit"), "{errors}");
+    assert_eq!(LocalBackup::newest(&extern_dirs(demo), "c").rows("rides").len(), before - 100);
+}
+
+#[test]
 fn a_mode_that_cannot_be_had_is_refused_and_commits_never_wait_for_a_pause() {
     let fleet = pausing();
     let demo = &fleet.demo;

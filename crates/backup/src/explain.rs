@@ -254,16 +254,16 @@ impl Backups {
 
     /// Looks at a server that a backup of these databases would read; an error is one that would refuse its point, too.
     async fn look_to_read(&self, node: NodeId, databases: &[String]) -> anyhow::Result<Looked> {
-        let looked = self.look_at(node, databases).await?;
+        let looked = self.look_at(node, databases, true).await?;
         match looked.budget.and_then(|budget| never_fits(databases.len(), budget)) {
             Some(refusal) => Err(refusal.into()),
             None => Ok(looked),
         }
     }
 
-    /// Looks at the server beside `node`.
-    pub(crate) async fn look_at(&self, node: NodeId, databases: &[String]) -> anyhow::Result<Looked> {
-        let request = Request::Look { databases: databases.to_vec() };
+    /// Looks at the server beside `node`; where it is `to_read` these databases, an error is also what it would not let read.
+    pub(crate) async fn look_at(&self, node: NodeId, databases: &[String], to_read: bool) -> anyhow::Result<Looked> {
+        let request = Request::Look { databases: databases.to_vec(), to_read };
         self.peers.call(node, FOUNDERS, &request, LOOK_DEADLINE).await.context("look at a server")
     }
 }

@@ -79,7 +79,7 @@ impl Backups {
                 exists = true;
                 let view = self.peers.cluster().view();
                 let leader = leaseholder(&view, &shard)?.node_id.context("find the leaseholder's number")?;
-                let plans = self.look_at(leader, std::slice::from_ref(database)).await?.databases;
+                let plans = self.look_at(leader, std::slice::from_ref(database), false).await?.databases;
                 let table = match &statement.of {
                     RangesOf::Database(_) => None,
                     RangesOf::Table { schema, name, .. } => {

@@ -1,8 +1,8 @@
 //! What a database holds at a point, read from its catalogs.
 //!
 //! Everything is read by a founder, so from the snapshot that the rows will be read from, except for what PostgreSQL
-//! does not version: sizes of files, and sequences. A table or a large object that the backup could not read to the end is
-//! an error here already, and a table whose rows this server does not have is named as skipped.
+//! does not version: sizes of files, and sequences. A table that the backup could not read to the end is an error here
+//! already, and one whose rows this server does not have is named as skipped.
 
 use std::collections::BTreeSet;
 use std::fmt::Write as _;
@@ -150,7 +150,6 @@ pub(super) async fn plan(founder: &Session, in_recovery: bool) -> anyhow::Result
     let mut plan = database(&founder.row(DATABASE, &[]).await?)?;
     if plan.large_objects > 0 {
         plan.large_object_files = founder.row(LARGE_OBJECT_FILES, &[]).await?.get(0);
-        may_read_large_objects(founder, &plan.name).await?;
     }
     let order = "ORDER BY pg_catalog.pg_relation_size(c.oid) DESC NULLS LAST, c.oid";
     let query = format!("SELECT {TABLE_COLUMNS}, {IDENTITY}, {TYPES} {OWN} AND c.relkind IN ('r', 'f') {order}");
@@ -184,7 +183,7 @@ const DOUBTFUL: &str = "
                       AND (a.grantee = 0 OR pg_catalog.pg_has_role(a.grantee, 'USAGE')))
     LIMIT 1";
 
-/// Asked for a plan, and before the first piece: so the refusal comes as an answer and not in the middle of the rows. Only
+/// Asked with a point, and before the first piece: so the refusal comes as an answer and not in the middle of the rows. Only
 /// one object is opened for it, for there may be millions.
 ///
 /// # Errors

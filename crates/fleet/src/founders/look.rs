@@ -21,8 +21,8 @@ const BEGIN: &str = "BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY; SET LOCAL 
 /// The number of no job: it stands in `pg_stat_activity` while the look lasts.
 const NO_JOB: i64 = 0;
 
-/// Looks at these databases.
-pub(super) async fn look(server: &Server, databases: &[String]) -> anyhow::Result<Looked> {
+/// Looks at these databases; where it is `to_read` them, as a point of them would.
+pub(super) async fn look(server: &Server, databases: &[String], to_read: bool) -> anyhow::Result<Looked> {
     let end = CancellationToken::new();
     let control = Session::open(server, server.database(), NO_JOB, &end).await?;
     let facts = control.row(FACTS, &[]).await.context("ask the server what it is")?;
@@ -37,9 +37,12 @@ pub(super) async fn look(server: &Server, databases: &[String]) -> anyhow::Resul
     for database in databases {
         let session = Session::open(server, database, NO_JOB, &end).await?;
         session.run(BEGIN).await?;
-        plans.push(
-            catalog::plan(&session, in_recovery).await.with_context(|| format!("look at database {database:?}"))?,
-        );
+        let plan = catalog::plan(&session, in_recovery).await;
+        let plan = plan.with_context(|| format!("look at database {database:?}"))?;
+        if to_read && plan.large_objects > 0 {
+            catalog::may_read_large_objects(&session, database).await?;
+        }
+        plans.push(plan);
     }
     Ok(Looked { in_recovery, may_pause, no_dump, budget, databases: plans })
 }

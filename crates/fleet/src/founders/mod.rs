@@ -169,9 +169,9 @@ impl Founders {
                 let sequences = catalog::sequences_left(&guard, in_recovery, &pool.sequences).await?;
                 Ok(Reply::Answer(serde_json::to_value(sequences)?))
             }
-            Request::Look { databases } => {
+            Request::Look { databases, to_read } => {
                 check(&databases)?;
-                Ok(Reply::Answer(serde_json::to_value(look::look(&self.server, &databases).await?)?))
+                Ok(Reply::Answer(serde_json::to_value(look::look(&self.server, &databases, to_read).await?)?))
             }
             Request::Span(request) => {
                 let pool = self.pool(request.lease, &request.database)?;

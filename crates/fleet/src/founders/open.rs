@@ -436,6 +436,9 @@ impl Taking {
                 true => Disturbance::Other(error),
                 false => error.context(format!("plan database {:?}", team.database)).into(),
             })?;
+            if plan.large_objects > 0 {
+                catalog::may_read_large_objects(first, &team.database).await?;
+            }
             // Ends the locks that reading took.
             first.run(BACK_TO_REST).await?;
             if !with_schema {

@@ -73,6 +73,9 @@ pub enum Request {
     Look {
         /// The databases.
         databases: Vec<String>,
+        /// For a backup: what it may not read is refused.
+        #[serde(default)]
+        to_read: bool,
     },
     /// Rows. Answered with bytes: COPY's text format in [`DatabasePlan::copy_encoding`].
     Span(SpanRequest),

@@ -1,7 +1,7 @@
 //! Stores, nodes and registries that are away for longer than a moment: what is done is kept, what is made is removed in the
 //! end, and whoever waits is told the truth.
 
-use std::io::{BufRead as _, BufReader, Read as _};
+use std::io::{BufRead as _, BufReader, Read as _, Write as _};
 use std::path::PathBuf;
 use std::process::{Child, ChildStderr, Stdio};
 use std::time::Duration;
@@ -17,7 +17,7 @@ use crate::support::{both, run, until, until_in};
 /// More than a store tries for one request by itself.
 const CONNECTIONS: usize = 12;
 
-/// Longer than a job is patient with its store before it is begun again.
+/// Longer than a job is patient with its store, or a lock, before it is begun again.
 const PATIENCE: Duration = Duration::from_secs(90);
 
 fn uri(address: &str, collection: &str) -> String {
@@ -91,6 +91,34 @@ fn a_job_is_begun_again_at_its_point_when_its_store_was_away_for_long() {
     door.heal();
     assert_eq!(fleet.end_of(&job), ("succeeded".to_owned(), String::new()));
     assert_eq!(point(), before);
+}
+
+#[test]
+fn a_job_is_begun_again_at_its_point_while_a_table_stays_locked() {
+    let fleet = Fleet::start(&["--rows", "500"]);
+    // Read on the primary.
+    let filter = "EXECUTION LOCALITY = 'region=us-east-1,zone=a'";
+    let statement = format!("BACKUP DATABASE movr INTO 'nodelocal://1/b' WITH {filter}, DETACHED");
+    let job = fleet.held(&statement, "backup.after_schemas");
+    let before = kept(&fleet, &job, "point/s1", "lease");
+    let mut locker = fleet.demo.psql_direct(1).arg("-q").stdin(Stdio::piped()).spawn().unwrap();
+    let mut typed = locker.stdin.take().unwrap();
+    typed.write_all(b"BEGIN; LOCK TABLE rides IN ACCESS EXCLUSIVE MODE;\n").unwrap();
+    until("the table to be locked", || {
+        let held = "SELECT count(*) FROM pg_locks WHERE relation = 'rides'::regclass AND mode = 'AccessExclusiveLock'";
+        let seen = fleet.on(1, "movr", held);
+        if seen.trim() == "1" { Ok(()) } else { Err(seen) }
+    });
+    fleet.let_go(&job, "backup.after_schemas");
+    until_in(PATIENCE, "the job to be begun again", || {
+        let seen = fleet.job(&job, "concat_ws('|', status, num_runs, execution_errors)");
+        let told = seen.contains("is locked by somebody else; It was not free within");
+        if seen.starts_with("running|2|") && told { Ok(()) } else { Err(seen) }
+    });
+    drop(typed);
+    locker.wait().unwrap();
+    assert_eq!(fleet.end_of(&job), ("succeeded".to_owned(), String::new()));
+    assert_eq!(kept(&fleet, &job, "point/s1", "lease"), before);
 }
 
 /// A client that waits in `statement` at node `number`, on the server beside it: it outlives the leaseholder. Returns when

@@ -2,9 +2,10 @@
 //!
 //! Exports and imports are dealt alike: to nodes that match the filter and answer now ([`Queues`]). What a node had that
 //! goes is dealt to the others, and one that comes gets its part of what nobody has begun; a piece that fails for a
-//! reason that may pass is tried again a few times; anything else ends it all. Where there are several servers to read
-//! from, each worker has its own or the closest; when one of them is lost, what its node had is dealt anew, and the
-//! others are read. What does not answer for a moment is not lost yet ([`crate::away`]).
+//! reason that may pass is tried again for a while, and when that is over the job is begun again with what is finished;
+//! anything else ends it all. Where there are several servers to read from, each worker has its own or the closest; when
+//! one of them is lost, what its node had is dealt anew, and the others are read. What does not answer for a moment is
+//! not lost yet ([`crate::away`]).
 
 use std::collections::BTreeMap;
 use std::time::Duration;
@@ -308,8 +309,9 @@ impl Deal<'_> {
         let may_pass = connection || code.is_some_and(|code| PASSING.contains(&code)) || storage::is_transient(&error);
         match failures.patience.after_failure(Instant::now()).filter(|_| may_pass) {
             Some(rest) => Ok(Some(Failures { rest, ..failures })),
-            // A store that stays away: the job has come to it before.
-            None if code == Some(SqlState::IO_ERROR) => Err(error.context(Retryable)),
+            // A store that stays away, which the job has come to before; a table that stays locked: it is begun again with
+            // all that it has, for as long as jobs are.
+            None if may_pass => Err(error.context(Retryable)),
             None => Err(error),
         }
     }
@@ -332,6 +334,7 @@ pub(crate) trait AsyncDone<P, R>: Send {
 
 #[cfg(test)]
 mod tests {
+    use std::path::Path;
     use std::sync::Arc;
 
     use cluster::secret::ClusterSecret;
@@ -341,16 +344,51 @@ mod tests {
     use super::*;
     use crate::rules::tests::info;
 
+    fn peers(state: &Path) -> Peers {
+        let store = Arc::new(Store::open(state).unwrap());
+        let cluster = Cluster::new(info(1, 0, None), &[], store).unwrap();
+        Peers::new(cluster, Dialer::new(ClusterSecret::Insecure, None, "test".to_owned()))
+    }
+
+    fn rules() -> Rules {
+        Rules::matching(&"region=west".parse().unwrap())
+    }
+
+    fn deal<'d>(peers: &'d Peers, rules: &'d Rules, busy: &'d Busy) -> Deal<'d> {
+        Deal { peers, rules, shard: "s1", servers: &[NodeId(1)], at_once: 1, busy }
+    }
+
+    /// What passes is tried again here first, then by the job as a whole; its client is told of it in the end.
+    #[tokio::test]
+    async fn what_may_pass_fails_no_job_at_once() {
+        let (state, rules, busy) = (tempfile::tempdir().unwrap(), rules(), Busy::default());
+        let peers = peers(state.path());
+        let deal = deal(&peers, &rules, &busy);
+        for (code, passes) in PASSING.map(|code| (code, true)).into_iter().chain([
+            (SqlState::UNDEFINED_TABLE, false),
+            (SqlState::DISK_FULL, false),
+            (SqlState::INTERNAL_ERROR, false),
+        ]) {
+            let said = PgError::new(code, "not now").detail("It is somebody else's.").hint("Wait for them.");
+            let judge = |failures| deal.judge(said.clone().into(), NodeId(1), failures);
+            let last = match judge(Failures::default()) {
+                Ok(again) => {
+                    assert!(passes && again.is_some_and(|failures| failures.rest > Duration::ZERO), "{said:?}");
+                    judge(Failures { patience: Patience::exhausted(), ..Failures::default() }).err().unwrap()
+                }
+                Err(error) => error,
+            };
+            assert_eq!(last.downcast_ref::<Retryable>().is_some(), passes, "{said:?}");
+            assert_eq!(PgError::of(&last), Some(&said));
+        }
+    }
+
     /// G16, the second text. A coordinator matches, and so is a worker itself: this is for one that would not.
     #[tokio::test]
     async fn without_a_node_that_matches_nothing_is_dealt_and_it_may_be_tried_again() {
-        let state = tempfile::tempdir().unwrap();
-        let store = Arc::new(Store::open(state.path()).unwrap());
-        let cluster = Cluster::new(info(1, 0, None), &[], store).unwrap();
-        let peers = Peers::new(cluster, Dialer::new(ClusterSecret::Insecure, None, "test".to_owned()));
-        let (rules, busy) = (Rules::matching(&"region=west".parse().unwrap()), Busy::default());
-        let servers = [NodeId(1)];
-        let deal = Deal { peers: &peers, rules: &rules, shard: "s1", servers: &servers, at_once: 1, busy: &busy };
+        let (state, rules, busy) = (tempfile::tempdir().unwrap(), rules(), Busy::default());
+        let peers = peers(state.path());
+        let deal = deal(&peers, &rules, &busy);
         let mut queues: Queues<&str, Failures> = Queues::of(vec![("a span", 7)]);
         let error = deal.deal(&mut queues, &mut Servers::default(), true).unwrap_err();
         let said = PgError::of(&error).unwrap();

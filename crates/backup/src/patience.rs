@@ -74,6 +74,13 @@ pub(crate) fn later(error: anyhow::Error) -> anyhow::Error {
 mod tests {
     use super::*;
 
+    impl Patience {
+        /// The next failure is the last one.
+        pub(crate) fn exhausted() -> Self {
+            Self { failing_since: Instant::now().checked_sub(PATIENCE), tries: TRIES_MIN }
+        }
+    }
+
     #[test]
     fn it_lasts_for_a_while_and_for_some_tries() {
         let begun = Instant::now();

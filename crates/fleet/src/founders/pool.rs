@@ -19,7 +19,7 @@ use tokio_util::sync::CancellationToken;
 use super::dump::Schema;
 use super::session::{Session, has_code, quoted};
 use super::types::{DatabasePlan, TablePlan, is_invalidated, point_lost};
-use super::yielding::YIELDS_MAX;
+use super::yielding::Given;
 use crate::Server;
 
 /// A span that gets no founder by then is refused; it may be asked for again.
@@ -82,8 +82,8 @@ pub(super) struct Pool {
     founders: Mutex<Founders>,
     /// Told to one waiter when a founder comes back, and to all when one is lost.
     freed: Notify,
-    /// How often way was given for each table.
-    yields: Mutex<BTreeMap<u32, usize>>,
+    /// Whom way was given to.
+    given: Mutex<Given>,
     /// Looks at the catalogs as they are now.
     guard: tokio::sync::Mutex<Arc<Session>>,
 }
@@ -134,7 +134,7 @@ impl Pool {
             anchor: crew.anchor,
             founders: Mutex::new(Founders { idle: crew.founders, living: size, size }),
             freed: Notify::new(),
-            yields: Mutex::default(),
+            given: Mutex::default(),
             guard: tokio::sync::Mutex::new(Arc::new(crew.guard)),
         }
     }
@@ -183,18 +183,9 @@ impl Pool {
         self.anchor.is_some()
     }
 
-    /// Whether a read of this table gives way to who waits for it.
-    pub(super) fn may_yield(&self, table: u32) -> bool {
-        let yields = self.yields.lock().unwrap_or_else(PoisonError::into_inner);
-        yields.get(&table).is_none_or(|times| *times < YIELDS_MAX)
-    }
-
-    /// Takes note that one does; tells whether it still may.
-    pub(super) fn yields(&self, table: u32) -> bool {
-        let mut yields = self.yields.lock().unwrap_or_else(PoisonError::into_inner);
-        let times = yields.entry(table).or_default();
-        *times += 1;
-        *times <= YIELDS_MAX
+    /// Whether reads of this table give way to those who wait for it, the first of whom comes first.
+    pub(super) fn gives_way(&self, table: u32, waiting: &[String]) -> bool {
+        self.given.lock().unwrap_or_else(PoisonError::into_inner).gives_way(table, waiting)
     }
 
     /// Whether nothing can be read at the point any more.

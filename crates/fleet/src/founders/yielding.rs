@@ -2,12 +2,16 @@
 //!
 //! A span holds ACCESS SHARE on its table for as long as its rows are taken, which a limit of the rate or a slow store may
 //! draw out to minutes. An ALTER that waits for it has everybody who comes after it waiting, too. So while a span of a
-//! primary is read, the guard looks each second whether somebody waits for the table; then the read is ended at once,
-//! whether its rows are taken or not, and the span may be asked for again. Each point gives way a few times for
-//! each table, and no more, or changes in a loop would keep a backup from ever ending.
+//! primary is read, the guard looks each second who waits for the table; then the read is ended at once, whether its
+//! rows are taken or not, and the span may be asked for again.
+//!
+//! An ALTER has its lock only when the last span has ended. So all spans of a table give way to the same few who wait
+//! for it ([`Given`]), and to nobody else, or changes in a loop would keep a backup from ever ending. Whoever gives up,
+//! say at a `lock_timeout`, and comes again is somebody else.
 //!
 //! On a standby nobody waits: there replay ends what is in its way.
 
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -25,8 +29,8 @@ use super::pool::Pool;
 use super::session::{Session, cancel, has_code};
 use super::types::What;
 
-/// How often a point gives way for one table. After that whoever waits for it waits for the end of the span.
-pub(super) const YIELDS_MAX: usize = 2;
+/// To how many a point gives way for one table. Whoever waits for it after them waits for the end of the spans.
+const YIELDS_MAX: usize = 2;
 
 /// How often it is looked who waits.
 const LOOK_EVERY: Duration = Duration::from_secs(1);
@@ -37,11 +41,32 @@ const END_DEADLINE: Duration = Duration::from_secs(30);
 /// Pieces that are read ahead of whoever takes them; beyond that the server waits.
 const AHEAD: usize = 2;
 
-/// Nothing weaker is in the way of reading.
+/// Who waits, as their queue stands, for what reading is in the way of: nothing weaker is. A transaction that waits twice
+/// is two of them; one that tries over and over would else be given way to without end. Who has just begun to wait has no
+/// start yet, and is seen with the next look.
 const WANTED: &str = "
-    SELECT EXISTS (SELECT FROM pg_catalog.pg_locks l JOIN pg_catalog.pg_database d ON d.oid = l.database
-                   WHERE l.locktype = 'relation' AND l.relation = $1 AND l.mode = 'AccessExclusiveLock' AND NOT l.granted
-                     AND d.datname = pg_catalog.current_database())";
+    SELECT ARRAY(SELECT pg_catalog.concat_ws(' ', l.virtualtransaction, l.waitstart)
+                 FROM pg_catalog.pg_locks l JOIN pg_catalog.pg_database d ON d.oid = l.database
+                 WHERE l.locktype = 'relation' AND l.relation = $1 AND l.mode = 'AccessExclusiveLock' AND NOT l.granted
+                   AND l.waitstart IS NOT NULL AND d.datname = pg_catalog.current_database()
+                 ORDER BY l.waitstart)";
+
+/// Whom a point has given way to, by table.
+#[derive(Default)]
+pub(super) struct Given(BTreeMap<u32, BTreeSet<String>>);
+
+impl Given {
+    /// Whether way is given to those who wait for `table`, in the order of their queue. Only the first is noted where all
+    /// are new: a span that has given way to it comes back behind all the others.
+    pub(super) fn gives_way(&mut self, table: u32, waiting: &[String]) -> bool {
+        let given = self.0.entry(table).or_default();
+        if waiting.iter().any(|waiter| given.contains(waiter)) {
+            return true;
+        }
+        let first = waiting.first().filter(|_| given.len() < YIELDS_MAX);
+        first.is_some_and(|first| given.insert(first.clone()))
+    }
+}
 
 /// A read that gives way.
 pub(super) struct Yielding {
@@ -50,10 +75,11 @@ pub(super) struct Yielding {
     cancel: CancelToken,
 }
 
-/// Has `founder`, which reads this span, give way, if it is one that has to and may.
+/// Has `founder`, which reads this span, give way, if it is one that has to. It may have had its lock since before the
+/// last of those came to whom way is given, so it looks whether or not there is room for another one.
 pub(super) fn watched(pool: &Arc<Pool>, founder: &Session, what: &What) -> Option<Yielding> {
     match *what {
-        What::Table { oid, .. } if pool.is_exported() && pool.may_yield(oid) => {
+        What::Table { oid, .. } if pool.is_exported() => {
             Some(Yielding { pool: pool.clone(), table: oid, cancel: founder.client.cancel_token() })
         }
         What::Table { .. } | What::LargeObjects | What::LargeObjectData => None,
@@ -84,18 +110,17 @@ impl Yielding {
 
     /// Returns when somebody waits for the table to whom way is given.
     async fn wanted(&self) {
-        while self.pool.may_yield(self.table) {
+        loop {
             sleep(LOOK_EVERY).await;
-            match self.is_wanted().await {
-                Ok(true) if self.pool.yields(self.table) => return,
+            match self.waiting().await {
+                Ok(waiting) if self.pool.gives_way(self.table, &waiting) => return,
                 Ok(_) => {}
                 Err(error) => tracing::debug!("who waits for a table could not be asked: {error:#}"),
             }
         }
-        std::future::pending().await
     }
 
-    async fn is_wanted(&self) -> anyhow::Result<bool> {
+    async fn waiting(&self) -> anyhow::Result<Vec<String>> {
         Ok(self.pool.guard().await?.row(WANTED, &[&self.table]).await?.get(0))
     }
 
@@ -132,6 +157,32 @@ async fn pass(rows: &mut ByteStream, pieces: &mpsc::Sender<anyhow::Result<Bytes>
         let is_last = piece.is_err();
         if pieces.send(piece).await.is_err() || is_last {
             return;
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn all_spans_of_a_table_give_way_to_the_same_few() {
+        let mut given = Given::default();
+        for (table, waiting, expected) in [
+            (1, &[][..], false),
+            // Who waits behind the first has its turn with it, and takes no room.
+            (1, &["a", "b"], true),
+            (1, &["a"], true),
+            // The same, come again.
+            (1, &["a later", "b"], true),
+            (1, &["c", "d"], false),
+            (1, &["c", "a"], true),
+            (1, &["b"], false),
+            (2, &["c"], true),
+            (1, &[], false),
+        ] {
+            let waiting: Vec<String> = waiting.iter().map(|waiter| (*waiter).to_owned()).collect();
+            assert_eq!(given.gives_way(table, &waiting), expected, "{table} {waiting:?}");
         }
     }
 }

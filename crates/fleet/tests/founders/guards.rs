@@ -40,16 +40,25 @@ async fn given_way(rows: cluster::service::ByteStream) {
     );
 }
 
+/// Three spans of one table that are read at the same time. Nobody takes their rows, and the server waits for whoever would.
+async fn three_halves(founders: &Arc<Founders>, lease: Uuid, what: &What) -> Vec<cluster::service::ByteStream> {
+    let mut halves = Vec::new();
+    for _ in 0..3 {
+        let mut half = stream(founders, &span(lease, what.clone())).await;
+        half.next().await.unwrap().unwrap();
+        halves.push(half);
+    }
+    halves
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_span_of_a_primary_gives_way_to_ddl_and_not_for_ever() {
     let rows_of = "AS SELECT n, repeat('x', 500) FROM generate_series(1, 60000) n";
     let fleet = Fleet::start(false, &format!("CREATE TABLE big {rows_of}; CREATE TABLE other {rows_of}")).await;
     let (founders, lease) = (Founders::new(fleet.primary()), Uuid::new_v4());
-    let opened = opened(&founders, open(lease, 2)).await;
+    let opened = opened(&founders, open(lease, 3)).await;
     let (big, other) = (whole(table(&opened, "big")), whole(table(&opened, "other")));
-    // Nobody takes its rows, and the server waits for whoever would.
-    let mut half = stream(&founders, &span(lease, big.clone())).await;
-    half.next().await.unwrap().unwrap();
+    let halves = three_halves(&founders, lease, &big).await;
     let in_shop = |statement: &'static str| {
         let primary = fleet.primary();
         tokio::spawn(async move {
@@ -58,7 +67,9 @@ async fn a_span_of_a_primary_gives_way_to_ddl_and_not_for_ever() {
         })
     };
     timeout(DEADLINE, in_shop("ALTER TABLE big ADD COLUMN note text")).await.unwrap().unwrap();
-    given_way(half).await;
+    for half in halves {
+        given_way(half).await;
+    }
     // The founders are there still, read what has not changed, and refuse what has.
     call(&founders, &Request::Renew { lease }).await.unwrap();
     assert_eq!(rows(&founders, lease, other.clone()).await.len(), 60000);
@@ -66,18 +77,20 @@ async fn a_span_of_a_primary_gives_way_to_ddl_and_not_for_ever() {
 
     let lock = "BEGIN; LOCK TABLE other IN ACCESS EXCLUSIVE MODE; COMMIT";
     for _ in 0..2 {
-        let mut half = stream(&founders, &span(lease, other.clone())).await;
-        half.next().await.unwrap().unwrap();
+        let halves = three_halves(&founders, lease, &other).await;
         timeout(DEADLINE, in_shop(lock)).await.unwrap().unwrap();
-        given_way(half).await;
+        for half in halves {
+            given_way(half).await;
+        }
     }
     // From now on it waits, for several looks.
-    let mut half = stream(&founders, &span(lease, other)).await;
-    half.next().await.unwrap().unwrap();
+    let halves = three_halves(&founders, lease, &other).await;
     let locking = in_shop(lock);
     let waits = "SELECT count(*) FROM pg_locks WHERE NOT granted AND waitstart < clock_timestamp() - interval '3 s'";
     until(&fleet.primary(), waits, "1").await;
-    drain(half).await.unwrap();
+    for half in halves {
+        drain(half).await.unwrap();
+    }
     timeout(DEADLINE, locking).await.unwrap().unwrap();
 }
 

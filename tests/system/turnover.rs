@@ -34,7 +34,8 @@ fn writers_and_rides(manifest: &Value) -> (BTreeSet<u64>, u64) {
     (writers, of_rides.map(|file| file["rows"].as_u64().unwrap()).sum())
 }
 
-/// The fleet of [`ONE_SHARD`], with so many rows, whose nodes are not taken for dead on a busy machine: that a worker dies is known without.
+/// The fleet of [`ONE_SHARD`], with so many rows, whose nodes are not taken for dead on a busy machine: that a worker dies
+/// is known without.
 #[track_caller]
 fn with_long_sessions(rows: &str) -> Fleet {
     let fleet = Fleet::start(&[&ONE_SHARD[..6], &["--rows", rows]].concat());

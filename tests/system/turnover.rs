@@ -34,10 +34,11 @@ fn writers_and_rides(manifest: &Value) -> (BTreeSet<u64>, u64) {
     (writers, of_rides.map(|file| file["rows"].as_u64().unwrap()).sum())
 }
 
-/// The fleet of [`ONE_SHARD`] whose nodes are not taken for dead on a busy machine: that a worker dies is known without.
+/// The fleet of [`ONE_SHARD`], with so many rows, whose nodes are not taken for dead on a busy machine: that a worker dies
+/// is known without.
 #[track_caller]
-fn with_long_sessions() -> Fleet {
-    let fleet = Fleet::start(&ONE_SHARD);
+fn with_long_sessions(rows: &str) -> Fleet {
+    let fleet = Fleet::start(&[&ONE_SHARD[..6], &["--rows", rows]].concat());
     fleet.registry("UPDATE registry.settings SET value = '10000' WHERE name = 'session_life_ms'");
     until("every session to be long", || {
         let long = "SELECT count(*) FROM registry.sessions WHERE expires_at > clock_timestamp() + interval '5 s'";
@@ -47,8 +48,8 @@ fn with_long_sessions() -> Fleet {
     fleet
 }
 
-/// Makes a job from node 1, which does not match, and waits until it is held where it has gone; gives the job and its
-/// coordinator. Attached: the row of a DETACHED one may be seen first by any node that matches.
+/// Makes an attached job from node 1, which does not match, and waits until it is held where it has gone; gives the job and
+/// its coordinator.
 #[track_caller]
 fn moved_and_held(fleet: &Fleet, uri: &str, filter: &str, point: &str) -> (String, String) {
     let set = format!("SET backhaul.debug_pausepoints = '{point}:hold'");
@@ -65,7 +66,7 @@ fn moved_and_held(fleet: &Fleet, uri: &str, filter: &str, point: &str) -> (Strin
 
 #[test]
 fn a_node_that_comes_is_given_spans_and_one_that_goes_is_done_without() {
-    let mut fleet = with_long_sessions();
+    let mut fleet = with_long_sessions(ONE_SHARD[7]);
     let s3 = S3::start();
     let door = s3.watched();
     let mut matching = BTreeSet::new();
@@ -102,7 +103,7 @@ fn a_node_that_comes_is_given_spans_and_one_that_goes_is_done_without() {
 
 #[test]
 fn the_coordinator_holds_a_replica_and_among_equals_has_the_fewest_jobs() {
-    let fleet = with_long_sessions();
+    let fleet = with_long_sessions(ONE_SHARD[7]);
     let mut jobs = Vec::new();
     for (filter, coordinator) in [(WEST, "3"), (WEST, "3"), (FILTER, "4"), (FILTER, "5"), (FILTER, "4")] {
         let name = jobs.len();
@@ -115,6 +116,70 @@ fn the_coordinator_holds_a_replica_and_among_equals_has_the_fewest_jobs() {
         fleet.let_go(&job, "backup.after_lock");
         assert_eq!(fleet.end_of(&job), ("succeeded".to_owned(), String::new()));
     }
+}
+
+/// The node that a plan names as the coordinator, and why.
+#[track_caller]
+fn named(fleet: &Fleet, statement: &str) -> (String, String) {
+    let plan = fleet.demo.ask(1, &format!("EXPLAIN {statement}"));
+    let mut lines = plan.lines();
+    let node = lines.next().and_then(|line| line.strip_prefix("coordinator: node ")).expect(&plan);
+    let why = lines.next().and_then(|line| line.trim().strip_prefix("why: ")).expect(&plan);
+    (node.split(' ').next().unwrap().to_owned(), why.to_owned())
+}
+
+/// Who looks first is chance; that each of a row of jobs is with the one that was named before is not, because whom that
+/// is changes from job to job.
+#[test]
+fn a_detached_job_is_coordinated_by_the_node_that_explain_named_whoever_claims_it_first() {
+    let fleet = with_long_sessions("500");
+    let point = "backup.after_lock";
+    let idle = "of the nodes that match, it coordinates the fewest jobs";
+    let beside = "of the nodes that match, it holds a replica, and of those coordinates the fewest jobs";
+    let mut jobs: Vec<String> = Vec::new();
+    for (filter, coordinator, why) in [
+        // Any node matches, and three hold a replica.
+        ("", "1", beside),
+        ("", "2", beside),
+        ("", "3", beside),
+        ("", "1", beside),
+        (FILTER, "4", idle),
+        (FILTER, "5", idle),
+        (FILTER, "4", idle),
+        (FILTER, "5", idle),
+        // A replica weighs more than jobs do.
+        (WEST, "3", beside),
+        (WEST, "3", beside),
+    ] {
+        let options = if filter.is_empty() { "DETACHED".to_owned() } else { format!("{filter}, DETACHED") };
+        let number = jobs.len();
+        let statement = format!("BACKUP DATABASE movr INTO 'nodelocal://1/d{number}' WITH {options}");
+        assert_eq!(named(&fleet, &statement), (coordinator.to_owned(), why.to_owned()), "job {number}");
+        let job = fleet.held(&statement, point);
+        assert_eq!(fleet.job(&job, "coordinator_id || '|' || num_runs"), format!("{coordinator}|1"), "job {number}");
+        jobs.push(job);
+    }
+    let end = |job: &str, runs: &str| {
+        fleet.let_go(job, point);
+        assert_eq!(fleet.end_of(job), ("succeeded".to_owned(), String::new()));
+        // It was not begun by anybody else on the way.
+        assert_eq!(fleet.job(job, "num_runs || '|' || cardinality(execution_errors)"), format!("{runs}|0"));
+    };
+    // When node 5 has nothing more to do, a job that was paused on node 4 goes on there.
+    let resumed = jobs.remove(6);
+    jobs.drain(5..7).for_each(|job| end(&job, "1"));
+    assert_eq!(fleet.demo.ask(1, &format!("PAUSE JOB {resumed}")), "PAUSE JOBS 1");
+    until("the job to be paused", || {
+        let seen = fleet.job(&resumed, "status");
+        if seen == "paused" { Ok(()) } else { Err(seen) }
+    });
+    assert_eq!(fleet.demo.ask(1, &format!("RESUME JOB {resumed}")), "RESUME JOBS 1");
+    until("the job to be begun again", || {
+        let seen = fleet.job(&resumed, "coordinator_id || '|' || num_runs");
+        if seen == "5|2" { Ok(()) } else { Err(seen) }
+    });
+    end(&resumed, "2");
+    jobs.iter().for_each(|job| end(job, "1"));
 }
 
 /// When a node comes back that matches.
@@ -201,7 +266,7 @@ fn a_job_that_no_node_matches_any_more_waits_for_one_and_then_fails_in_the_origi
 
 #[test]
 fn a_frozen_server_is_left_for_another_replica() {
-    let fleet = with_long_sessions();
+    let fleet = with_long_sessions(ONE_SHARD[7]);
     for point in ["backup.after_points", "backup.after_first_span"] {
         let statement = format!("BACKUP DATABASE movr INTO 'nodelocal://1/{point}' WITH {WEST}, DETACHED");
         let job = fleet.held(&statement, point);
@@ -232,7 +297,7 @@ fn until_thawed(fleet: &Fleet, statement: &str) {
 
 #[test]
 fn a_server_that_freezes_while_its_point_is_taken_is_left_for_another() {
-    let fleet = with_long_sessions();
+    let fleet = with_long_sessions(ONE_SHARD[7]);
     let on = |number: usize, text: &str| {
         let url = fleet.demo.direct_url(number).replace("/movr?", "/postgres?");
         run(psql(&url).args(["-v", "ON_ERROR_STOP=1", "-Atqc", text])).trim().to_owned()
@@ -273,7 +338,7 @@ fn a_server_that_freezes_while_its_point_is_taken_is_left_for_another() {
 
 #[test]
 fn a_server_that_is_silent_for_a_moment_keeps_its_point() {
-    let fleet = with_long_sessions();
+    let fleet = with_long_sessions(ONE_SHARD[7]);
     let s3 = S3::start();
     let door = s3.failing();
     // How long the moment is depends on the machine, too: one that does not cost the point is enough.

@@ -105,18 +105,18 @@ impl Backups {
                 page.say(0, format!("coordinator: {}", named(&view, here)));
                 page.say(1, "why: it is this gateway, and matches the execution locality");
             }
-            (None, Some(best)) if !detached => {
-                page.say(0, format!("coordinator: {}", named(&view, *best)));
-                let lacks = me
-                    .locality
-                    .first_unmatched(filter)
-                    .map_or_else(|| "has no session".to_owned(), |tier| format!("lacks {tier}"));
-                page.say(1, format!("why: of the nodes that match, it {}", merits(&view, *best, &prefers)));
-                page.say(1, format!("this gateway, {}, {lacks}: the job is relocated", me.name()));
-            }
             (_, Some(best)) => {
-                page.say(0, format!("coordinator: the first of {} to claim the job", list(&candidates)));
-                page.say(1, format!("a node that does not match hands it to {}", named(&view, *best)));
+                page.say(0, format!("coordinator: {}", named(&view, *best)));
+                page.say(1, format!("why: of the nodes that match, it {}", merits(&view, *best, &prefers)));
+                if detached {
+                    page.say(1, "whichever node claims the job first hands it over");
+                } else {
+                    let lacks = me
+                        .locality
+                        .first_unmatched(filter)
+                        .map_or_else(|| "has no session".to_owned(), |tier| format!("lacks {tier}"));
+                    page.say(1, format!("this gateway, {}, {lacks}: the job is relocated", me.name()));
+                }
             }
         }
         let decision = decide(&Fleet::of(&view, ""), &judged.rules);

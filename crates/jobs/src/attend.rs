@@ -74,6 +74,9 @@ impl Jobs {
             Duty::Run => false,
             Duty::Revert(_) => resumer.reverts_anywhere(self.run_of(claimed)).await?,
         };
+        if claimed.duty == Duty::Run && self.hand_to_the_best(claimed).await? {
+            return Ok(());
+        }
         if !anywhere && !self.matches(&claimed.filter) {
             return match self.relocate(claimed.id, claimed.claim, &claimed.filter, &claimed.prefers).await? {
                 Some(_) => Ok(()),

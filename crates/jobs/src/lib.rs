@@ -12,7 +12,8 @@
 //!
 //! **The gateway check** ([`gate`]). Whoever holds a claim first compares its own locality with the job's filter. If it
 //! does not match, it writes the claim over to a live node that does and rings; that takes milliseconds. A client that
-//! waits attached is told so: `execution of job N relocated to M`.
+//! waits attached is told so: `execution of job N relocated to M`. A job that nobody waits for is handed over also by a
+//! node that matches, once, when another one is the better coordinator.
 //!
 //! **Transactions** ([`settle`]). A job may be made inside a transaction of its client's: its row is written at once, and
 //! is there for others only when that transaction has committed. A registry that is lost while a row is written is asked

@@ -18,7 +18,7 @@ use uuid::Uuid;
 
 use crate::attend::may_pass;
 use crate::birth::{Birth, Transaction};
-use crate::gate;
+use crate::gate::{self, Unplaced};
 use crate::job::{Job, JobId, NewJob};
 use crate::ledger::{CONNECTION_DEADLINE, Ledger};
 use crate::run::{FRUITLESS, Run};
@@ -92,6 +92,8 @@ pub(crate) struct Claimed {
     pub(crate) pausepoints: Vec<String>,
     pub(crate) claim: Uuid,
     pub(crate) duty: Duty,
+    /// The best coordinator, if one was chosen when it was claimed.
+    pub(crate) best: Option<NodeId>,
 }
 
 /// How a job's row begins.
@@ -253,6 +255,8 @@ impl Jobs {
             pausepoints: new.pausepoints.clone(),
             claim: Uuid::new_v4(),
             duty: Duty::Run,
+            // Its client waits here.
+            best: None,
         };
         // Held before the row is there, so that the claim loop does not begin it a second time.
         let held = self.hold(claimed.claim).context("hold a claim that is new")?;
@@ -391,26 +395,7 @@ impl Jobs {
         if self.0.draining.load(Ordering::SeqCst) {
             return Ok(());
         }
-        let claim = "
-            WITH settled AS (
-                SELECT EXISTS (SELECT FROM registry.incarnations i, registry.settings s
-                               WHERE s.name = 'session_life_ms' AND i.started = pg_catalog.pg_postmaster_start_time()
-                                 AND i.timeline = pg_catalog.left(pg_catalog.pg_walfile_name(pg_catalog.pg_current_wal_lsn()), 8)
-                                 AND i.since + s.value::float8 * interval '1 ms' <= clock_timestamp()) AS yes),
-            free AS (
-                SELECT j.id FROM registry.jobs j, settled
-                WHERE j.status IN ('running', 'reverting', 'pause-requested', 'cancel-requested')
-                  AND j.job_type = ANY($4) AND coalesce(j.next_run <= clock_timestamp(), true)
-                  AND (j.claim_session IS NULL OR settled.yes)
-                  AND NOT EXISTS (SELECT FROM registry.sessions s
-                                  WHERE s.id = j.claim_session AND s.expires_at > clock_timestamp())
-                ORDER BY j.created DESC LIMIT $3 FOR UPDATE OF j SKIP LOCKED)
-            UPDATE registry.jobs j SET claim_id = gen_random_uuid(), claim_session = $1, coordinator_id = $2,
-                   modified = clock_timestamp()
-            FROM free WHERE j.id = free.id
-              AND EXISTS (SELECT FROM registry.sessions WHERE id = $1 AND expires_at > clock_timestamp())";
-        let types: Vec<String> = self.resumers().keys().cloned().collect();
-        self.0.ledger.query(claim, &[&session.id, &session.node_id.0, &CLAIMS_AT_ONCE, &types]).await?;
+        let mut places = self.claim_free(session).await?;
         let mine = "
             SELECT id, job_type, filter, prefers, payload, sealed, claim_id, pausepoints, status,
                    coalesce(extract(epoch FROM clock_timestamp() - reverting_since)::float8, 0)
@@ -418,7 +403,7 @@ impl Jobs {
             WHERE claim_session = $1 AND status IN ('running', 'reverting', 'pause-requested', 'cancel-requested')";
         for row in self.0.ledger.query(mine, &[&session.id]).await? {
             let claimed = match claimed(&row) {
-                Ok(claimed) => claimed,
+                Ok(claimed) => Claimed { best: places.remove(&claimed.claim), ..claimed },
                 Err(error) => {
                     tracing::warn!(job = row.get::<_, i64>(0), "a job's row cannot be read: {error:#}");
                     continue;
@@ -434,6 +419,39 @@ impl Jobs {
             }
         }
         Ok(())
+    }
+
+    /// Claims what nobody works on, and chooses for those that have had no coordinator yet; gives who is to run them, by
+    /// claim. A choice that is lost before it is carried out, with an answer of the registry's, is not made again: the
+    /// row names this node by then, and the job stays here.
+    async fn claim_free(&self, session: &Session) -> anyhow::Result<HashMap<Uuid, NodeId>> {
+        let claim = "
+            WITH settled AS (
+                SELECT EXISTS (SELECT FROM registry.incarnations i, registry.settings s
+                               WHERE s.name = 'session_life_ms' AND i.started = pg_catalog.pg_postmaster_start_time()
+                                 AND i.timeline = pg_catalog.left(pg_catalog.pg_walfile_name(pg_catalog.pg_current_wal_lsn()), 8)
+                                 AND i.since + s.value::float8 * interval '1 ms' <= clock_timestamp()) AS yes),
+            free AS (
+                SELECT j.id, j.coordinator_id IS NULL AND j.status = 'running' AS is_unplaced
+                FROM registry.jobs j, settled
+                WHERE j.status IN ('running', 'reverting', 'pause-requested', 'cancel-requested')
+                  AND j.job_type = ANY($4) AND coalesce(j.next_run <= clock_timestamp(), true)
+                  AND (j.claim_session IS NULL OR settled.yes)
+                  AND NOT EXISTS (SELECT FROM registry.sessions s
+                                  WHERE s.id = j.claim_session AND s.expires_at > clock_timestamp())
+                ORDER BY j.created DESC LIMIT $3 FOR UPDATE OF j SKIP LOCKED)
+            UPDATE registry.jobs j SET claim_id = gen_random_uuid(), claim_session = $1, coordinator_id = $2,
+                   modified = clock_timestamp()
+            FROM free WHERE j.id = free.id
+              AND EXISTS (SELECT FROM registry.sessions WHERE id = $1 AND expires_at > clock_timestamp())
+            RETURNING j.id, j.claim_id, j.filter, j.prefers, free.is_unplaced";
+        let types: Vec<String> = self.resumers().keys().cloned().collect();
+        let taken = self.0.ledger.query(claim, &[&session.id, &session.node_id.0, &CLAIMS_AT_ONCE, &types]).await?;
+        let unplaced = taken.iter().filter(|row| row.get(4)).filter_map(unplaced).collect();
+        Ok(self.places(unplaced).await.unwrap_or_else(|error| {
+            tracing::info!("jobs that were claimed are kept here: {error:#}");
+            HashMap::new()
+        }))
     }
 
     /// Stops all work here and lets others take it, before the node ends.
@@ -507,5 +525,12 @@ fn claimed(row: &Row) -> anyhow::Result<Claimed> {
             "cancel-requested" => Duty::Cancel,
             _ => Duty::Run,
         },
+        best: None,
     })
+}
+
+/// None for a row that cannot be read, which is told when the job is to be run.
+fn unplaced(row: &Row) -> Option<Unplaced> {
+    let filter = row.get::<_, &str>(2).parse().ok()?;
+    Some(Unplaced { id: JobId(row.get(0)), claim: row.get(1), filter, prefers: row.get(3) })
 }

@@ -121,7 +121,7 @@ fn log(fleet: &Fleet, number: usize) -> String {
 
 #[test]
 fn a_client_waits_on_while_the_registry_is_away_and_gets_its_row() {
-    let fleet = Fleet::start(&["--rows", "2000"]);
+    let fleet = Fleet::mortal(&["--rows", "2000"]);
     let set = "SET backhaul.debug_pausepoints = 'backup.after_export:hold'";
     let backup = format!("BACKUP DATABASE movr INTO 'nodelocal://1/w' WITH {WEST}");
     let client = waiting_at(&fleet, 3, set, &backup);
@@ -141,7 +141,7 @@ fn a_client_waits_on_while_the_registry_is_away_and_gets_its_row() {
 
 #[test]
 fn a_job_that_is_lost_while_it_is_waited_for_is_told_on_every_node() {
-    let fleet = Fleet::start(&["--voters", "1", "--rows", "2000"]);
+    let fleet = Fleet::mortal(&["--voters", "1", "--rows", "2000"]);
     fleet.cut_off(2);
     let statement = format!("BACKUP DATABASE movr INTO 'nodelocal://1/lost' WITH {WEST}, DETACHED");
     let job = fleet.held(&statement, "backup.after_lock");
@@ -241,7 +241,7 @@ fn what_belongs_to_a_seal_is_written_before_it_or_the_job_fails() {
 
 #[test]
 fn a_node_that_holds_files_is_waited_for_before_they_are_given_up() {
-    let mut fleet = Fleet::start(&ONE_SHARD);
+    let mut fleet = Fleet::mortal(&ONE_SHARD);
     let set = "SET backhaul.debug_pausepoints = 'backup.after_lock:hold'";
     let statement = format!("BACKUP DATABASE movr INTO 'nodelocal://self/h' WITH {FILTER}");
     // The client waits at a node that has no part in it.
@@ -271,7 +271,7 @@ fn a_node_that_holds_files_is_waited_for_before_they_are_given_up() {
 
 #[test]
 fn only_runs_in_a_row_that_bring_nothing_are_counted() {
-    let mut fleet = Fleet::start(&[&ONE_SHARD[..6], &["--rows", "2000"]].concat());
+    let mut fleet = Fleet::mortal(&[&ONE_SHARD[..6], &["--rows", "2000"]].concat());
     let points = ["backup.after_lock", "backup.after_points", "backup.after_first_span"];
     let holds: Vec<String> = points.iter().map(|point| format!("{point}:hold")).collect();
     let set = format!("SET backhaul.debug_pausepoints = '{}'", holds.join(","));

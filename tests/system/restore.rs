@@ -7,7 +7,7 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
 use crate::support::demo::{Demo, psql};
-use crate::support::faults::Fleet;
+use crate::support::faults::{DEATH_KNOWN, Fleet};
 use crate::support::store::files_in;
 use crate::support::{both, postgres_program, run, until};
 
@@ -351,7 +351,7 @@ const SLOW: &str = "
 fn restoring(rows: &str, setup: &str, doing: &str) -> (Demo, String) {
     let demo = Demo::start(&["--rows", rows]);
     on(&demo, "movr", setup);
-    on(&demo, "backhaul", "UPDATE registry.settings SET value = '1000' WHERE name = 'session_life_ms'");
+    demo.set_session_life(DEATH_KNOWN);
     succeeded(&demo, 1, "BACKUP DATABASE movr INTO 'nodelocal://2/b' WITH DETACHED");
     let job = demo.ask(
         1,

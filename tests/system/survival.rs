@@ -55,7 +55,7 @@ fn a_rolling_restart_fails_no_job_and_holds_up_no_commit() {
 
 #[test]
 fn a_paused_backup_goes_on_elsewhere_at_its_point_with_what_is_missing() {
-    let mut fleet = Fleet::start(&ONE_SHARD);
+    let mut fleet = Fleet::mortal(&ONE_SHARD);
     let set = "SET backhaul.debug_pausepoints = 'backup.after_first_span'";
     let backup = format!("BACKUP DATABASE movr INTO 'nodelocal://1/p' WITH {FILTER}, DETACHED");
     let job = run(fleet.demo.psql(1).args(["-v", "ON_ERROR_STOP=1", "-Atqc", set, "-c", &backup]));
@@ -95,7 +95,7 @@ fn until_without_session(fleet: &Fleet, node: usize) {
 #[test]
 fn a_cancelled_backup_is_removed_although_its_store_is_away_and_its_coordinator_dies() {
     let (layout, _rows) = ONE_SHARD.split_at(6);
-    let mut fleet = Fleet::start(&[layout, &["--rows", "2000"]].concat());
+    let mut fleet = Fleet::mortal(&[layout, &["--rows", "2000"]].concat());
     let s3 = S3::start();
     let door = s3.failing();
     let backup = format!(
@@ -169,7 +169,7 @@ fn a_client_that_waits_on_a_stopped_node_is_told_how_to_go_on() {
 
 #[test]
 fn claims_of_the_dead_are_left_alone_until_a_new_registry_has_settled() {
-    let fleet = Fleet::start(&["--rows", "2000"]);
+    let fleet = Fleet::mortal(&["--rows", "2000"]);
     let backup = |name: &str| format!("BACKUP DATABASE movr INTO 'nodelocal://1/{name}' WITH {WEST}, DETACHED");
     let job = fleet.held(&backup("a"), "backup.after_lock");
     let coordinator: usize = fleet.job(&job, "coordinator_id").parse().unwrap();
@@ -187,7 +187,7 @@ fn claims_of_the_dead_are_left_alone_until_a_new_registry_has_settled() {
 
 #[test]
 fn a_job_whose_row_was_lost_with_the_registry_s_server_is_reported() {
-    let fleet = Fleet::start(&["--voters", "1", "--rows", "2000"]);
+    let fleet = Fleet::mortal(&["--voters", "1", "--rows", "2000"]);
     fleet.cut_off(2);
     let statement = format!("BACKUP DATABASE movr INTO 'nodelocal://1/lost' WITH {WEST}, DETACHED");
     let job = fleet.held(&statement, "backup.after_lock");
@@ -244,7 +244,7 @@ fn a_backup_in_the_nodes_own_directories_is_sealed_once_and_stays_whole() {
 
 #[test]
 fn behind_the_seal_a_store_is_waited_for_and_what_it_refuses_is_no_failure() {
-    let mut fleet = Fleet::start(&["--rows", "500"]);
+    let mut fleet = Fleet::mortal(&["--rows", "500"]);
     let statement = format!("BACKUP DATABASE movr INTO 'nodelocal://2/s' WITH {WEST}, DETACHED");
     let job = fleet.held(&statement, "backup.after_seal");
     fleet.end_node(2, Signal::SIGKILL);

@@ -93,12 +93,21 @@ fn a_job_is_begun_again_at_its_point_when_its_store_was_away_for_long() {
     assert_eq!(point(), before);
 }
 
-/// A client that waits in `statement` at node `number`, on the server beside it: it outlives the leaseholder. Returns when
-/// it has been told how far its job is; its errors are to be read on.
+/// On the server beside its node: it outlives the leaseholder.
+const BESIDE: &str = "-c backhaul.target=local";
+
+/// A client that waits in `statement` at node `number`, with these options of the connection. Returns when it has been told
+/// how far its job is; its errors are to be read on.
 #[track_caller]
-fn waiting_at(fleet: &Fleet, number: usize, before: &str, statement: &str) -> (Child, BufReader<ChildStderr>) {
+pub(crate) fn waiting_at(
+    fleet: &Fleet,
+    number: usize,
+    options: &str,
+    before: &str,
+    statement: &str,
+) -> (Child, BufReader<ChildStderr>) {
     let mut psql = fleet.demo.psql(number);
-    let options = "-c backhaul.target=local -c backhaul.progress=on -c backhaul.on_relocation=wait";
+    let options = format!("{options} -c backhaul.progress=on -c backhaul.on_relocation=wait");
     psql.env("PGOPTIONS", options).args(["-Atq", "-v", "VERBOSITY=verbose", "-c", before, "-c", statement]);
     let mut client = psql.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
     let mut said = BufReader::new(client.stderr.take().unwrap());
@@ -109,7 +118,7 @@ fn waiting_at(fleet: &Fleet, number: usize, before: &str, statement: &str) -> (C
 }
 
 /// What a client has been told at its end.
-fn told((client, mut said): (Child, BufReader<ChildStderr>)) -> String {
+pub(crate) fn told((client, mut said): (Child, BufReader<ChildStderr>)) -> String {
     let mut errors = String::new();
     said.read_to_string(&mut errors).unwrap();
     format!("{}{errors}", both(&client.wait_with_output().unwrap()))
@@ -124,7 +133,7 @@ fn a_client_waits_on_while_the_registry_is_away_and_gets_its_row() {
     let fleet = Fleet::mortal(&["--rows", "2000"]);
     let set = "SET backhaul.debug_pausepoints = 'backup.after_export:hold'";
     let backup = format!("BACKUP DATABASE movr INTO 'nodelocal://1/w' WITH {WEST}");
-    let client = waiting_at(&fleet, 3, set, &backup);
+    let client = waiting_at(&fleet, 3, BESIDE, set, &backup);
     let job = fleet.registry("SELECT id FROM registry.jobs");
     fleet.until_held(&job, "backup.after_export");
     kill(fleet.demo.server_pid(1), Signal::SIGKILL).unwrap();
@@ -146,7 +155,7 @@ fn a_job_that_is_lost_while_it_is_waited_for_is_told_on_every_node() {
     let statement = format!("BACKUP DATABASE movr INTO 'nodelocal://1/lost' WITH {WEST}, DETACHED");
     let job = fleet.held(&statement, "backup.after_lock");
     // Node 1 has given out the id.
-    let client = waiting_at(&fleet, 3, "", &format!("SHOW JOB WHEN COMPLETE {job}"));
+    let client = waiting_at(&fleet, 3, BESIDE, "", &format!("SHOW JOB WHEN COMPLETE {job}"));
     kill(fleet.demo.server_pid(1), Signal::SIGKILL).unwrap();
     fleet.demo.promote(2);
     let told = told(client);
@@ -245,7 +254,7 @@ fn a_node_that_holds_files_is_waited_for_before_they_are_given_up() {
     let set = "SET backhaul.debug_pausepoints = 'backup.after_lock:hold'";
     let statement = format!("BACKUP DATABASE movr INTO 'nodelocal://self/h' WITH {FILTER}");
     // The client waits at a node that has no part in it.
-    let client = waiting_at(&fleet, 2, set, &statement);
+    let client = waiting_at(&fleet, 2, BESIDE, set, &statement);
     let job = fleet.registry("SELECT id FROM registry.jobs");
     fleet.until_held(&job, "backup.after_lock");
     let first: usize = fleet.job(&job, "coordinator_id").parse().unwrap();

@@ -1,14 +1,13 @@
 //! Jobs outlive what they run on: nodes that are stopped in turn, and a registry that moves.
 
-use std::process::Stdio;
-
 use nix::sys::signal::{Signal, kill};
 
 use crate::crash::{FILTER, ONE_SHARD};
+use crate::outages::{told, waiting_at};
 use crate::support::demo::psql;
 use crate::support::faults::{Fleet, Trouble};
 use crate::support::store::{LocalBackup, S3, files_in};
-use crate::support::{both, run, until};
+use crate::support::{run, until};
 
 const WEST: &str = "EXECUTION LOCALITY = 'region=us-west-1'";
 
@@ -134,37 +133,22 @@ fn a_client_that_waits_on_a_stopped_node_is_told_how_to_go_on() {
     let statement = format!("BACKUP DATABASE movr INTO 'nodelocal://1/w' WITH {WEST}, DETACHED");
     let job = fleet.held(&statement, "backup.after_export");
     let coordinator: usize = fleet.job(&job, "coordinator_id").parse().unwrap();
-    let mut client = fleet.demo.psql(coordinator);
-    client.args([
-        "-v",
-        "VERBOSITY=verbose",
-        "-c",
-        r"\! echo connected",
-        "-c",
-        &format!("SHOW JOB WHEN COMPLETE {job}"),
-    ]);
-    let client = client.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
-    until("the client to wait", || {
-        let seen = run(fleet.demo.psql_direct(1).args([
-            "-Atc",
-            "SELECT count(*) FROM pg_stat_activity WHERE application_name = 'psql' AND pid <> pg_backend_pid()",
-        ]));
-        if seen.trim() == "1" { Ok(()) } else { Err(seen) }
-    });
+    let client = waiting_at(&fleet, coordinator, "", "", &format!("SHOW JOB WHEN COMPLETE {job}"));
     fleet.end_node(coordinator, Signal::SIGTERM);
-    let said = both(&client.wait_with_output().unwrap());
+    let said = told(client);
     assert!(said.contains("FATAL:  57P01: terminating connection due to administrator command"), "{said}");
     assert!(
         said.contains("HINT:  The node is being stopped, and a job goes on elsewhere: connect to another"),
         "{said}"
     );
     assert!(said.contains("find it with SHOW JOBS and wait with SHOW JOB WHEN COMPLETE."), "{said}");
-    // Handed over at once: the job is another node's before the stopped one's session could have run out.
     fleet.let_go(&job, "backup.after_export");
     assert_eq!(fleet.end_of(&job).0, "succeeded");
     assert_ne!(fleet.job(&job, "coordinator_id"), coordinator.to_string());
     let log = std::fs::read_to_string(fleet.demo.node_dir(coordinator).join("node.log")).unwrap();
-    assert!(log.contains("jobs are handed over jobs=1"), "{log}");
+    // It is handed over also by a node that has no time to stop it first.
+    let words = ["jobs are handed over jobs=1", "jobs are handed over while they still stop here"];
+    assert!(words.iter().any(|words| log.contains(words)), "{log}");
 }
 
 #[test]

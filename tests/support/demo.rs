@@ -1,6 +1,6 @@
 //! A fleet as a user starts it.
 
-use std::io::{BufRead as _, BufReader, Read as _};
+use std::io::{BufRead as _, BufReader, Read as _, Write as _};
 use std::os::unix::fs::PermissionsExt as _;
 use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
@@ -239,6 +239,30 @@ pub fn psql(url: &str) -> Command {
     let mut command = postgres_program("psql");
     command.args(["--no-psqlrc", "--set=ON_ERROR_STOP=0", url]).env("PGCONNECT_TIMEOUT", "20").stdin(Stdio::null());
     command
+}
+
+/// A session that holds what a statement has locked; ended when dropped, and the locks are gone with it.
+pub struct Holder(Child);
+
+impl Holder {
+    /// Runs the statement, and returns when it is done.
+    #[track_caller]
+    pub fn start(mut psql: Command, statement: &str) -> Self {
+        let psql = psql.args(["-Atq", "-v", "ON_ERROR_STOP=1"]).stdin(Stdio::piped()).stdout(Stdio::piped());
+        let mut holder = Self(psql.spawn().unwrap());
+        // Its input stays open: at its end psql would go.
+        writeln!(holder.0.stdin.as_mut().unwrap(), "{statement};\n\\echo held").unwrap();
+        let said = BufReader::new(holder.0.stdout.take().unwrap()).lines().map_while(Result::ok);
+        assert!(said.into_iter().any(|line| line == "held"), "{statement}");
+        holder
+    }
+}
+
+impl Drop for Holder {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
 }
 
 /// `n1  pid 17  region=a,zone=b  s1  leaseholder  postgresql://root@127.0.0.1:5/movr`

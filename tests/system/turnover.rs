@@ -120,7 +120,8 @@ fn a_job_that_no_node_matches_any_more_waits_for_one_and_then_fails_in_the_origi
         let statement = format!("BACKUP DATABASE movr INTO 'nodelocal://1/{name}' WITH {WEST}, DETACHED");
         let job = fleet.held(&statement, "backup.after_lock");
         // First the one that is not its coordinator, so that nobody takes over.
-        for node in [4, 3] {
+        let coordinator: usize = fleet.job(&job, "coordinator_id").parse().unwrap();
+        for node in [7 - coordinator, coordinator] {
             fleet.end_node(node, Signal::SIGKILL);
         }
         let mut tries = BTreeSet::new();

@@ -177,6 +177,9 @@ impl Fleet {
         if let Some(mut child) = self.restarted.remove(&number) {
             child.wait().unwrap();
         }
+        // While it was away somebody may have been given its port for a moment.
+        let address = &self.demo.nodes[number - 1].address;
+        until("the port of a node to be free", || TcpListener::bind(address).map_err(|error| error.to_string()));
         let log = std::fs::File::options().append(true).open(self.demo.node_dir(number).join("node.log")).unwrap();
         let (program, arguments) = self.lines[number - 1].split_first().unwrap();
         let mut command = Command::new(program);

@@ -27,15 +27,21 @@ async function main() {
   await client.query("SET backhaul.debug_pausepoints = 'backup.after_lock:hold'");
   job = (await first(`${BACKUP}, DETACHED`, [into, ""])).job_id;
   await client.query("RESET backhaul.debug_pausepoints");
-  const waiting = client.query("SHOW JOB WHEN COMPLETE $1", [job]);
-  // node-postgres documents no way to cancel, so this sends the protocol's own request, with the session's key.
-  const canceller = setInterval(() => {
+  // node-postgres documents no way to cancel, so this sends the protocol's own request, with the session's key. Its
+  // connection is closed when it has been carried out: none comes to the next statement.
+  const cancel = () => new Promise((carriedOut) => {
     const packet = Buffer.alloc(16);
     [16, 80877102, client.processID, client.secretKey].forEach((word, i) => packet.writeInt32BE(word, 4 * i));
     const socket = require("net").connect(client.port, client.host, () => socket.end(packet));
-  }, 50);
-  await waiting.catch((e) => console.log("canceled", e.code));
-  clearInterval(canceller);
+    socket.on("close", carriedOut).resume();
+  });
+  let over = false;
+  const waiting = client.query("SHOW JOB WHEN COMPLETE $1", [job])
+    .catch((e) => console.log("canceled", e.code))
+    .then(() => { over = true; });
+  // The request may come before the statement; then it is for nothing.
+  for (; !over; await new Promise((next) => setTimeout(next, 50))) await cancel();
+  await waiting;
   const canceled = await client.query("CANCEL JOB $1", [job]);
   console.log(canceled.command === "CANCEL" ? 1 : canceled);
   console.log((await first("SHOW JOB WHEN COMPLETE $1", [job])).status);

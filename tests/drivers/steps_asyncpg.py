@@ -36,7 +36,7 @@ async def main():
     await conn.execute("RESET backhaul.debug_pausepoints")
     try:
         # At its end asyncpg sends a cancel request and waits for the answer.
-        await conn.fetch("SHOW JOB WHEN COMPLETE $1", job, timeout=1)
+        await conn.fetch("SHOW JOB WHEN COMPLETE $1", job, timeout=5)
     except TimeoutError:
         print("canceled 57014")
     print((await conn.execute("CANCEL JOB $1", job)).removeprefix("CANCEL JOBS "))

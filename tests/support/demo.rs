@@ -1,10 +1,11 @@
 //! A fleet as a user starts it.
 
-use std::io::{BufRead as _, BufReader, Read as _};
+use std::io::{BufRead as _, BufReader, Read as _, Write as _};
 use std::os::unix::fs::PermissionsExt as _;
 use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
 use std::thread::JoinHandle;
+use std::time::Duration;
 
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
@@ -98,6 +99,47 @@ impl Demo {
     pub fn direct_url(&self, number: usize) -> String {
         let database = self.nodes[0].url.rsplit('/').next().unwrap();
         format!("postgresql:///{database}?user=root&host={}", self.node_dir(number).join("socket").display())
+    }
+
+    /// The rows of a statement in the registry, on the server beside the first node, around all nodes.
+    #[track_caller]
+    pub fn registry(&self, statement: &str) -> String {
+        let url = self.direct_url(1);
+        let (_database, server) = url.split_once('?').unwrap();
+        let mut psql = psql(&format!("postgresql:///backhaul?{server}"));
+        super::run(psql.args(["-v", "ON_ERROR_STOP=1", "-Atqc", statement])).trim_end().to_owned()
+    }
+
+    /// Has every node's session live so long without renewal, and waits until each does. A shorter life than the product's
+    /// own is for tests in which somebody dies: on a busy machine a heartbeat may be late, and costs the node its jobs.
+    #[track_caller]
+    pub fn set_session_life(&self, life: Duration) {
+        let life = life.as_millis();
+        self.registry(&format!("UPDATE registry.settings SET value = '{life}' WHERE name = 'session_life_ms'"));
+        let nodes = self.nodes.len().to_string();
+        super::until("every session to live as long", || {
+            // It is renewed when a quarter is over.
+            let query = format!(
+                "SELECT count(*) FROM registry.sessions
+                 WHERE expires_at - clock_timestamp() BETWEEN interval '{life} ms' / 2 AND interval '{life} ms'"
+            );
+            let seen = self.registry(&query);
+            if seen == nodes { Ok(()) } else { Err(seen) }
+        });
+    }
+
+    /// Waits until every node has heard what is set for the fleet. It comes with the answer to a heartbeat, and has been read
+    /// when the next one is sent.
+    #[track_caller]
+    pub fn until_settings_known(&self) {
+        for _ in 0..2 {
+            let now = self.registry("SELECT clock_timestamp()");
+            super::until("every node to have sent a heartbeat", || {
+                let query = format!("SELECT count(*) FROM registry.nodes WHERE updated_at <= '{now}'");
+                let late = self.registry(&query);
+                if late == "0" { Ok(()) } else { Err(late) }
+            });
+        }
     }
 
     /// The store of node `number`.
@@ -197,6 +239,30 @@ pub fn psql(url: &str) -> Command {
     let mut command = postgres_program("psql");
     command.args(["--no-psqlrc", "--set=ON_ERROR_STOP=0", url]).env("PGCONNECT_TIMEOUT", "20").stdin(Stdio::null());
     command
+}
+
+/// A session that holds what a statement has locked; ended when dropped, and the locks are gone with it.
+pub struct Holder(Child);
+
+impl Holder {
+    /// Runs the statement, and returns when it is done.
+    #[track_caller]
+    pub fn start(mut psql: Command, statement: &str) -> Self {
+        let psql = psql.args(["-Atq", "-v", "ON_ERROR_STOP=1"]).stdin(Stdio::piped()).stdout(Stdio::piped());
+        let mut holder = Self(psql.spawn().unwrap());
+        // Its input stays open: at its end psql would go.
+        writeln!(holder.0.stdin.as_mut().unwrap(), "{statement};\n\\echo held").unwrap();
+        let said = BufReader::new(holder.0.stdout.take().unwrap()).lines().map_while(Result::ok);
+        assert!(said.into_iter().any(|line| line == "held"), "{statement}");
+        holder
+    }
+}
+
+impl Drop for Holder {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
 }
 
 /// `n1  pid 17  region=a,zone=b  s1  leaseholder  postgresql://root@127.0.0.1:5/movr`

@@ -5,6 +5,7 @@ use std::io::{Read as _, Write as _};
 use std::net::{Shutdown, TcpListener, TcpStream};
 use std::process::{Child, Command, Stdio};
 use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
@@ -120,6 +121,9 @@ fn attend(mut client: TcpStream, port: u16, shared: &Mutex<Shared>) {
     }
 }
 
+/// How long the sessions of those live who are to die.
+pub const DEATH_KNOWN: Duration = Duration::from_secs(1);
+
 /// A demo whose nodes can be started again.
 pub struct Fleet {
     restarted: BTreeMap<usize, Child>,
@@ -130,18 +134,19 @@ pub struct Fleet {
 }
 
 impl Fleet {
-    /// Starts a demo in which a death is known within a second.
+    /// Starts a demo. Its sessions live as long as the product has it, so that none is lost on a busy machine.
     #[track_caller]
     pub fn start(arguments: &[&str]) -> Self {
         let demo = Demo::start(arguments);
         let lines = demo.nodes.iter().map(command_line).collect();
-        let fleet = Self { restarted: BTreeMap::new(), lines, demo };
-        fleet.registry("UPDATE registry.settings SET value = '1000' WHERE name = 'session_life_ms'");
-        until("every session to be short", || {
-            let long = "SELECT count(*) FROM registry.sessions WHERE expires_at > clock_timestamp() + interval '2 s'";
-            let seen = fleet.registry(long);
-            if seen == "0" { Ok(()) } else { Err(seen) }
-        });
+        Self { restarted: BTreeMap::new(), lines, demo }
+    }
+
+    /// The same in which a death is known within a second, where somebody is killed, stopped or cut off.
+    #[track_caller]
+    pub fn mortal(arguments: &[&str]) -> Self {
+        let fleet = Self::start(arguments);
+        fleet.demo.set_session_life(DEATH_KNOWN);
         fleet
     }
 
@@ -172,6 +177,9 @@ impl Fleet {
         if let Some(mut child) = self.restarted.remove(&number) {
             child.wait().unwrap();
         }
+        // While it was away somebody may have been given its port for a moment.
+        let address = &self.demo.nodes[number - 1].address;
+        until("the port of a node to be free", || TcpListener::bind(address).map_err(|error| error.to_string()));
         let log = std::fs::File::options().append(true).open(self.demo.node_dir(number).join("node.log")).unwrap();
         let (program, arguments) = self.lines[number - 1].split_first().unwrap();
         let mut command = Command::new(program);

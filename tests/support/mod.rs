@@ -11,6 +11,7 @@ pub mod jobs;
 pub mod store;
 pub mod wire;
 
+use std::net::TcpListener;
 use std::path::Path;
 use std::process::{Command, Output};
 use std::time::{Duration, Instant};
@@ -48,6 +49,28 @@ pub fn until_in<T>(time: Duration, what: &str, mut ask: impl FnMut() -> Result<T
             Err(_) => std::thread::sleep(Duration::from_millis(20)),
         }
     }
+}
+
+/// The first of so many ports in a row that nobody has, for whoever has to be told its port. They are below those that the
+/// system gives out by itself, so that nobody gets one by chance before it is used, or while its owner is away.
+///
+/// # Panics
+///
+/// There are none.
+#[track_caller]
+pub fn free_ports(count: u16) -> u16 {
+    const FIRST: u16 = 10_000;
+    let range = std::fs::read_to_string("/proc/sys/net/ipv4/ip_local_port_range").unwrap_or_default();
+    let end = range.split_whitespace().next().and_then(|first| first.parse().ok()).unwrap_or(32_768);
+    assert!(end > FIRST + 2 * count, "no ports are left below {end}");
+    // Tests that run side by side are processes of their own, and begin at different places.
+    let mut at = std::process::id() as u16;
+    until("free ports", || {
+        at = at.wrapping_add(1) % ((end - FIRST) / count);
+        let first = FIRST + at * count;
+        let taken: Vec<_> = (first..first + count).map(|port| TcpListener::bind(("127.0.0.1", port))).collect();
+        if taken.iter().all(Result::is_ok) { Ok(first) } else { Err(format!("{taken:?}")) }
+    })
 }
 
 /// Runs a program to its end and gives what it printed.

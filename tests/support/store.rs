@@ -1,6 +1,7 @@
 //! Stores that backups go to, and what is in them.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::io::{BufRead as _, BufReader};
 use std::net::{TcpListener, TcpStream};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -34,12 +35,18 @@ impl S3 {
     fn start_with(environment: &[(&str, &str)]) -> Self {
         let moto = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("target/drivers/venv/bin/moto_server");
         assert!(moto.exists(), "the S3 server is not there; run scripts/prepare --tests");
-        let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
         let mut command = Command::new(moto);
-        command.args(["-H", "127.0.0.1", "-p", &port.to_string()]).stdout(Stdio::null()).stderr(Stdio::null());
+        command.args(["-H", "127.0.0.1", "-p", "0"]).stdout(Stdio::null()).stderr(Stdio::piped());
         command.envs(environment.iter().copied());
-        let s3 = Self { child: command.spawn().unwrap(), port };
-        until("the S3 server to listen", || TcpStream::connect(("127.0.0.1", port)).map_err(|e| e.to_string()));
+        let mut s3 = Self { child: command.spawn().unwrap(), port: 0 };
+        // The port is its own to choose, and it goes on printing: it must not block on a full pipe.
+        let mut lines = BufReader::new(s3.child.stderr.take().unwrap()).lines().map_while(Result::ok);
+        let port = lines.find_map(|line| line.split_once("Running on http://127.0.0.1:")?.1.trim().parse().ok());
+        s3.port = port.expect("the S3 server says where it listens");
+        std::thread::spawn(move || lines.for_each(drop));
+        until("the S3 server to answer", || {
+            TcpStream::connect(("127.0.0.1", s3.port)).map_err(|error| error.to_string())
+        });
         s3.request("PUT", "bucket");
         s3
     }

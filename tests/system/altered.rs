@@ -9,6 +9,8 @@ use crate::support::faults::Fleet;
 use crate::support::store::files_in;
 use crate::support::{both, until};
 
+const ROWS: [&str; 2] = ["--rows", "500"];
+
 const WEST: &str = "EXECUTION LOCALITY = 'region=us-west-1'";
 
 /// Between a point and the first row that is read at it.
@@ -18,9 +20,8 @@ const POINT: &str = "backup.after_schemas";
 const HELD: &str = "SELECT count(*) FROM pg_locks JOIN pg_stat_activity USING (pid)
     WHERE relation = 'users'::regclass AND mode = 'AccessShareLock' AND granted AND usename = 'backhaul'";
 
-/// A fleet whose backups are held at each point that they take: the mark that a place was passed goes with the old point.
-fn start() -> Fleet {
-    let fleet = Fleet::start(&["--rows", "500"]);
+/// Has a fleet's backups held at each point that they take: the mark that a place was passed goes with the old point.
+fn prepared(fleet: Fleet) -> Fleet {
     fleet.registry(&format!(
         "CREATE FUNCTION registry.again() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN
              DELETE FROM registry.job_info WHERE job_id = NEW.job_id AND key = 'pausepoint/{POINT}';
@@ -105,7 +106,7 @@ fn without_coordinator(fleet: &mut Fleet, job: &str, signal: Signal) -> usize {
 
 #[test]
 fn twice_spoilt_tables_are_held_on_the_leaseholder() {
-    let mut fleet = start();
+    let mut fleet = prepared(Fleet::mortal(&ROWS));
     let job = spoilt_twice(&fleet);
     without_coordinator(&mut fleet, &job, Signal::SIGKILL);
     // Users read and write on; what would spoil the point waits.
@@ -127,7 +128,7 @@ fn twice_spoilt_tables_are_held_on_the_leaseholder() {
 
 #[test]
 fn what_a_frozen_coordinator_holds_is_let_go() {
-    let mut fleet = start();
+    let mut fleet = prepared(Fleet::mortal(&ROWS));
     let job = spoilt_twice(&fleet);
     // It renews what it holds for as long as it lives.
     let renewed = "SELECT count(*) FROM pg_stat_activity WHERE usename = 'backhaul' AND query = ''
@@ -144,7 +145,7 @@ fn what_a_frozen_coordinator_holds_is_let_go() {
 
 #[test]
 fn where_the_leaseholder_is_forbidden_the_job_fails_and_names_the_tables() {
-    let fleet = start();
+    let fleet = prepared(Fleet::start(&ROWS));
     for (number, options) in
         ["replica = 'nonvoting'", "replica = 'standby'", "STRICT EXECUTION LOCALITY"].iter().enumerate()
     {
@@ -169,7 +170,7 @@ fn where_the_leaseholder_is_forbidden_the_job_fails_and_names_the_tables() {
 
 #[test]
 fn what_no_lock_holds_still_fails_the_job_in_the_end_and_is_named() {
-    let fleet = start();
+    let fleet = prepared(Fleet::start(&ROWS));
     // Labels are added without a lock on the tables that have them.
     fleet.on(1, "movr", "CREATE TYPE mood AS ENUM ('calm'); CREATE TABLE moody AS SELECT 'calm'::mood AS mood");
     let job = fleet.held(&format!("BACKUP DATABASE movr INTO 'nodelocal://1/b' WITH {WEST}, DETACHED"), POINT);

@@ -307,6 +307,7 @@ fn a_backup_gives_way_to_whoever_waits_for_a_table_and_goes_on() {
     let (setting, zone) = ("bulkio.backup.node_rate_limit", "EXECUTION LOCALITY = 'region=us-east-1,zone=a'");
     // At this rate its rows take minutes, and are locked on the primary all the while.
     assert_eq!(demo.ask(1, &format!("SET CLUSTER SETTING {setting} = '64KiB'")), "SET CLUSTER SETTING");
+    demo.until_settings_known();
     let statement = format!("BACKUP DATABASE movr INTO 'nodelocal://1/b' WITH {zone}, DETACHED");
     let reading = "SELECT count(*) FROM pg_locks JOIN pg_stat_activity USING (pid)
         WHERE relation = 'wanted'::regclass AND granted AND application_name LIKE 'backhaul job%' AND query LIKE 'COPY %'";

@@ -8,18 +8,15 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
 use crate::support::demo::{Demo, psql};
+use crate::support::faults::DEATH_KNOWN;
 use crate::support::store::{LocalBackup, S3, files_in};
 use crate::support::{both, run, until};
 
 const ROWS: &str = "150000";
 
-/// A fleet with enough rows for something to happen while they are read, that finds out about deaths within a second.
+/// A fleet with enough rows for something to happen while they are read.
 fn fleet() -> Demo {
-    let demo = Demo::start(&["--rows", ROWS]);
-    let registry = demo.direct_url(1).replace("/movr?", "/backhaul?");
-    let set = "UPDATE registry.settings SET value = '1000' WHERE name = 'session_life_ms'";
-    run(psql(&registry).args(["-v", "ON_ERROR_STOP=1", "-c", set]));
-    demo
+    Demo::start(&["--rows", ROWS])
 }
 
 fn backup(demo: &Demo, uri: &str) -> String {
@@ -62,6 +59,7 @@ fn assert_whole(demo: &Demo, path: &str) {
 /// The node that is killed may coordinate, export, or hold the point that is read at.
 fn survives_the_death_of(number: usize) {
     let demo = fleet();
+    demo.set_session_life(DEATH_KNOWN);
     let job = backup(&demo, "nodelocal://1/k");
     until_writing(&demo, 1);
     kill(Pid::from_raw(demo.nodes[number - 1].pid), Signal::SIGKILL).unwrap();

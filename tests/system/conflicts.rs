@@ -74,7 +74,7 @@ const PAUSED: &str = "conflicts: paused (no commit waits for it, and it may be p
 
 /// A fleet whose standby in the west (n3) has no feedback and no patience, so that it is kept paused while it is read.
 fn pausing() -> Fleet {
-    let fleet = Fleet::start(&["--rows", "2000"]);
+    let fleet = Fleet::mortal(&["--rows", "2000"]);
     for (number, setting) in [
         (2, "hot_standby_feedback = off"),
         (3, "hot_standby_feedback = off"),

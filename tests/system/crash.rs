@@ -73,7 +73,7 @@ struct Case {
 
 impl Case {
     fn start(fault: Fault) -> Self {
-        let fleet = Fleet::start(if fault == Fault::PromoteDataShard { &TWO_SHARDS } else { &ONE_SHARD });
+        let fleet = Fleet::mortal(if fault == Fault::PromoteDataShard { &TWO_SHARDS } else { &ONE_SHARD });
         let store = matches!(fault, Fault::Store(_)).then(|| {
             let s3 = S3::start();
             let door = s3.failing();

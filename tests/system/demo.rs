@@ -6,7 +6,7 @@ use std::path::Path;
 use nix::sys::signal::Signal;
 
 use crate::support::demo::{Demo, assert_nothing_runs_in, command, directory};
-use crate::support::{both, until};
+use crate::support::{both, free_ports, until};
 
 #[test]
 fn the_default_fleet_is_as_documented() {
@@ -108,7 +108,7 @@ fn two_shards_share_the_rows() {
 fn whatever_way_a_demo_ends_nothing_is_left_and_it_can_start_again() {
     let mut dir = directory();
     // The same ports each time, as for a user who names none.
-    let port = two_free_ports().to_string();
+    let port = free_ports(2).to_string();
     for (start, signal) in [Signal::SIGKILL, Signal::SIGINT, Signal::SIGTERM].into_iter().enumerate() {
         let demo = Demo::start_in(dir, &["--nodes", "2", "--sql-port", &port]);
         if start == 0 {
@@ -121,18 +121,6 @@ fn whatever_way_a_demo_ends_nothing_is_left_and_it_can_start_again() {
         }
         // After SIGKILL the next start does not wait, and is not harmed by the clean-up that still goes on.
     }
-}
-
-/// The first of two ports in a row that nobody has.
-fn two_free_ports() -> u16 {
-    until("two free ports", || {
-        let first = TcpListener::bind("127.0.0.1:0").unwrap();
-        let port = first.local_addr().unwrap().port();
-        match TcpListener::bind(("127.0.0.1", port.saturating_add(1))) {
-            Ok(_) => Ok(port),
-            Err(error) => Err(error.to_string()),
-        }
-    })
 }
 
 #[test]

@@ -4,12 +4,14 @@
 //! statement of PostgreSQL's; SHOW JOB WHEN COMPLETE, whose values have their types; a wait that is cancelled, after
 //! which the job is; and a connection that is as good as before. Each driver prints the same lines.
 
+use std::cell::Cell;
 use std::io::{BufRead as _, BufReader, Write as _};
 use std::process::{Command, Stdio};
 
 use sqlx::postgres::PgDatabaseError;
 use sqlx::{Column as _, Connection as _, Executor as _, PgConnection, Row as _};
-use tokio_postgres::NoTls;
+use tokio::io::AsyncReadExt as _;
+use tokio_postgres::{CancelToken, NoTls};
 
 use super::drivers::{drivers, script};
 use crate::support::demo::{Demo, directory};
@@ -113,20 +115,16 @@ async fn tokio_postgres(url: &str, into: &str) -> String {
     client.batch_execute("SET backhaul.debug_pausepoints = 'backup.after_lock:hold'").await.unwrap();
     let held: i64 = client.query_one(&detached, &[&into, &""]).await.unwrap().get(0);
     client.batch_execute("RESET backhaul.debug_pausepoints").await.unwrap();
-    let cancel = client.cancel_token();
-    let again = async {
-        loop {
-            tokio::time::sleep(std::time::Duration::from_millis(50)).await;
-            cancel.cancel_query(NoTls).await.unwrap();
-        }
-    };
     let held_job: [&(dyn tokio_postgres::types::ToSql + Sync); 1] = [&held];
-    tokio::select! {
-        waited = client.query("SHOW JOB WHEN COMPLETE $1", &held_job) => {
-            said.push(format!("canceled {}", waited.unwrap_err().code().unwrap().code()));
-        }
-        () = again => {}
-    }
+    let over = Cell::new(false);
+    let wait = async {
+        let waited = client.query("SHOW JOB WHEN COMPLETE $1", &held_job).await;
+        over.set(true);
+        waited.unwrap_err()
+    };
+    let token = client.cancel_token();
+    let (waited, ()) = tokio::join!(wait, cancel_until(&over, &token, url));
+    said.push(format!("canceled {}", waited.code().unwrap().code()));
     said.push(client.execute("CANCEL JOB $1", &held_job).await.unwrap().to_string());
     let row = client.query_one("SHOW JOB WHEN COMPLETE $1", &held_job).await.unwrap();
     said.push(row.get::<_, &str>("status").to_owned());
@@ -134,6 +132,18 @@ async fn tokio_postgres(url: &str, into: &str) -> String {
     drop(client);
     connection.await.unwrap().unwrap();
     said.join("\n") + "\n"
+}
+
+/// Asks for the cancellation of whatever a client does, again and again until that is over: a request may come before the
+/// statement. The connection of each is closed when it has been carried out, so that none comes to the next statement.
+async fn cancel_until(over: &Cell<bool>, token: &CancelToken, url: &str) {
+    let address = url.split('@').nth(1).and_then(|rest| rest.split('/').next()).unwrap();
+    while !over.get() {
+        tokio::time::sleep(std::time::Duration::from_millis(50)).await;
+        let mut stream = tokio::net::TcpStream::connect(address).await.unwrap();
+        token.cancel_query_raw(&mut stream, NoTls).await.unwrap();
+        drop(stream.read_to_end(&mut Vec::new()).await);
+    }
 }
 
 /// sqlx has no request to cancel: what an application has instead is the session's statement_timeout. Nor has it
@@ -169,7 +179,7 @@ async fn sqlx(url: &str, into: &str) -> String {
     said.push(format!("{same} {job_type} {status} {} {} {typed}", fraction == 1.0, errors.is_empty()));
     connection.execute("SET backhaul.debug_pausepoints = 'backup.after_lock:hold'").await.unwrap();
     let held: i64 = sqlx::query_scalar(&detached).bind(into).bind("").fetch_one(&mut connection).await.unwrap();
-    connection.execute("RESET backhaul.debug_pausepoints; SET statement_timeout = '200ms'").await.unwrap();
+    connection.execute("RESET backhaul.debug_pausepoints; SET statement_timeout = '2s'").await.unwrap();
     let waited = show(held).fetch_one(&mut connection).await.unwrap_err();
     said.push(format!("canceled {}", waited.as_database_error().unwrap().code().unwrap()));
     connection.execute("RESET statement_timeout").await.unwrap();

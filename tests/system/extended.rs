@@ -244,7 +244,7 @@ fn a_wait_in_the_extended_protocol_can_be_cancelled_and_has_its_time() {
     let heard = wire.hear();
     assert!(heard.ends_with("E SERROR C57014 Mcanceling statement due to user request\nZ I"), "{heard}");
     drop(canceller);
-    let mut set = || wire.query("SET statement_timeout = '200ms'").hear();
+    let mut set = || wire.query("SET statement_timeout = '2s'").hear();
     assert!(set() == "C SET\nZ I" || set() == "C SET\nZ I");
     wait(&mut wire);
     assert_eq!(wire.hear(), "2\nE SERROR C57014 Mcanceling statement due to statement timeout\nZ I");

@@ -4,6 +4,7 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
 use crate::support::demo::{Demo, directory};
+use crate::support::faults::DEATH_KNOWN;
 use crate::support::fleet::{Node, Server};
 use crate::support::wire::Wire;
 use crate::support::{backhaul, both, run, until};
@@ -104,9 +105,7 @@ fn a_server_that_restarts_is_named_while_it_is_down() {
 #[test]
 fn a_client_that_comes_right_after_its_server_has_crashed_is_given_its_job() {
     let demo = Demo::start(&["--nodes", "2", "--servers", "1"]);
-    let registry = demo.direct_url(1).replace("/movr?", "/backhaul?");
-    let shorter = "UPDATE registry.settings SET value = '1000' WHERE name = 'session_life_ms'";
-    run(crate::support::demo::psql(&registry).args(["-qc", shorter]));
+    demo.set_session_life(DEATH_KNOWN);
     let backup = "BACKUP DATABASE movr INTO 'nodelocal://1/b'";
     let detached = format!("{backup} WITH DETACHED");
     for number in [1, 2, 1, 2] {
@@ -127,16 +126,7 @@ fn a_client_that_comes_right_after_its_server_has_crashed_is_given_its_job() {
 #[test]
 fn a_killed_node_is_dead_to_the_others_after_one_session_life() {
     let demo = Demo::start(&["--no-example-database"]);
-    let shorter = "UPDATE registry.settings SET value = '1000' WHERE name = 'session_life_ms'";
-    let registry = demo.nodes[0].url.replace("/postgres", "/backhaul");
-    let mut psql = crate::support::demo::psql(&registry);
-    assert!(psql.args(["-c", shorter]).status().unwrap().success());
-    until("every session to be short", || {
-        let query = "SELECT count(*) FROM registry.sessions WHERE expires_at > clock_timestamp() + interval '2 s'";
-        let seen = crate::support::run(crate::support::demo::psql(&registry).args(["-Atc", query]));
-        if seen.trim() == "0" { Ok(()) } else { Err(seen) }
-    });
-
+    demo.set_session_life(DEATH_KNOWN);
     kill(Pid::from_raw(demo.nodes[2].pid), Signal::SIGKILL).unwrap();
     until("node 3 to be dead", || {
         let seen = demo.ask(4, "SHOW NODES");

@@ -4,7 +4,7 @@ use std::net::TcpListener;
 
 use crate::support::demo::directory;
 use crate::support::fleet::{Node, Server};
-use crate::support::{backhaul, both, run, until};
+use crate::support::{backhaul, both, free_ports, run, until};
 
 /// A primary that trusts its host, and a node beside it with an initialized registry.
 fn fleet(dir: &std::path::Path) -> (Server, Node) {
@@ -139,7 +139,7 @@ fn a_standby_cannot_hold_a_new_registry() {
     assert!(both(&output).contains("is a standby; run init on the node beside the primary"), "{}", both(&output));
 
     // Nor can a server without a node, and a failed init leaves no secret behind.
-    let bare = Server::primary_on(dir.path(), "bare", free_port());
+    let bare = Server::primary_on(dir.path(), "bare", free_ports(1));
     let secret = dir.path().join("secret");
     let mut init = backhaul();
     init.args(["init", "--user", "root", "--host", &bare.address(), "--secret-file"]).arg(&secret);
@@ -177,8 +177,4 @@ fn a_registry_of_a_newer_program_is_left_alone() {
     node.until_logged("the registry has schema version 99, and this program knows only up to");
     let said = both(&node.psql("root", "postgres").args(["-Atc", "SELECT 1"]).output().unwrap());
     assert_eq!(said.trim(), "1", "clients are relayed all the same");
-}
-
-fn free_port() -> u16 {
-    TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port()
 }

@@ -1,7 +1,7 @@
 //! Stores, nodes and registries that are away for longer than a moment: what is done is kept, what is made is removed in the
 //! end, and whoever waits is told the truth.
 
-use std::io::{BufRead as _, BufReader, Read as _, Write as _};
+use std::io::{BufRead as _, BufReader, Read as _};
 use std::path::PathBuf;
 use std::process::{Child, ChildStderr, Stdio};
 use std::time::Duration;
@@ -9,6 +9,7 @@ use std::time::Duration;
 use nix::sys::signal::{Signal, kill};
 
 use crate::crash::{FILTER, ONE_SHARD};
+use crate::support::demo::Holder;
 use crate::support::faults::{Fleet, Trouble};
 use crate::support::jobs::WEST;
 use crate::support::store::{S3, files_in};
@@ -101,32 +102,33 @@ fn a_job_is_begun_again_at_its_point_while_a_table_stays_locked() {
     let statement = format!("BACKUP DATABASE movr INTO 'nodelocal://1/b' WITH {filter}, DETACHED");
     let job = fleet.held(&statement, "backup.after_schemas");
     let before = kept(&fleet, &job, "point/s1", "lease");
-    let mut locker = fleet.demo.psql_direct(1).arg("-q").stdin(Stdio::piped()).spawn().unwrap();
-    let mut typed = locker.stdin.take().unwrap();
-    typed.write_all(b"BEGIN; LOCK TABLE rides IN ACCESS EXCLUSIVE MODE;\n").unwrap();
-    until("the table to be locked", || {
-        let held = "SELECT count(*) FROM pg_locks WHERE relation = 'rides'::regclass AND mode = 'AccessExclusiveLock'";
-        let seen = fleet.on(1, "movr", held);
-        if seen.trim() == "1" { Ok(()) } else { Err(seen) }
-    });
+    let locker = Holder::start(fleet.demo.psql_direct(1), "BEGIN; LOCK TABLE rides IN ACCESS EXCLUSIVE MODE");
     fleet.let_go(&job, "backup.after_schemas");
     until_in(PATIENCE, "the job to be begun again", || {
         let seen = fleet.job(&job, "concat_ws('|', status, num_runs, execution_errors)");
         let told = seen.contains("is locked by somebody else; It was not free within");
         if seen.starts_with("running|2|") && told { Ok(()) } else { Err(seen) }
     });
-    drop(typed);
-    locker.wait().unwrap();
+    drop(locker);
     assert_eq!(fleet.end_of(&job), ("succeeded".to_owned(), String::new()));
     assert_eq!(kept(&fleet, &job, "point/s1", "lease"), before);
 }
 
-/// A client that waits in `statement` at node `number`, on the server beside it: it outlives the leaseholder. Returns when
-/// it has been told how far its job is; its errors are to be read on.
+/// On the server beside its node: it outlives the leaseholder.
+const BESIDE: &str = "-c backhaul.target=local";
+
+/// A client that waits in `statement` at node `number`, with these options of the connection. Returns when it has been told
+/// how far its job is; its errors are to be read on.
 #[track_caller]
-fn waiting_at(fleet: &Fleet, number: usize, before: &str, statement: &str) -> (Child, BufReader<ChildStderr>) {
+pub(crate) fn waiting_at(
+    fleet: &Fleet,
+    number: usize,
+    options: &str,
+    before: &str,
+    statement: &str,
+) -> (Child, BufReader<ChildStderr>) {
     let mut psql = fleet.demo.psql(number);
-    let options = "-c backhaul.target=local -c backhaul.progress=on -c backhaul.on_relocation=wait";
+    let options = format!("{options} -c backhaul.progress=on -c backhaul.on_relocation=wait");
     psql.env("PGOPTIONS", options).args(["-Atq", "-v", "VERBOSITY=verbose", "-c", before, "-c", statement]);
     let mut client = psql.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
     let mut said = BufReader::new(client.stderr.take().unwrap());
@@ -137,7 +139,7 @@ fn waiting_at(fleet: &Fleet, number: usize, before: &str, statement: &str) -> (C
 }
 
 /// What a client has been told at its end.
-fn told((client, mut said): (Child, BufReader<ChildStderr>)) -> String {
+pub(crate) fn told((client, mut said): (Child, BufReader<ChildStderr>)) -> String {
     let mut errors = String::new();
     said.read_to_string(&mut errors).unwrap();
     format!("{}{errors}", both(&client.wait_with_output().unwrap()))
@@ -149,10 +151,10 @@ fn log(fleet: &Fleet, number: usize) -> String {
 
 #[test]
 fn a_client_waits_on_while_the_registry_is_away_and_gets_its_row() {
-    let fleet = Fleet::start(&["--rows", "2000"]);
+    let fleet = Fleet::mortal(&["--rows", "2000"]);
     let set = "SET backhaul.debug_pausepoints = 'backup.after_export:hold'";
     let backup = format!("BACKUP DATABASE movr INTO 'nodelocal://1/w' WITH {WEST}");
-    let client = waiting_at(&fleet, 3, set, &backup);
+    let client = waiting_at(&fleet, 3, BESIDE, set, &backup);
     let job = fleet.registry("SELECT id FROM registry.jobs");
     fleet.until_held(&job, "backup.after_export");
     kill(fleet.demo.server_pid(1), Signal::SIGKILL).unwrap();
@@ -169,12 +171,12 @@ fn a_client_waits_on_while_the_registry_is_away_and_gets_its_row() {
 
 #[test]
 fn a_job_that_is_lost_while_it_is_waited_for_is_told_on_every_node() {
-    let fleet = Fleet::start(&["--voters", "1", "--rows", "2000"]);
+    let fleet = Fleet::mortal(&["--voters", "1", "--rows", "2000"]);
     fleet.cut_off(2);
     let statement = format!("BACKUP DATABASE movr INTO 'nodelocal://1/lost' WITH {WEST}, DETACHED");
     let job = fleet.held(&statement, "backup.after_lock");
     // Node 1 has given out the id.
-    let client = waiting_at(&fleet, 3, "", &format!("SHOW JOB WHEN COMPLETE {job}"));
+    let client = waiting_at(&fleet, 3, BESIDE, "", &format!("SHOW JOB WHEN COMPLETE {job}"));
     kill(fleet.demo.server_pid(1), Signal::SIGKILL).unwrap();
     fleet.demo.promote(2);
     let told = told(client);
@@ -269,11 +271,11 @@ fn what_belongs_to_a_seal_is_written_before_it_or_the_job_fails() {
 
 #[test]
 fn a_node_that_holds_files_is_waited_for_before_they_are_given_up() {
-    let mut fleet = Fleet::start(&ONE_SHARD);
+    let mut fleet = Fleet::mortal(&ONE_SHARD);
     let set = "SET backhaul.debug_pausepoints = 'backup.after_lock:hold'";
     let statement = format!("BACKUP DATABASE movr INTO 'nodelocal://self/h' WITH {FILTER}");
     // The client waits at a node that has no part in it.
-    let client = waiting_at(&fleet, 2, set, &statement);
+    let client = waiting_at(&fleet, 2, BESIDE, set, &statement);
     let job = fleet.registry("SELECT id FROM registry.jobs");
     fleet.until_held(&job, "backup.after_lock");
     let first: usize = fleet.job(&job, "coordinator_id").parse().unwrap();
@@ -299,7 +301,7 @@ fn a_node_that_holds_files_is_waited_for_before_they_are_given_up() {
 
 #[test]
 fn only_runs_in_a_row_that_bring_nothing_are_counted() {
-    let mut fleet = Fleet::start(&[&ONE_SHARD[..6], &["--rows", "2000"]].concat());
+    let mut fleet = Fleet::mortal(&[&ONE_SHARD[..6], &["--rows", "2000"]].concat());
     let points = ["backup.after_lock", "backup.after_points", "backup.after_first_span"];
     let holds: Vec<String> = points.iter().map(|point| format!("{point}:hold")).collect();
     let set = format!("SET backhaul.debug_pausepoints = '{}'", holds.join(","));

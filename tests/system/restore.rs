@@ -6,8 +6,8 @@ use backup::PAUSEPOINTS;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
-use crate::support::demo::{Demo, psql};
-use crate::support::faults::Fleet;
+use crate::support::demo::{Demo, Holder, psql};
+use crate::support::faults::{DEATH_KNOWN, Fleet};
 use crate::support::store::files_in;
 use crate::support::{both, postgres_program, run, until};
 
@@ -340,34 +340,62 @@ fn a_cancelled_restore_leaves_no_database_unless_it_is_its_user_s_already() {
 const LOADING: &str = "query LIKE 'COPY %FROM STDIN%' AND datname LIKE '\\_backhaul%'";
 const BUILDING: &str = "application_name LIKE 'backhaul post-data%' AND query LIKE 'CREATE INDEX%'";
 
-/// Something to be built that takes seconds.
-const SLOW: &str = "
-    CREATE FUNCTION slow(a int) RETURNS int IMMUTABLE PARALLEL UNSAFE LANGUAGE plpgsql
-        AS 'BEGIN PERFORM pg_catalog.pg_sleep(0.02); RETURN a; END';
-    CREATE TABLE slowly (a int); INSERT INTO slowly SELECT generate_series(1, 150); CREATE INDEX ON slowly (slow(a))";
+/// Whoever holds this lock has everything wait that calls `waits()`.
+const GATE: &str = "SELECT pg_advisory_lock(77)";
+
+const GATED: &str = "
+    CREATE FUNCTION waits(a bigint) RETURNS bigint IMMUTABLE PARALLEL UNSAFE LANGUAGE plpgsql AS $$ BEGIN
+        WHILE EXISTS (SELECT FROM pg_catalog.pg_locks WHERE locktype = 'advisory' AND objid = 77) LOOP
+            PERFORM pg_catalog.pg_sleep(0.02);
+        END LOOP;
+        RETURN a;
+    END $$";
+
+/// Rows that are held up in the middle of each file, and an index while it is built.
+const CHECKED: &str = "ALTER TABLE rides ADD CONSTRAINT gated CHECK (id % 500 <> 7 OR waits(id) > 0)";
+const INDEXED: &str = "
+    CREATE TABLE slowly (a bigint); INSERT INTO slowly SELECT generate_series(1, 150); CREATE INDEX ON slowly (waits(a))";
+
+/// A restore in its middle, which does not go on before the gate is dropped.
+struct Restoring {
+    demo: Demo,
+    job: String,
+    gate: Holder,
+}
 
 /// A fleet that finds out about deaths within a second, in the middle of a restore into the database `copy`: where
 /// there is a session that `doing` is true for.
-fn restoring(rows: &str, setup: &str, doing: &str) -> (Demo, String) {
+fn restoring(rows: &str, setup: &str, doing: &str) -> Restoring {
     let demo = Demo::start(&["--rows", rows]);
-    on(&demo, "movr", setup);
-    on(&demo, "backhaul", "UPDATE registry.settings SET value = '1000' WHERE name = 'session_life_ms'");
+    on(&demo, "movr", &format!("{GATED}; {setup}"));
+    demo.set_session_life(DEATH_KNOWN);
     succeeded(&demo, 1, "BACKUP DATABASE movr INTO 'nodelocal://2/b' WITH DETACHED");
+    let gate = Holder::start(psql(&url(&demo, "postgres")), GATE);
     let job = demo.ask(
         1,
         &format!("RESTORE DATABASE movr FROM LATEST IN 'nodelocal://2/b' WITH new_db_name = 'copy', {WEST}, DETACHED"),
     );
     until("the restore to get there", || {
-        let seen = on(&demo, "postgres", &format!("SELECT count(*) FROM pg_stat_activity WHERE {doing}"));
+        let waits = "wait_event = 'PgSleep'";
+        let seen = on(&demo, "postgres", &format!("SELECT count(*) FROM pg_stat_activity WHERE {doing} AND {waits}"));
         if seen.trim() == "0" { Err(demo.ask(1, &format!("SHOW JOB {job}"))) } else { Ok(()) }
     });
-    (demo, job)
+    Restoring { demo, job, gate }
 }
 
 /// Whoever gets this signal in the middle, everything is there once.
-fn survives((demo, job): (Demo, String), number: usize, signal: Signal) {
+fn survives(Restoring { demo, job, gate }: Restoring, number: usize, signal: Signal) {
     let node = Pid::from_raw(demo.nodes[number - 1].pid);
+    let coordinator = || demo.registry(&format!("SELECT coordinator_id FROM registry.jobs WHERE id = {job}"));
+    let before = coordinator();
     kill(node, signal).unwrap();
+    if before == number.to_string() {
+        until("another node to have the job", || {
+            let now = coordinator();
+            if now == before { Err(now) } else { Ok(()) }
+        });
+    }
+    drop(gate);
     let row = demo.ask(1, &format!("SHOW JOB WHEN COMPLETE {job}"));
     assert!(row.contains("|succeeded|"), "{row}");
     if signal == Signal::SIGSTOP {
@@ -389,9 +417,10 @@ fn coordinator(demo: &Demo, job: &str) -> usize {
 }
 
 /// A server that crashed is started again, and everything is there once.
-fn survives_a_crash((demo, job): (Demo, String)) {
-    // It holds the registry, too.
+fn survives_a_crash(Restoring { demo, job, gate }: Restoring) {
+    // It holds the registry, too, and the gate.
     kill(demo.server_pid(1), Signal::SIGKILL).unwrap();
+    drop(gate);
     demo.restart_server(1);
     let row = until("the job to end", || {
         let row = demo.ask(1, &format!("SHOW JOB {job}"));
@@ -404,41 +433,41 @@ fn survives_a_crash((demo, job): (Demo, String)) {
 
 #[test]
 fn a_restore_survives_the_death_of_one_worker() {
-    survives(restoring("100000", "", LOADING), 3, Signal::SIGKILL);
+    survives(restoring("100000", CHECKED, LOADING), 3, Signal::SIGKILL);
 }
 
 #[test]
 fn a_restore_survives_a_worker_that_stops_and_goes_on() {
-    survives(restoring("100000", "", LOADING), 4, Signal::SIGSTOP);
+    survives(restoring("100000", CHECKED, LOADING), 4, Signal::SIGSTOP);
 }
 
 #[test]
 fn a_restore_survives_the_death_of_the_other() {
-    survives(restoring("100000", "", LOADING), 4, Signal::SIGKILL);
+    survives(restoring("100000", CHECKED, LOADING), 4, Signal::SIGKILL);
 }
 
 #[test]
 fn a_restore_survives_a_crash_of_the_server_that_it_fills() {
-    survives_a_crash(restoring("100000", "", LOADING));
+    survives_a_crash(restoring("100000", CHECKED, LOADING));
 }
 
 #[test]
 fn a_restore_survives_a_crash_of_the_server_while_it_builds_indexes() {
-    survives_a_crash(restoring("5000", SLOW, BUILDING));
+    survives_a_crash(restoring("5000", INDEXED, BUILDING));
 }
 
 #[test]
 fn a_restore_survives_the_death_of_its_coordinator_while_indexes_are_built() {
-    let (demo, job) = restoring("5000", SLOW, BUILDING);
-    let node = coordinator(&demo, &job);
-    survives((demo, job), node, Signal::SIGKILL);
+    let restoring = restoring("5000", INDEXED, BUILDING);
+    let node = coordinator(&restoring.demo, &restoring.job);
+    survives(restoring, node, Signal::SIGKILL);
 }
 
 #[test]
 fn a_restore_survives_a_coordinator_that_stops_and_goes_on() {
-    let (demo, job) = restoring("5000", SLOW, BUILDING);
-    let node = coordinator(&demo, &job);
-    survives((demo, job), node, Signal::SIGSTOP);
+    let restoring = restoring("5000", INDEXED, BUILDING);
+    let node = coordinator(&restoring.demo, &restoring.job);
+    survives(restoring, node, Signal::SIGSTOP);
 }
 
 #[test]
@@ -459,19 +488,21 @@ fn each_shard_gets_its_own_rows_back() {
 
 #[test]
 fn all_shards_get_the_name_or_none() {
-    let arguments = ["--nodes", "4", "--servers", "4", "--shards", "2", "--voters", "1", "--rows", "20000"];
-    let demo = Demo::start(&arguments);
-    succeeded(&demo, 1, &format!("BACKUP DATABASE movr INTO 'nodelocal://1/s' WITH {WEST}, DETACHED"));
+    let arguments = ["--nodes", "4", "--servers", "4", "--shards", "2", "--voters", "1", "--rows", "300"];
+    let fleet = Fleet::start(&arguments);
+    let demo = &fleet.demo;
+    succeeded(demo, 1, &format!("BACKUP DATABASE movr INTO 'nodelocal://1/s' WITH {WEST}, DETACHED"));
     let restore = "RESTORE DATABASE movr FROM LATEST IN 'nodelocal://1/s' WITH new_db_name = 'copy', DETACHED";
-    let job = demo.ask(2, restore);
     let in_shard = |number: usize, query: &str| {
         let url = demo.direct_url(number).replace("/movr?", "/postgres?");
         run(psql(&url).args(["-v", "ON_ERROR_STOP=1", "-Atc", query]))
     };
     // Somebody takes the name in the second shard meanwhile.
     let begun = "SELECT count(*) FROM pg_database WHERE datname LIKE '\\_backhaul%'";
-    until("the second shard's database", || if in_shard(2, begun) == "0\n" { Err(String::new()) } else { Ok(()) });
+    let job = fleet.held(restore, "restore.after_load");
+    assert_eq!((in_shard(1, begun).as_str(), in_shard(2, begun).as_str()), ("1\n", "1\n"));
     in_shard(2, "CREATE DATABASE copy");
+    fleet.let_go(&job, "restore.after_load");
     let name = "SELECT oid FROM pg_database WHERE datname = 'copy'";
     let theirs = in_shard(2, name);
     let row = demo.ask(1, &format!("SHOW JOB WHEN COMPLETE {job}"));
@@ -479,5 +510,5 @@ fn all_shards_get_the_name_or_none() {
     assert_eq!((in_shard(1, name), in_shard(2, name)), (String::new(), theirs));
     assert_eq!((in_shard(1, begun).as_str(), in_shard(2, begun).as_str()), ("0\n", "0\n"));
     in_shard(2, "DROP DATABASE copy");
-    succeeded(&demo, 2, restore);
+    succeeded(demo, 2, restore);
 }

@@ -4,22 +4,13 @@
 use crate::support::demo::Demo;
 use crate::support::until;
 
-/// Asks the registry itself, on the first node's server.
-fn registry(demo: &Demo, statement: &str) -> String {
-    let url = demo.direct_url(1);
-    let (_database, rest) = url.trim_start_matches("postgresql:///").split_once('?').unwrap();
-    let url = format!("postgresql:///backhaul?{rest}");
-    let output = crate::support::demo::psql(&url).args(["-Atc", statement]).output().unwrap();
-    crate::support::both(&output).trim_end().to_owned()
-}
-
 #[test]
 fn every_node_renews_its_session_for_the_life_that_was_set() {
     let demo = Demo::start(&["--nodes", "2", "--no-example-database"]);
     let set = demo.ask(2, "SET CLUSTER SETTING server.sqlliveness.ttl = '5min'");
     assert_eq!(set, "SET CLUSTER SETTING");
     let longer = "SELECT count(*) FROM registry.sessions WHERE expires_at > clock_timestamp() + interval '1 minute'";
-    until("both nodes to live longer", || match registry(&demo, longer) {
+    until("both nodes to live longer", || match demo.registry(longer) {
         both if both == "2" => Ok(()),
         other => Err(other),
     });
@@ -37,14 +28,14 @@ fn jobs_that_ended_are_forgotten_when_they_are_old_enough() {
     assert_eq!(demo.ask(2, &format!("SHOW JOBS VALUES ({id}), ({young})")).lines().count(), 2);
     // Shorter than anybody may set it, so that there is nothing to wait for.
     let age = format!("UPDATE registry.jobs SET finished = clock_timestamp() - interval '15 days' WHERE id = {id}");
-    assert_eq!(registry(&demo, &age), "UPDATE 1");
+    assert_eq!(demo.registry(&format!("{age} RETURNING 1")), "1");
     assert_eq!(demo.ask(3, "SET CLUSTER SETTING jobs.retention_time = '13d'"), "SET CLUSTER SETTING");
     until("the job to be forgotten", || match demo.ask(2, &format!("SHOW JOBS VALUES ({id}), ({young})")) {
         one if one.lines().count() == 1 && one.starts_with(young) => Ok(()),
         other => Err(other),
     });
     // The node that made it does not take it for lost; its own clock says that it is young, so it may not say so yet.
-    registry(&demo, "UPDATE registry.settings SET value = '0' WHERE name = 'jobs.retention_time'");
+    demo.registry("UPDATE registry.settings SET value = '0' WHERE name = 'jobs.retention_time'");
     until("the one that made it to forget it", || match demo.ask(1, &format!("SHOW JOB {id}")) {
         none if none.is_empty() => Ok(()),
         other => Err(other),

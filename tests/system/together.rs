@@ -278,7 +278,7 @@ fn held(fleet: &Fleet, statement: &str, lost: Lost) -> Job {
 #[test]
 fn when_one_of_them_is_lost_the_other_carries_on_at_the_same_point() {
     for lost in [Lost::FirstServer, Lost::OtherNode, Lost::Coordinator, Lost::BothServers] {
-        let mut fleet = Fleet::start(&TWIN);
+        let mut fleet = Fleet::mortal(&TWIN);
         bank(&fleet.demo);
         let statement = format!("BACKUP DATABASE bank INTO 'nodelocal://1/b' WITH {WEST}, DETACHED");
         until_explained(&fleet.demo, &statement, "read beside it: node");

@@ -280,7 +280,7 @@ fn a_prepared_transaction_decides_when_it_is_committed() {
 
 #[test]
 fn a_gateway_that_dies_leaves_its_jobs_to_be_decided() {
-    let mut fleet = Fleet::start(&[]);
+    let mut fleet = Fleet::mortal(&[]);
     let mut wire = Wire::login(&fleet.demo.nodes[3].address, "movr");
     let jobs = say(&mut wire, &["BEGIN", DETACHED, "SAVEPOINT a", DETACHED]);
     fleet.end_node(4, Signal::SIGKILL);

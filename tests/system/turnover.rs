@@ -34,20 +34,6 @@ fn writers_and_rides(manifest: &Value) -> (BTreeSet<u64>, u64) {
     (writers, of_rides.map(|file| file["rows"].as_u64().unwrap()).sum())
 }
 
-/// The fleet of [`ONE_SHARD`], with so many rows, whose nodes are not taken for dead on a busy machine: that a worker dies
-/// is known without.
-#[track_caller]
-fn with_long_sessions(rows: &str) -> Fleet {
-    let fleet = Fleet::start(&[&ONE_SHARD[..6], &["--rows", rows]].concat());
-    fleet.registry("UPDATE registry.settings SET value = '10000' WHERE name = 'session_life_ms'");
-    until("every session to be long", || {
-        let long = "SELECT count(*) FROM registry.sessions WHERE expires_at > clock_timestamp() + interval '5 s'";
-        let seen = fleet.registry(long);
-        if seen == "5" { Ok(()) } else { Err(seen) }
-    });
-    fleet
-}
-
 /// Makes an attached job from node 1, which does not match, and waits until it is held where it has gone; gives the job and
 /// its coordinator.
 #[track_caller]
@@ -66,7 +52,7 @@ fn moved_and_held(fleet: &Fleet, uri: &str, filter: &str, point: &str) -> (Strin
 
 #[test]
 fn a_node_that_comes_is_given_spans_and_one_that_goes_is_done_without() {
-    let mut fleet = with_long_sessions(ONE_SHARD[7]);
+    let mut fleet = Fleet::start(&ONE_SHARD);
     let s3 = S3::start();
     let door = s3.watched();
     let mut matching = BTreeSet::new();
@@ -103,7 +89,7 @@ fn a_node_that_comes_is_given_spans_and_one_that_goes_is_done_without() {
 
 #[test]
 fn the_coordinator_holds_a_replica_and_among_equals_has_the_fewest_jobs() {
-    let fleet = with_long_sessions(ONE_SHARD[7]);
+    let fleet = Fleet::start(&ONE_SHARD);
     let mut jobs = Vec::new();
     for (filter, coordinator) in [(WEST, "3"), (WEST, "3"), (FILTER, "4"), (FILTER, "5"), (FILTER, "4")] {
         let name = jobs.len();
@@ -132,7 +118,7 @@ fn named(fleet: &Fleet, statement: &str) -> (String, String) {
 /// is changes from job to job.
 #[test]
 fn a_detached_job_is_coordinated_by_the_node_that_explain_named_whoever_claims_it_first() {
-    let fleet = with_long_sessions("500");
+    let fleet = Fleet::start(&[&ONE_SHARD[..6], &["--rows", "500"]].concat());
     let point = "backup.after_lock";
     let idle = "of the nodes that match, it coordinates the fewest jobs";
     let beside = "of the nodes that match, it holds a replica, and of those coordinates the fewest jobs";
@@ -192,13 +178,14 @@ enum Back {
 
 #[test]
 fn a_job_that_no_node_matches_any_more_waits_for_one_and_then_fails_in_the_original_s_words() {
-    let mut fleet = Fleet::start(&["--rows", "500"]);
+    let mut fleet = Fleet::mortal(&["--rows", "500"]);
     for back in [Back::InTime, Back::ToRemove, Back::Never] {
         let name = format!("{back:?}");
         let statement = format!("BACKUP DATABASE movr INTO 'nodelocal://1/{name}' WITH {WEST}, DETACHED");
         let job = fleet.held(&statement, "backup.after_lock");
         // First the one that is not its coordinator, so that nobody takes over.
-        for node in [4, 3] {
+        let coordinator: usize = fleet.job(&job, "coordinator_id").parse().unwrap();
+        for node in [7 - coordinator, coordinator] {
             fleet.end_node(node, Signal::SIGKILL);
         }
         let mut tries = BTreeSet::new();
@@ -266,7 +253,7 @@ fn a_job_that_no_node_matches_any_more_waits_for_one_and_then_fails_in_the_origi
 
 #[test]
 fn a_frozen_server_is_left_for_another_replica() {
-    let fleet = with_long_sessions(ONE_SHARD[7]);
+    let fleet = Fleet::start(&ONE_SHARD);
     for point in ["backup.after_points", "backup.after_first_span"] {
         let statement = format!("BACKUP DATABASE movr INTO 'nodelocal://1/{point}' WITH {WEST}, DETACHED");
         let job = fleet.held(&statement, point);
@@ -297,7 +284,7 @@ fn until_thawed(fleet: &Fleet, statement: &str) {
 
 #[test]
 fn a_server_that_freezes_while_its_point_is_taken_is_left_for_another() {
-    let fleet = with_long_sessions(ONE_SHARD[7]);
+    let fleet = Fleet::start(&ONE_SHARD);
     let on = |number: usize, text: &str| {
         let url = fleet.demo.direct_url(number).replace("/movr?", "/postgres?");
         run(psql(&url).args(["-v", "ON_ERROR_STOP=1", "-Atqc", text])).trim().to_owned()
@@ -338,7 +325,7 @@ fn a_server_that_freezes_while_its_point_is_taken_is_left_for_another() {
 
 #[test]
 fn a_server_that_is_silent_for_a_moment_keeps_its_point() {
-    let fleet = with_long_sessions(ONE_SHARD[7]);
+    let fleet = Fleet::start(&ONE_SHARD);
     let s3 = S3::start();
     let door = s3.failing();
     // How long the moment is depends on the machine, too: one that does not cost the point is enough.

@@ -252,8 +252,8 @@ impl Holder {
         let mut holder = Self(psql.spawn().unwrap());
         // Its input stays open: at its end psql would go.
         writeln!(holder.0.stdin.as_mut().unwrap(), "{statement};\n\\echo held").unwrap();
-        let said = BufReader::new(holder.0.stdout.take().unwrap()).lines().map_while(Result::ok);
-        assert!(said.into_iter().any(|line| line == "held"), "{statement}");
+        let mut said = BufReader::new(holder.0.stdout.take().unwrap()).lines().map_while(Result::ok);
+        assert!(said.any(|line| line == "held"), "{statement}");
         holder
     }
 }

@@ -570,12 +570,13 @@ async fn a_lease_ends_when_it_is_closed_or_not_renewed() {
     let founders = Founders::new(fleet.primary());
     let sessions = "SELECT count(*) FROM pg_stat_activity WHERE application_name = 'backhaul job 7'";
     let (short, long) = (Uuid::new_v4(), Uuid::new_v4());
-    let short_opened = opened(&founders, Open { life_ms: 1500, ..open(short, 1) }).await;
+    let short_opened = opened(&founders, Open { life_ms: 4000, ..open(short, 1) }).await;
     opened(&founders, open(long, 1)).await;
     // Two founders and a guard each, once the session that opened them has gone.
     until(&fleet.primary(), sessions, "6").await;
+    // Longer than it lives without, and each time with room for a busy machine.
     for _ in 0..4 {
-        sleep(Duration::from_millis(600)).await;
+        sleep(Duration::from_millis(1200)).await;
         call(&founders, &Request::Renew { lease: short }).await.unwrap();
     }
     until(&fleet.primary(), sessions, "3").await;

@@ -144,7 +144,7 @@ fn a_directory_has_one_lock() {
         files.into_iter().filter(|file| file.to_string_lossy().contains("/BACKUP-LOCK-")).collect::<Vec<_>>()
     };
     let make = |number: usize| {
-        let points = "SET backhaul.debug_pausepoints = 'backup.after_lock,backup.after_points'";
+        let points = "SET backhaul.debug_pausepoints = 'backup.after_lock,backup.after_first_span'";
         let statement = "BACKUP DATABASE movr INTO 'nodelocal://1/locks' WITH DETACHED";
         let job = run(demo.psql(number).args(["-qAt", "-c", points, "-c", statement])).trim().to_owned();
         until_status(&demo, &job, "paused");

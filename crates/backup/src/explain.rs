@@ -109,7 +109,7 @@ impl Backups {
                 page.say(0, format!("coordinator: {}", named(&view, *best)));
                 page.say(1, format!("why: of the nodes that match, it {}", merits(&view, *best, &prefers)));
                 if detached {
-                    page.say(1, "whichever node claims the job first hands it over");
+                    page.say(1, "another node that claims the job first hands it over to this one");
                 } else {
                     let lacks = me
                         .locality

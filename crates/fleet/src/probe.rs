@@ -189,7 +189,7 @@ async fn ask(client: &Client) -> anyhow::Result<ServerState> {
     let lsn: Option<&str> = row.get(4);
     let status: Option<String> = row.get(6);
     let upstream = in_recovery.then(|| Upstream {
-        application_name: application_name(row.get(8), row.get(9)),
+        application_name: listed(&application_name(row.get(8), row.get(9)), row.get(2)),
         slot: row.get(7),
         status: status.unwrap_or_else(|| "not receiving".to_owned()),
     });
@@ -244,6 +244,20 @@ fn application_name(conninfo: Option<&str>, cluster_name: Option<&str>) -> Strin
     given.filter(|name| !name.is_empty()).or(cluster_name).unwrap_or("walreceiver").to_owned()
 }
 
+/// A name as `pg_stat_replication` shows it: what is not printable ASCII is replaced, from version 16 on by its bytes in
+/// hexadecimal digits, and what is longer than an identifier is cut off (PostgreSQL's documentation of `application_name`).
+fn listed(name: &str, version: i32) -> String {
+    const LEN_MAX: usize = 63;
+    let printed = |byte: u8| match byte {
+        b' '..=b'~' => char::from(byte).to_string(),
+        _ if version >= 160_000 => format!("\\x{byte:02x}"),
+        _ => "?".to_owned(),
+    };
+    let mut listed: String = name.bytes().map(printed).collect();
+    listed.truncate(LEN_MAX);
+    listed
+}
+
 /// tokio-postgres prints a server's error as "db error"; the words are in its source.
 fn spoken(error: tokio_postgres::Error) -> anyhow::Error {
     match error.as_db_error() {
@@ -275,6 +289,19 @@ mod tests {
             (Some("host=/tmp fallback_application_name=c sslmode=prefer"), Some("c"), "c"),
         ] {
             assert_eq!(application_name(conninfo, cluster_name), name);
+        }
+    }
+
+    #[test]
+    fn a_name_is_compared_as_it_is_listed() {
+        let long = "n".repeat(70);
+        for (name, version, expected) in [
+            ("my standby", 150_000, "my standby"),
+            ("n\u{e4}h", 150_000, "n??h"),
+            ("n\u{e4}h", 160_000, "n\\xc3\\xa4h"),
+            (&long, 150_000, &long[..63]),
+        ] {
+            assert_eq!(listed(name, version), expected);
         }
     }
 

@@ -107,7 +107,7 @@ impl Jobs {
         let query = "
             SELECT n.id, n.locality, n.shard,
                    (SELECT count(*) FROM registry.jobs j
-                    WHERE j.coordinator_id = n.id AND j.finished IS NULL AND j.id <> ALL($1))
+                    WHERE j.coordinator_id = n.id AND j.finished IS NULL AND j.status <> 'paused' AND j.id <> ALL($1))
             FROM registry.nodes n JOIN registry.sessions s ON s.node_id = n.id
             WHERE s.expires_at > clock_timestamp()";
         let rows = self.ledger().query(query, &[&uncounted]).await.context("list the live nodes")?;

@@ -8,7 +8,7 @@ use sqlparser::tokenizer::{Token, Word};
 use crate::names::is_reserved;
 use crate::parameters::{PARAMETERS_MAX, parse_int8};
 use crate::scan::starts_ours;
-use crate::selection::Query;
+use crate::selection::{Form, Query};
 use crate::statement::{Number, Text};
 use crate::syntax::{Mark, Source, literal};
 
@@ -252,6 +252,34 @@ impl<'t> Cursor<'t> {
         if count == 0 { Err(self.unexpected()) } else { Ok(no && count == 1) }
     }
 
+    /// An expression of PostgreSQL that stands for one value, as [`Cursor::expression`] ends it.
+    pub(crate) fn value(&mut self) -> Result<Query, PgError> {
+        let begun = self.here();
+        self.expression()?;
+        self.cut(begun, Form::Expression)
+    }
+
+    /// A place to which [`Cursor::return_to`] goes back.
+    pub(crate) fn place(&self) -> usize {
+        self.next
+    }
+
+    /// Goes back to a place that was passed.
+    pub(crate) fn return_to(&mut self, place: usize) {
+        self.next = place;
+    }
+
+    /// Whether a name comes next, of a column or a function, say.
+    pub(crate) fn at_name(&self) -> bool {
+        matches!(self.peek(), Token::Word(word) if word.quote_style.is_some() || !is_reserved(&word.value))
+    }
+
+    /// Whether an operator between two values comes next.
+    pub(crate) fn at_operator(&self) -> bool {
+        use Token::{Caret, Div, Minus, Mod, Mul, Plus, StringConcat};
+        matches!(self.peek(), Plus | Minus | Mul | Div | Mod | Caret | StringConcat)
+    }
+
     /// Whether one of these words comes next but for the parentheses before it, of which there are some.
     pub(crate) fn is_query_in_parentheses(&self, words: &[&str]) -> bool {
         let mut rest = self.significant().skip_while(|token| **token == Token::LParen);
@@ -260,7 +288,7 @@ impl<'t> Cursor<'t> {
 
     /// A query of PostgreSQL: all up to the end or `WITH REASON =`, or, when it stands for one value, one pair of
     /// parentheses with what is in them.
-    pub(crate) fn query(&mut self, one_value: bool) -> Result<Query, PgError> {
+    pub(crate) fn query(&mut self, form: Form) -> Result<Query, PgError> {
         let begun = self.here();
         let mut depth = 0_usize;
         loop {
@@ -274,13 +302,18 @@ impl<'t> Cursor<'t> {
                 _ => {}
             }
             self.advance();
-            if one_value && depth == 0 {
+            if form == Form::Value && depth == 0 {
                 break;
             }
         }
+        self.cut(begun, form)
+    }
+
+    /// What was read from `begun` on, as a query.
+    fn cut(&mut self, begun: Option<usize>, form: Form) -> Result<Query, PgError> {
         let end = self.here();
         let (before, text) = self.source.between(&mut self.mark, begun, end);
-        Query::new(&text, before, one_value, self.depth)
+        Query::new(&text, before, form, self.depth)
     }
 
     /// Whether `WITH REASON =` comes next. `WITH reason AS` begins a query.

@@ -80,7 +80,7 @@ impl Selection {
             Self::All(JobKind::Backup) => "ALL BACKUP JOBS".to_owned(),
             Self::All(JobKind::Restore) => "ALL RESTORE JOBS".to_owned(),
             Self::Query(_) if literals == Literals::Hidden => "…".to_owned(),
-            Self::Query(query) => query.sourced.text().to_owned(),
+            Self::Query(query) => query.print(),
             Self::Ids(ids) => {
                 let ids: Vec<String> = ids.iter().map(|id| format!("({})", id.print())).collect();
                 format!("VALUES {}", ids.join(", "))

@@ -131,13 +131,13 @@ pub(crate) fn show(cursor: &mut Cursor<'_>) -> Result<Statement, PgError> {
             cursor.expect_words(&["SCHEDULES"])?;
         } else {
             cursor.expect_words(&["SCHEDULE"])?;
-            cursor.number()?;
+            selection::one(cursor)?;
         }
         return Err(cursor.refused());
     }
     refuse(cursor, "SHOW SCHEDULES");
     if cursor.eat_word("SCHEDULE") {
-        cursor.number()?;
+        selection::one(cursor)?;
         return Err(cursor.refused());
     }
     if !cursor.eat_word("PAUSED") {

@@ -1,6 +1,6 @@
-//! Which jobs a statement is about: ids, or a query of PostgreSQL's that gives ids.
+//! Which jobs a statement is about: ids, or an expression or a query of PostgreSQL's that gives ids.
 //!
-//! A query is the user's own. It is not understood here, only cut out of the text, and runs in the user's session on
+//! Either is the user's own. It is not understood here, only cut out of the text, and runs in the user's session on
 //! the server, with the user's rights and in the user's transaction. Its place is kept, so that a position in an error
 //! of the server can be made one in the statement.
 
@@ -44,14 +44,33 @@ pub struct Query {
     pub sourced: Sourced,
     /// The characters before it in the statement's text.
     pub before: usize,
-    /// It stands where one value is wanted; PostgreSQL refuses it if it gives several.
-    one_value: bool,
+    form: Form,
+}
+
+/// How a query is written.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Form {
+    /// Rows of ids.
+    Rows,
+    /// In parentheses where one value is wanted; PostgreSQL refuses it if it gives several.
+    Value,
+    /// No query, but what may stand in one for a value.
+    Expression,
 }
 
 impl Query {
-    pub(crate) fn new(text: &str, before: usize, one_value: bool, depth: usize) -> Result<Self, PgError> {
+    pub(crate) fn new(text: &str, before: usize, form: Form, depth: usize) -> Result<Self, PgError> {
         let sourced = Sourced::read_at(text, depth).map_err(|error| shifted(error, before))?;
-        Ok(Self { sourced, before, one_value })
+        Ok(Self { sourced, before, form })
+    }
+
+    /// In canonical form, behind `JOBS`.
+    pub(crate) fn print(&self) -> String {
+        let text = self.sourced.text();
+        match self.form {
+            Form::Rows | Form::Value => text.to_owned(),
+            Form::Expression => format!("VALUES ({text})"),
+        }
     }
 
     /// What the server is to run, with rows in the places of row sources. Its first column has the ids; of too many rows
@@ -61,9 +80,10 @@ impl Query {
     /// ends before ours begins.
     pub fn for_server(&self, rewritten: &Rewritten) -> String {
         let (head, text) = (self.head(), &rewritten.text);
-        match self.one_value {
-            true => format!("{head}{text}"),
-            false => format!("{head}{text}\n) AS named LIMIT {}", IDS_MAX + 1),
+        match self.form {
+            Form::Value => format!("{head}{text}"),
+            Form::Expression => format!("{head}{text}\n)"),
+            Form::Rows => format!("{head}{text}\n) AS named LIMIT {}", IDS_MAX + 1),
         }
     }
 
@@ -73,32 +93,55 @@ impl Query {
     }
 
     fn head(&self) -> &'static str {
-        if self.one_value { "SELECT " } else { "SELECT * FROM (" }
+        match self.form {
+            Form::Value => "SELECT ",
+            Form::Expression => "SELECT (",
+            Form::Rows => "SELECT * FROM (",
+        }
     }
 }
 
-/// What follows `JOB`: one id, or a query in parentheses for it.
+/// What follows `JOB`: one id, or a query in parentheses or an expression for it. An expression begins with a name, or goes
+/// on behind an id with an operator; anything else that is no id is refused where it stands.
 pub(crate) fn one(cursor: &mut Cursor<'_>) -> Result<Selection, PgError> {
     if cursor.is_query_in_parentheses(&QUERIES) {
-        return cursor.query(true).map(Selection::Query);
+        return cursor.query(Form::Value).map(Selection::Query);
     }
+    let begun = cursor.place();
     let parentheses = open(cursor);
-    let id = cursor.number()?;
-    close(cursor, parentheses)?;
-    Ok(Selection::Ids(vec![id]))
+    if !cursor.at_name() {
+        let id = cursor.number()?;
+        if !cursor.at_operator() {
+            close(cursor, parentheses)?;
+        }
+        if !cursor.at_operator() {
+            return Ok(Selection::Ids(vec![id]));
+        }
+    }
+    cursor.return_to(begun);
+    cursor.value().map(Selection::Query)
 }
 
 /// What follows `JOBS`: rows of ids, or a query for them.
 pub(crate) fn several(cursor: &mut Cursor<'_>) -> Result<Selection, PgError> {
     let is_query = |cursor: &Cursor<'_>| QUERIES[..3].iter().any(|word| cursor.at_word(word));
     if is_query(cursor) || cursor.is_query_in_parentheses(&QUERIES[..3]) {
-        return cursor.query(false).map(Selection::Query);
+        return cursor.query(Form::Rows).map(Selection::Query);
     }
+    let begun = cursor.place();
     let parentheses = open(cursor);
     cursor.expect_words(&["VALUES"])?;
-    let ids = values(cursor)?;
-    close(cursor, parentheses)?;
-    Ok(Selection::Ids(ids))
+    match values(cursor) {
+        Ok(ids) => {
+            close(cursor, parentheses)?;
+            Ok(Selection::Ids(ids))
+        }
+        Err(_) if cursor.at_name() || cursor.at_operator() => {
+            cursor.return_to(begun);
+            cursor.query(Form::Rows).map(Selection::Query)
+        }
+        Err(error) => Err(error),
+    }
 }
 
 /// `(1), (2)`.
@@ -138,6 +181,9 @@ mod tests {
             ("SHOW JOBS WHEN COMPLETE (SELECT 1) ;", "SELECT * FROM ((SELECT 1)\n) AS named LIMIT 1001"),
             ("SHOW JOB (SELECT 1)", "SELECT (SELECT 1)"),
             ("SHOW JOB(VALUES (1), (2))", "SELECT (VALUES (1), (2))"),
+            ("SHOW JOB a -- é", "SELECT (a -- é\n)"),
+            ("SHOW JOB (f(1, ')')) + 1;", "SELECT ((f(1, ')')) + 1\n)"),
+            ("SHOW JOB ($1) || '7'", "SELECT (($1) || '7'\n)"),
             ("SHOW JOBS\n/* é */ TABLE x -- y", "SELECT * FROM (TABLE x -- y\n) AS named LIMIT 1001"),
             (
                 "SHOW JOBS WITH reason AS (SELECT 1) TABLE reason",

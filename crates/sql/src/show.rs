@@ -121,7 +121,9 @@ mod tests {
         for (text, code, message, position) in [
             ("SHOW JOB", "42601", "at or near \"EOF\": syntax error", 9),
             ("SHOW JOB;", "42601", "at or near \"EOF\": syntax error", 9),
-            ("SHOW JOB a", "42601", "at or near \"a\": syntax error", 10),
+            ("SHOW JOB select", "42601", "at or near \"select\": syntax error", 10),
+            ("SHOW JOB a, b", "42601", "at or near \",\": syntax error", 11),
+            ("SHOW JOB (a", "42601", "at or near \"EOF\": syntax error", 12),
             ("SHOW JOB 1 2", "42601", "at or near \"2\": syntax error", 12),
             ("SHOW JOB (1", "42601", "at or near \"EOF\": syntax error", 12),
             ("SHOW JOB $0", "42601", "at or near \"0\": syntax error", 10),

@@ -100,16 +100,26 @@ impl Source<'_> {
         chars.into_iter().collect()
     }
 
-    /// Whether this token is what `encryption_passphrase = ` is followed by.
+    /// Whether this token may be a passphrase: it follows `encryption_passphrase`, whatever was forgotten or is too much
+    /// between them, or it is a literal behind that in the same option.
     fn is_passphrase(&self, index: usize) -> bool {
-        let before = self.tokens.get(..index).unwrap_or_default();
-        let mut before = before.iter().rev().map(|t| &t.token).filter(|t| !matches!(t, Token::Whitespace(_)));
-        let literal = !matches!(self.tokens.get(index).map(|t| &t.token), Some(Token::Whitespace(_)));
-        let word = |token: Option<&Token>| match token {
-            Some(Token::Word(word)) => word.value.eq_ignore_ascii_case("encryption_passphrase"),
-            _ => false,
-        };
-        literal && before.next() == Some(&Token::Eq) && word(before.next())
+        let here = self.tokens.get(index).map(|t| &t.token);
+        if matches!(here, Some(Token::Whitespace(_) | Token::Eq | Token::LParen | Token::RParen | Token::Comma)) {
+            return false;
+        }
+        // What cannot be tokenized is most likely a literal that never ends.
+        let is_literal = here.is_none_or(|token| literal(token).is_some());
+        let before = self.tokens.get(..index).unwrap_or_default().iter().rev().map(|t| &t.token);
+        for token in before {
+            match token {
+                Token::Whitespace(_) | Token::Eq | Token::LParen => {}
+                Token::Comma | Token::SemiColon => return false,
+                Token::Word(word) if word.value.eq_ignore_ascii_case("encryption_passphrase") => return true,
+                _ if !is_literal => return false,
+                _ => {}
+            }
+        }
+        false
     }
 }
 
@@ -227,6 +237,12 @@ mod tests {
             "BACKUP DATABASE a INTO 'x' WITH encryption_passphrase = /* no */ 'hunter2' x",
             "BACKUP DATABASE a INTO 'x' WITH encryption_passphrase='x', encryption_passphrase='hunter2'",
             "BACKUP DATABASE a INTO 'x' WITH encryption_passphrase='hunter2",
+            "BACKUP DATABASE a INTO 'x' WITH encryption_passphrase 'hunter2'",
+            "BACKUP DATABASE a INTO 'x' WITH encryption_passphrase hunter2",
+            "BACKUP DATABASE a INTO 'x' WITH encryption_passphrase = ('hunter2')",
+            "BACKUP DATABASE a INTO 'x' WITH encryption_passphrase == 'hunter2'",
+            "BACKUP DATABASE a INTO 'x' WITH encryption_passphrase : 'x' 'hunter2' y",
+            "SHOW BACKUP LATEST IN 'x' WITH OPTIONS (encryption_passphrase $$hunter2",
         ] {
             let error = parse(text).expect_err(text);
             assert_eq!(error.code.as_str(), "42601", "{text}");

@@ -29,16 +29,26 @@ const STANDSTILL: Duration = Duration::from_secs(5);
 
 /// How many transactions have begun since the oldest snapshot of the job's sessions on this server, if that keeps
 /// anything on a primary: of a standby without feedback it does not. On a standby they are counted as they are replayed.
-/// Then the bytes that wait to be replayed, unless replay is paused, and where it is.
+///
+/// Then, of a standby whose replay is not paused: the bytes that wait to be replayed, and where it is. And whether it waits
+/// for a query now, and none on the server sees anything older than the job does: then it is most likely the job that it
+/// waits for, which PostgreSQL does not tell.
 const HELD: &str = "
-    SELECT (SELECT coalesce(max(pg_catalog.age(backend_xmin)), 0) FROM pg_catalog.pg_stat_activity
-            WHERE application_name = $1 AND (NOT pg_catalog.pg_is_in_recovery()
-                                             OR pg_catalog.current_setting('hot_standby_feedback')::bool))::int8,
-           CASE WHEN pg_catalog.pg_is_in_recovery() THEN
-                CASE WHEN pg_catalog.pg_is_wal_replay_paused() THEN 0 ELSE coalesce(pg_catalog.pg_wal_lsn_diff(
-                     pg_catalog.pg_last_wal_receive_lsn(), pg_catalog.pg_last_wal_replay_lsn()), 0) END
-                ELSE 0 END::int8,
-           pg_catalog.pg_last_wal_replay_lsn()::text";
+    WITH ours AS (
+        SELECT coalesce(max(pg_catalog.age(backend_xmin)), 0) AS age FROM pg_catalog.pg_stat_activity
+        WHERE application_name = $1),
+    replay AS (
+        SELECT CASE WHEN pg_catalog.pg_is_in_recovery() THEN pg_catalog.pg_get_wal_replay_pause_state() <> 'paused'
+                    ELSE false END AS goes)
+    SELECT CASE WHEN NOT pg_catalog.pg_is_in_recovery() OR pg_catalog.current_setting('hot_standby_feedback')::bool
+                THEN ours.age ELSE 0 END::int8,
+           CASE WHEN goes THEN coalesce(pg_catalog.pg_wal_lsn_diff(
+                pg_catalog.pg_last_wal_receive_lsn(), pg_catalog.pg_last_wal_replay_lsn()), 0) ELSE 0 END::int8,
+           CASE WHEN goes THEN pg_catalog.pg_last_wal_replay_lsn() END::text,
+           EXISTS (SELECT FROM pg_catalog.pg_stat_activity WHERE backend_type = 'startup'
+                   AND (wait_event LIKE 'RecoveryConflict%' OR wait_event_type IN ('Lock', 'BufferPin')))
+           AND NOT EXISTS (SELECT FROM pg_catalog.pg_stat_activity WHERE pg_catalog.age(backend_xmin) > ours.age)
+    FROM ours, replay";
 
 /// What a server keeps, or keeps waiting, for a point.
 #[derive(Default)]
@@ -46,6 +56,7 @@ struct Held {
     transactions: u64,
     waiting: u64,
     replayed: Option<String>,
+    is_in_the_way: bool,
 }
 
 /// Gives a lease of `server` up when it is held for too long.
@@ -57,8 +68,8 @@ pub(super) async fn watch(lease: Weak<Lease>, job: i64, limits: PointLimits, ser
         // Not the lease itself is held while the server is asked: it may end meanwhile.
         let Some(pool) = lease.upgrade().and_then(|lease| lease.pools.values().next().cloned()) else { return };
         let held = timeout(LOOK_DEADLINE, held(&pool, &name)).await.ok().flatten();
-        let stands = held.as_ref().is_some_and(|held| stood.stands(held.replayed.as_deref(), Instant::now()));
         let held = held.unwrap_or_default();
+        let stands = stood.stands(held.replayed.as_deref(), Instant::now()) && held.is_in_the_way;
         let stopped = || Some(point_lost(&server, &beyond_wal(held.waiting, &limits).filter(|_| stands)?));
         let Some(error) = beyond(begun.elapsed(), held.transactions, &limits).or_else(stopped) else { continue };
         tracing::warn!(job, "a point is given up: {}", error.message);
@@ -74,7 +85,7 @@ async fn held(pool: &Arc<Pool>, name: &str) -> Option<Held> {
     let guard = pool.guard().await.ok()?;
     let row = guard.row(HELD, &[&name]).await.ok()?;
     let count = |column| u64::try_from(row.get::<_, i64>(column)).unwrap_or(0);
-    Some(Held { transactions: count(0), waiting: count(1), replayed: row.get(2) })
+    Some(Held { transactions: count(0), waiting: count(1), replayed: row.get(2), is_in_the_way: row.get(3) })
 }
 
 /// Since when replay has been where it is.
@@ -99,7 +110,7 @@ fn beyond_wal(waiting: u64, limits: &PointLimits) -> Option<String> {
     let most = limits.wal_bytes;
     (most > 0 && waiting > most).then(|| {
         format!(
-            "It keeps the server from replaying, and {waiting} bytes of WAL wait, more than {WAL_SETTING}, which is {most}."
+            "The server waits for it to replay on, and {waiting} bytes of WAL wait, more than {WAL_SETTING}, which is {most}."
         )
     })
 }

@@ -115,9 +115,9 @@ fn what_cannot_be_is_refused_where_it_stands() {
     let nested = |depth: usize| format!("{}x{}", "SELECT 1 FROM [SHOW JOBS ".repeat(depth), "]".repeat(depth));
     let deep = nested(DEPTH_MAX + 1).replace(" x", " TABLE x");
     for (text, code, position) in [
-        ("SELECT 1 FROM [SHOW JOB x]", "42601", 25),
+        ("SELECT 1 FROM [SHOW JOB *]", "42601", 25),
         ("SELECT 'é' FROM [SHOW JOB 'x']", "22P02", 27),
-        ("SELECT 1 FROM [SHOW JOBS SELECT 2 FROM [SHOW JOB x]]", "42601", 50),
+        ("SELECT 1 FROM [SHOW JOBS SELECT 2 FROM [SHOW JOB *]]", "42601", 50),
         ("SELECT 1 FROM [SHOW JOBS; SHOW JOBS]", "42601", 16),
         ("WITH j AS (SHOW JOB 1 2) TABLE j", "42601", 23),
         ("CREATE OR REPLACE TEMP VIEW v AS SELECT * FROM [SHOW JOBS]", "0A000", 49),

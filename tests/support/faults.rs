@@ -94,13 +94,7 @@ fn attend(mut client: TcpStream, port: u16, shared: &Mutex<Shared>) {
         Some(Trouble::Refuses) => drop(client.shutdown(Shutdown::Both)),
         // Whoever hangs here is let go when the trouble is over.
         Some(Trouble::Hangs) => drop(client.read_to_end(&mut Vec::new())),
-        Some(Trouble::Answers(status)) => {
-            let mut request = [0; 65536];
-            let _ = client.read(&mut request);
-            let _ = write!(client, "HTTP/1.1 {status}\r\nContent-Length: 0\r\nConnection: close\r\n\r\n");
-            let _ = client.shutdown(Shutdown::Write);
-            let _ = client.read_to_end(&mut Vec::new());
-        }
+        Some(Trouble::Answers(status)) => answer(client, status),
         Some(Trouble::LosesAnswers) | None => {
             let Ok(server) = TcpStream::connect(("127.0.0.1", port)) else { return };
             let (mut to, mut from) = (server.try_clone().unwrap(), client.try_clone().unwrap());
@@ -119,6 +113,15 @@ fn attend(mut client: TcpStream, port: u16, shared: &Mutex<Shared>) {
             let _ = up.join();
         }
     }
+}
+
+/// Answers the request of a connection with a status, and waits until the client has closed it.
+pub fn answer(mut client: TcpStream, status: &str) {
+    let mut request = [0; 65536];
+    let _ = client.read(&mut request);
+    let _ = write!(client, "HTTP/1.1 {status}\r\nContent-Length: 0\r\nConnection: close\r\n\r\n");
+    let _ = client.shutdown(Shutdown::Write);
+    let _ = client.read_to_end(&mut Vec::new());
 }
 
 /// How long the sessions of those live who are to die.

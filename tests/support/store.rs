@@ -9,7 +9,7 @@ use std::sync::{Arc, Mutex};
 
 use serde_json::Value;
 
-use super::faults::FailingDoor;
+use super::faults::{FailingDoor, answer};
 use super::{run, until};
 
 /// An S3 server; ended when dropped.
@@ -87,11 +87,12 @@ impl Drop for S3 {
     }
 }
 
-/// A door in front of a server, that remembers which processes came through it.
+/// A door in front of a server, that remembers which processes came to it, and may let some of them not in.
 pub struct Watched {
     /// `host:port` of the door.
     pub address: String,
     seen: Arc<Mutex<BTreeSet<i32>>>,
+    refused: Arc<Mutex<BTreeSet<i32>>>,
 }
 
 impl Watched {
@@ -101,10 +102,16 @@ impl Watched {
         let address = listener.local_addr().unwrap().to_string();
         let seen: Arc<Mutex<BTreeSet<i32>>> = Arc::default();
         let remember = Arc::clone(&seen);
+        let refused: Arc<Mutex<BTreeSet<i32>>> = Arc::default();
+        let banned = Arc::clone(&refused);
         std::thread::spawn(move || {
             for client in listener.incoming().flatten() {
                 let owner = owner_of(client.peer_addr().unwrap().port(), client.local_addr().unwrap().port());
                 remember.lock().unwrap().extend(owner);
+                if owner.is_some_and(|pid| banned.lock().unwrap().contains(&pid)) {
+                    std::thread::spawn(move || answer(client, "403 Forbidden"));
+                    continue;
+                }
                 let Ok(server) = TcpStream::connect(("127.0.0.1", port)) else { continue };
                 for (mut from, mut to) in [(client.try_clone().unwrap(), server.try_clone().unwrap()), (server, client)]
                 {
@@ -115,10 +122,15 @@ impl Watched {
                 }
             }
         });
-        Self { address, seen }
+        Self { address, seen, refused }
     }
 
-    /// The processes that have come through.
+    /// What these processes ask on connections that they open from now on is answered with 403.
+    pub fn refuse(&self, pids: impl IntoIterator<Item = i32>) {
+        self.refused.lock().unwrap().extend(pids);
+    }
+
+    /// The processes that have come to it.
     pub fn visitors(&self) -> BTreeSet<i32> {
         self.seen.lock().unwrap().clone()
     }

@@ -1,5 +1,6 @@
 //! What BACKUP promises: where it runs, what clients are told, and what is in it.
 
+use std::collections::BTreeSet;
 use std::process::{Child, Stdio};
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -8,7 +9,7 @@ use crate::support::demo::{Demo, directory, psql};
 use crate::support::faults::Fleet;
 use crate::support::fleet::Server;
 use crate::support::jobs::{WEST, completed, data_files, detached, extern_dirs, relocated, succeeded};
-use crate::support::store::{LocalBackup, S3, files_in};
+use crate::support::store::{LocalBackup, S3, Watched, files_in};
 use crate::support::{both, postgres_program, run, until};
 
 /// G13
@@ -149,7 +150,7 @@ fn only_matching_nodes_reach_an_s3_store_and_its_keys_stay_secret() {
     }
 }
 
-/// Statements without a filter: no other node comes to a store that the gateway reaches.
+/// Statements without a filter: no other node comes to a store that the gateway reaches and is let into.
 fn whoever_is_asked_looks_into_the_store(demo: &Demo, s3: &S3, through: &dyn Fn(&str) -> String) {
     for number in [2, 4] {
         let door = s3.watched();
@@ -159,6 +160,21 @@ fn whoever_is_asked_looks_into_the_store(demo: &Demo, s3: &S3, through: &dyn Fn(
         assert!(shown.contains("rides") && !shown.contains("ERROR"), "{shown}");
         assert_eq!(door.visitors().into_iter().collect::<Vec<_>>(), [demo.nodes[number - 1].pid], "node {number}");
     }
+    // Rights may be each node's own: where the gateway is refused, the next one is asked.
+    let door = s3.watched();
+    let pids: BTreeSet<i32> = demo.nodes.iter().map(|node| node.pid).collect();
+    let [first, gateway] = [1, 2].map(|number: usize| demo.nodes[number - 1].pid);
+    let list = |door: &Watched| demo.ask(2, &format!("SHOW BACKUPS IN '{}'", through(&door.address)));
+    door.refuse([gateway]);
+    let listed = list(&door);
+    assert!(listed.lines().count() == 1 && listed.starts_with("/20"), "{listed}");
+    assert_eq!(door.visitors(), BTreeSet::from([first, gateway]));
+    let door = s3.watched();
+    door.refuse(pids.iter().copied());
+    let told = list(&door);
+    assert!(told.starts_with("ERROR:  42501: the store at s3://bucket/fleet"), "{told}");
+    assert!(told.contains(" refused access"), "{told}");
+    assert_eq!(door.visitors(), pids);
 }
 
 #[test]

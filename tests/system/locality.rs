@@ -77,6 +77,7 @@ fn files_are_written_where_the_filter_says_and_each_shard_s_by_its_own_closest_n
         }
         assert_eq!(backup.rows("rides").len(), rows.iter().sum::<usize>());
     }
+    bytes_from_elsewhere_are_explained(&demo);
     bytes_from_elsewhere_are_counted(&demo);
     bytes_from_elsewhere_are_told(&demo);
 
@@ -93,6 +94,38 @@ fn files_are_written_where_the_filter_says_and_each_shard_s_by_its_own_closest_n
     let (job, to) = relocated(&told);
     assert!(["3", "4"].contains(&to), "{told}");
     assert_eq!(completed(&demo, 2, job)[5], "succeeded");
+}
+
+/// The plan tells beforehand how many bytes come from other nodes' servers, and how many of them across localities.
+#[track_caller]
+fn bytes_from_elsewhere_are_explained(demo: &Demo) {
+    let explain = |filter: &str| {
+        let plan = demo.ask(
+            1,
+            &format!("EXPLAIN BACKUP DATABASE movr INTO 'nodelocal://self/x' WITH EXECUTION LOCALITY = '{filter}'"),
+        );
+        let total = plan.lines().find_map(|line| line.strip_prefix("total: ")).map(str::to_owned);
+        total.unwrap_or_else(|| panic!("{plan}"))
+    };
+    let total = explain("tier=1,region=east");
+    let figures = || {
+        let (all, rest) = total.split_once(", of them ")?;
+        let (remote, rest) = rest.split_once(" from another node's server and ")?;
+        Some([all.split_once(", ")?.1, remote, rest.strip_suffix(" across localities")?])
+    };
+    let [all, remote, across] = figures().unwrap_or_else(|| panic!("{total}")).map(bytes);
+    // Its only node has no server, and shares a leading tier with the node of the second shard's.
+    assert!(0.0 < across && across < remote && remote <= all, "{total}");
+    let inside = explain("");
+    assert!(!inside.contains("another node's server") && !inside.contains("across localities"), "{inside}");
+}
+
+/// A number of bytes as it is told to a reader.
+#[track_caller]
+fn bytes(told: &str) -> f64 {
+    let (number, unit) = told.split_once(' ').expect(told);
+    let power = ["B", "KiB", "MiB"].iter().position(|known| *known == unit).expect(told);
+    number.parse::<f64>().expect(told) * 1024_f64.powi(power as i32)
 }
 
 /// No replica matches: that is no error, and what is read across localities is told.

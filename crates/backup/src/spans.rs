@@ -115,13 +115,17 @@ mod tests {
 
     #[test]
     fn ranges_cover_a_table_once_and_the_last_is_open() {
+        // In bytes, not in spans: on a primary a longer one would hold its lock for longer.
+        const MIB: u64 = 1024 * 1024;
         for (blocks, bytes, possible, count) in [
             (0, 0, true, 1),
             (10, 81_920, true, 1),
-            (30_000, 4 * SPAN_BYTES, true, 4),
+            (8_192, 64 * MIB, true, 1),
+            (8_193, 64 * MIB + 8_192, true, 2),
+            (32_768, 256 * MIB, true, 4),
             // Few blocks with much behind them in TOAST.
-            (3, 100 * SPAN_BYTES, true, 3),
-            (30_000, 4 * SPAN_BYTES, false, 1),
+            (3, 6_400 * MIB, true, 3),
+            (32_768, 256 * MIB, false, 1),
         ] {
             let found: Vec<_> = ranges(&table(1, blocks, bytes, possible)).collect();
             assert_eq!(found.len(), count, "{blocks} blocks, {bytes} bytes");

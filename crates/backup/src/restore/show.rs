@@ -1,4 +1,4 @@
-//! Looking into a collection: on the gateway if it reaches the store, else on another node that does.
+//! Looking into a collection: on the gateway if it reaches the store and is let in, else on another node that is.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -87,7 +87,7 @@ impl Backups {
     ///
     /// # Errors
     ///
-    /// No node reaches the store; the requester may not use it.
+    /// No node reaches the store and is let in; the requester may not use it.
     pub async fn show_backups(&self, collection: &Text, requester: &Requester) -> anyhow::Result<Vec<String>> {
         let uri = self.resolve(&Uri::parse(literal(collection)?)?, requester).await?.exposed();
         self.look(&Request::Backups { uri }).await
@@ -97,7 +97,7 @@ impl Backups {
     ///
     /// # Errors
     ///
-    /// There is none, or it is damaged; no node reaches the store; the requester may not use it.
+    /// There is none, or it is damaged; no node reaches the store and is let in; the requester may not use it.
     pub async fn show_backup(&self, statement: &ShowBackup, requester: &Requester) -> anyhow::Result<Shown> {
         let uri = self.resolve(&Uri::parse(literal(&statement.collection)?)?, requester).await?.exposed();
         let subdir = match &statement.from {
@@ -109,7 +109,7 @@ impl Backups {
         self.look(&Request::Backup { uri, subdir, check_files, schemas }).await
     }
 
-    /// Asks this node, and while the store is not reached, the others.
+    /// Asks this node, and while the store is not reached or lets nobody in, the others.
     async fn look<T: DeserializeOwned>(&self, request: &Request) -> anyhow::Result<T> {
         let view = self.peers.cluster().view();
         let me = self.peers.cluster().me().node_id;
@@ -117,29 +117,41 @@ impl Backups {
         let [mut nodes, away] =
             [asked, away].map(|nodes| nodes.iter().filter_map(|known| known.info.node_id).collect::<Vec<NodeId>>());
         nodes.sort_unstable_by_key(|node| (Some(*node) != me, *node));
-        let mut last = anyhow::anyhow!("no node has a number yet");
+        let mut failed = anyhow::anyhow!("no node has a number yet");
         for node in nodes {
             match self.peers.call(node, SHOW, request, DEADLINE).await {
                 Ok(answer) => return Ok(answer),
-                Err(error) => {
-                    // The last one: a node without PostgreSQL's programs, which another one may have.
-                    let passing =
-                        [SqlState::IO_ERROR, SqlState::CONNECTION_FAILURE, SqlState::OBJECT_NOT_IN_PREREQUISITE_STATE];
-                    let elsewhere = PgError::of(&error).is_some_and(|said| passing.contains(&said.code));
-                    if !elsewhere {
-                        return Err(error);
-                    }
-                    last = error;
-                }
+                Err(error) if passes_on(&error) => failed = to_tell(failed, error),
+                Err(error) => return Err(error),
             }
         }
-        Err(not_asked(last, &away))
+        Err(not_asked(failed, &away))
     }
 }
 
-/// The last node's error; one of those that do not answer may have reached the store.
-fn not_asked(last: anyhow::Error, away: &[NodeId]) -> anyhow::Error {
-    let Some(mut said) = PgError::of(&last).filter(|_| !away.is_empty()).cloned() else { return last };
+/// Whether another node may do what fails with this error on one: its way to the store, its rights there (those of
+/// `AUTH=implicit`, or what an endpoint allows) and its programs of PostgreSQL are each node's own. A requester's missing
+/// rights are found before any node is asked.
+fn passes_on(error: &anyhow::Error) -> bool {
+    const PASSING: [SqlState; 4] = [
+        SqlState::IO_ERROR,
+        SqlState::CONNECTION_FAILURE,
+        SqlState::INSUFFICIENT_PRIVILEGE,
+        SqlState::OBJECT_NOT_IN_PREREQUISITE_STATE,
+    ];
+    PgError::of(error).is_some_and(|said| PASSING.contains(&said.code))
+}
+
+/// Which of two nodes' errors is told when no node answers: the first refusal, because whoever was refused has reached the
+/// store, and the gateway is asked first; else the later one.
+fn to_tell(before: anyhow::Error, error: anyhow::Error) -> anyhow::Error {
+    let is_refusal = PgError::of(&before).is_some_and(|said| said.code == SqlState::INSUFFICIENT_PRIVILEGE);
+    if is_refusal { before } else { error }
+}
+
+/// A node's error; one of those that do not answer may have reached the store.
+fn not_asked(failed: anyhow::Error, away: &[NodeId]) -> anyhow::Error {
+    let Some(mut said) = PgError::of(&failed).filter(|_| !away.is_empty()).cloned() else { return failed };
     let away: Vec<String> = away.iter().map(NodeId::to_string).collect();
     let line = format!("These nodes do not answer, and were not asked: {}.", away.join(", "));
     said.detail = Some(said.detail.into_iter().chain([line]).collect::<Vec<_>>().join("\n"));
@@ -149,6 +161,31 @@ fn not_asked(last: anyhow::Error, away: &[NodeId]) -> anyhow::Error {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_store_that_refuses_one_node_may_let_in_another() {
+        let [refused, unreached, gone, missing] = [
+            SqlState::INSUFFICIENT_PRIVILEGE,
+            SqlState::IO_ERROR,
+            SqlState::CONNECTION_FAILURE,
+            SqlState::UNDEFINED_FILE,
+        ];
+        for (code, passes) in [(refused, true), (unreached, true), (gone, true), (missing, false)] {
+            assert_eq!(passes_on(&PgError::new(code, "no").into()), passes, "{code}");
+        }
+        for (codes, told) in [
+            ([refused, refused, refused], "0"),
+            ([refused, unreached, gone], "0"),
+            ([unreached, refused, gone], "1"),
+            ([unreached, gone, refused], "2"),
+            ([unreached, gone, unreached], "2"),
+        ] {
+            let errors = codes.into_iter().enumerate();
+            let errors = errors.map(|(node, code)| anyhow::Error::from(PgError::new(code, node.to_string())));
+            let failed = errors.fold(anyhow::anyhow!("nobody was asked"), to_tell);
+            assert_eq!(PgError::of(&failed).unwrap().message, told, "{codes:?}");
+        }
+    }
 
     #[test]
     fn nodes_that_were_not_asked_are_named() {

@@ -30,6 +30,24 @@ async fn a_table_that_stays_locked_is_told_and_may_be_asked_for_again() {
     assert_eq!(rows(&founders, lease, account).await.len(), 20000);
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn a_child_that_is_locked_is_not_waited_for_with_its_parent() {
+    let setup = "CREATE TABLE parent (a int); CREATE TABLE child () INHERITS (parent);
+        INSERT INTO parent VALUES (1); INSERT INTO child VALUES (2), (3)";
+    let fleet = Fleet::start(false, setup).await;
+    let (founders, lease) = (Founders::new(fleet.primary()), Uuid::new_v4());
+    let opened = opened(&founders, open(lease, 1)).await;
+    let [parent, child] = ["parent", "child"].map(|name| whole(table(&opened, name)));
+    let (holder, _connection) = fleet.primary().session_in("shop").await.unwrap();
+    holder.batch_execute("BEGIN; LOCK TABLE child IN ACCESS EXCLUSIVE MODE").await.unwrap();
+    // Whoever waited for the lock would be refused, as one is who reads the child.
+    assert_eq!(rows(&founders, lease, parent).await, ["1"]);
+    let error = refused(&founders, &span(lease, child.clone())).await;
+    assert_eq!(error.message, "table \"public.child\" is locked by somebody else");
+    holder.batch_execute("ROLLBACK").await.unwrap();
+    assert_eq!(rows(&founders, lease, child).await, ["2", "3"]);
+}
+
 /// The error in the midst of rows, whoever took them.
 async fn given_way(rows: cluster::service::ByteStream) {
     let error = drain(rows).await.unwrap_err();

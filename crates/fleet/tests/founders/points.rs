@@ -1,6 +1,8 @@
 //! What makes a point one: replay that somebody else resumes spoils it, several databases have it in common, and no
 //! snapshot is handed from one session of a standby to another.
 
+use tokio_util::sync::CancellationToken;
+
 use super::*;
 
 const RESUMED: &str = "replay on the server was resumed by somebody else while the point was taken";
@@ -34,22 +36,7 @@ async fn replay_that_somebody_else_resumes_is_another_try_and_then_an_error() {
         // Resumed before it has been seen to stand, a pause is given up with another message.
         let mut told = Vec::new();
         for _ in 0..10 {
-            let lease = Uuid::new_v4();
-            match call(&founders, &Request::Open(open(lease, 3))).await {
-                Ok(Reply::Answer(answer)) => {
-                    let opened: Opened = serde_json::from_value(answer).unwrap();
-                    assert_eq!(opened.point.mode, Mode::Paused);
-                    assert_eq!(sum_by_three(&founders, lease, table(&opened, "account")).await, 2_000_000);
-                    told.push(String::new());
-                    call(&founders, &Request::Close { lease }).await.unwrap();
-                }
-                Ok(_) => panic!("not an answer"),
-                Err(error) => {
-                    let said = PgError::of(&error).unwrap_or_else(|| panic!("{error:#}"));
-                    assert_eq!(said.code, SqlState::OBJECT_NOT_IN_PREREQUISITE_STATE, "{said:?}");
-                    told.push(said.message.clone());
-                }
-            }
+            told.push(sound_or_told(&founders).await);
             if told.iter().any(|told| told == if is_told { RESUMED } else { "" }) {
                 break;
             }
@@ -59,6 +46,82 @@ async fn replay_that_somebody_else_resumes_is_another_try_and_then_an_error() {
         until(&standby, PAUSE_STATE, "not paused").await;
     }
     writers.iter().for_each(tokio::task::JoinHandle::abort);
+    fleet.caught_up().await;
+}
+
+/// Opens a point whose readers agree, for which nothing is told, or is told why there is none.
+async fn sound_or_told(founders: &Arc<Founders>) -> String {
+    let lease = Uuid::new_v4();
+    match call(founders, &Request::Open(open(lease, 3))).await {
+        Ok(Reply::Answer(answer)) => {
+            let opened: Opened = serde_json::from_value(answer).unwrap();
+            assert_eq!(opened.point.mode, Mode::Paused);
+            assert_eq!(sum_by_three(founders, lease, table(&opened, "account")).await, 2_000_000);
+            call(founders, &Request::Close { lease }).await.unwrap();
+            String::new()
+        }
+        Ok(_) => panic!("not an answer"),
+        Err(error) => {
+            let said = PgError::of(&error).unwrap_or_else(|| panic!("{error:#}"));
+            assert_eq!(said.code, SqlState::OBJECT_NOT_IN_PREREQUISITE_STATE, "{said:?}");
+            said.message.clone()
+        }
+    }
+}
+
+/// Lets replay go on for a few records and pauses it again while it stands by the statement of a node. What it leaves
+/// paused when that has ended meanwhile it resumes; no node begins a pause where replay stands.
+const STEP: &str = "
+    DO $$ DECLARE
+        is_paused CONSTANT boolean := pg_get_wal_replay_pause_state() = 'paused';
+        is_a_nodes CONSTANT boolean := EXISTS (
+            SELECT FROM pg_stat_activity
+            WHERE state = 'active' AND query LIKE 'SELECT pg_catalog.pg_wal_replay_pause(), pg_catalog.pg_sleep%');
+        stood CONSTANT pg_lsn := pg_last_wal_replay_lsn();
+        ends CONSTANT timestamptz := clock_timestamp() + interval '200 ms';
+    BEGIN
+        IF is_paused THEN
+            PERFORM pg_wal_replay_resume();
+        END IF;
+        IF is_paused AND is_a_nodes THEN
+            WHILE pg_last_wal_replay_lsn() = stood AND clock_timestamp() < ends LOOP
+            END LOOP;
+            PERFORM pg_wal_replay_pause();
+        END IF;
+    END $$";
+
+/// Does so again and again until it is told to end, and leaves replay resumed.
+fn stepper(server: &Server, end: &CancellationToken) -> tokio::task::JoinHandle<()> {
+    let (server, end) = (server.clone(), end.clone());
+    tokio::spawn(async move {
+        let (client, _connection) = server.session_in("postgres").await.unwrap();
+        while !end.is_cancelled() {
+            // Whoever has paused it is to see it.
+            sleep(Duration::from_millis(20)).await;
+            client.batch_execute(STEP).await.unwrap();
+        }
+        client.batch_execute("SELECT pg_wal_replay_resume()").await.unwrap();
+    })
+}
+
+/// At both ends of what is done in a pause replay is seen to stand: only its position tells.
+#[tokio::test(flavor = "multi_thread")]
+async fn replay_that_somebody_else_resumes_and_pauses_again_is_told_too() {
+    let fleet = Fleet::start(true, ACCOUNTS).await;
+    let standby = fleet.standby();
+    let writers: Vec<_> = (1..4).map(|seed| writer(&fleet.primary(), seed)).collect();
+    let (founders, end) = (Founders::new(standby.clone()), CancellationToken::new());
+    let stepping = stepper(&standby, &end);
+    let mut told: Vec<String> = Vec::new();
+    // Whoever is slow may meet another pause, and whoever is fast may not be disturbed.
+    while told.len() < 10 && !told.iter().any(|told| told == RESUMED) {
+        told.push(sound_or_told(&founders).await);
+    }
+    end.cancel();
+    timeout(DEADLINE, stepping).await.unwrap().unwrap();
+    assert_eq!(told.last().map(String::as_str), Some(RESUMED), "{told:?}");
+    writers.iter().for_each(tokio::task::JoinHandle::abort);
+    until(&standby, PAUSE_STATE, "not paused").await;
     fleet.caught_up().await;
 }
 

@@ -6,6 +6,7 @@
 #![allow(clippy::unwrap_used, reason = "a benchmark that cannot go on panics")]
 #![allow(clippy::print_stdout, reason = "it prints its figures")]
 
+use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
 use backup::{Fleet, Place, Rules, Standing, anchor, assign, decide, workers};
@@ -52,7 +53,7 @@ fn fleet() -> Fleet {
         id: NodeId(id),
         locality: locality.parse().unwrap(),
         reachable: true,
-        round_trip: Duration::from_millis(1),
+        round_trips: BTreeMap::new(),
         server: role.map(standing),
     };
     let west = |id: i32| {

@@ -1,5 +1,6 @@
 //! `backhaul start`: a node, put together.
 
+use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -201,6 +202,7 @@ fn describe(flags: &Start, listener: &TcpListener, store: &Store, has_server: bo
         started_at: chrono::Utc::now(),
         server: has_server.then_some(unknown),
         peers: Vec::new(),
+        round_trips: BTreeMap::new(),
         shards: std::collections::BTreeMap::new(),
         revision: 1,
     })

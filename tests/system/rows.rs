@@ -158,8 +158,8 @@ fn an_error_points_at_the_client_s_own_text() {
     let expected = format!("E SERROR C42703 Mcolumn \"nothing\" does not exist P{}\nZ I", place(named, "nothing"));
     assert_eq!(wire.query(named).hear(), expected);
     assert_eq!(wire.parse("", named).sync().hear(), expected);
-    let ours = "SELECT 1 FROM [SHOW LOCALITY] l, [SHOW JOB x]";
-    let expected = format!("E SERROR C42601 Mat or near \"x\": syntax error P{}\nZ I", place(ours, "x]"));
+    let ours = "SELECT 1 FROM [SHOW LOCALITY] l, [SHOW JOB *]";
+    let expected = format!("E SERROR C42601 Mat or near \"*\": syntax error P{}\nZ I", place(ours, "*]"));
     assert_eq!(wire.query(ours).hear(), expected);
     assert_eq!(wire.parse("", ours).sync().hear(), expected);
 

@@ -129,7 +129,7 @@ fn until_explained(demo: &Demo, statement: &str, line: &str) -> String {
 }
 
 /// By whom each table is exported and from where, as `node (from node)`: what EXPLAIN says is what the manifest has.
-/// Which server is the closest to a node without one may change between the two.
+/// Which server is the closest to a node without one may change between the two, when it measures anew.
 #[track_caller]
 fn is_done_as_explained(demo: &Demo, statement: &str) {
     until("a backup to be what was explained", || {

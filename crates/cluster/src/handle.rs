@@ -22,8 +22,6 @@ pub struct Known {
     pub info: NodeInfo,
     /// Whether it answers now.
     pub reachable: bool,
-    /// How long its last answer to a plain question took; zero for this node itself.
-    pub round_trip: Duration,
 }
 
 /// All nodes at one moment; cheap to share, never changed.
@@ -167,7 +165,7 @@ impl Cluster {
         self.0.addresses.subscribe()
     }
 
-    /// Takes a node's answer.
+    /// Takes a node's answer; one to a plain question takes `round_trip`, which others are told.
     ///
     /// # Errors
     ///
@@ -186,7 +184,10 @@ impl Cluster {
         state.troubles.remove(&info.address);
         state.learn(info.peers.iter().cloned());
         merge_floors(&mut state.known.shards, &info.shards);
-        state.others.insert(info.address.clone(), Known { info, reachable: true, round_trip });
+        if let Some(id) = info.node_id {
+            state.notice(id, round_trip);
+        }
+        state.others.insert(info.address.clone(), Known { info, reachable: true });
         self.publish(state);
         Ok(())
     }
@@ -236,7 +237,7 @@ impl Cluster {
         self.keep(state);
 
         let mut nodes = state.others.clone();
-        let me = Known { info: state.me.clone(), reachable: true, round_trip: Duration::ZERO };
+        let me = Known { info: state.me.clone(), reachable: true };
         nodes.insert(state.me.address.clone(), me);
         let view = View { nodes, leaders: state.leaders.clone(), registry, troubles: state.troubles.clone() };
         self.0.addresses.send_if_modified(|addresses| {
@@ -265,6 +266,16 @@ impl Cluster {
 }
 
 impl State {
+    /// In whole milliseconds: what is less is no difference, and would be news all the time.
+    fn notice(&mut self, id: NodeId, round_trip: Duration) {
+        let millis = u32::try_from(round_trip.as_millis()).unwrap_or(u32::MAX);
+        let round_trips = &mut self.me.round_trips;
+        let before = if millis == 0 { round_trips.remove(&id) } else { round_trips.insert(id, millis) };
+        if before.unwrap_or(0) != millis {
+            self.me.revision += 1;
+        }
+    }
+
     /// True when there is a new address among them.
     fn learn(&mut self, addresses: impl IntoIterator<Item = String>) -> bool {
         let before = self.addresses.len();

@@ -65,6 +65,9 @@ pub struct NodeInfo {
     pub server: Option<ServerInfo>,
     /// Addresses of the nodes that it knows.
     pub peers: Vec<String>,
+    /// How long the answers of others take it, in milliseconds; those of less than one are left out.
+    #[serde(default)]
+    pub round_trips: BTreeMap<NodeId, u32>,
     /// What it knows for good about shards, by name.
     pub shards: BTreeMap<String, ShardFloor>,
     /// Grows with every change that matters to others; a later answer of the same instance has a higher one.
@@ -271,6 +274,7 @@ pub(crate) mod tests {
                 })
             }),
             peers: Vec::new(),
+            round_trips: BTreeMap::new(),
             shards: BTreeMap::new(),
             revision: 1,
         }

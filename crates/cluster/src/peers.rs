@@ -16,6 +16,9 @@ pub(crate) const ANSWER_HOLD: Duration = Duration::from_secs(2);
 /// A node whose answer is this late counts as unreachable.
 const ANSWER_DEADLINE: Duration = Duration::from_secs(5);
 
+/// How often it is measured how long an answer takes. The first one may have been late by chance.
+const MEASURE_EVERY: Duration = Duration::from_secs(60);
+
 /// Waits between tries to reach a node that does not answer: doubled from the first to the last.
 const RETRY_FIRST: Duration = Duration::from_millis(100);
 const RETRY_LAST: Duration = Duration::from_secs(2);
@@ -80,9 +83,9 @@ async fn follow(cluster: Cluster, dialer: Dialer, address: String) {
 
 async fn attend(cluster: &Cluster, dialer: &Dialer, address: &str) -> anyhow::Result<Halt> {
     let session = dialer.dial(address, &Purpose::Verbs).await?;
-    let asked = Instant::now();
+    let mut measured = Instant::now();
     let mut info = ask(&session, None).await?;
-    let round_trip = asked.elapsed();
+    let mut round_trip = measured.elapsed();
     loop {
         if info.instance == cluster.me().instance {
             return Ok(Halt::Myself);
@@ -90,9 +93,14 @@ async fn attend(cluster: &Cluster, dialer: &Dialer, address: &str) -> anyhow::Re
         if info.address != address {
             return Ok(Halt::Alias(info.address));
         }
-        let since = Some(info.revision);
+        // An answer to a plain question is not held back.
+        let since = Some(info.revision).filter(|_| measured.elapsed() < MEASURE_EVERY);
         cluster.answered(info, round_trip)?;
+        let asked = Instant::now();
         info = ask(&session, since).await?;
+        if since.is_none() {
+            (measured, round_trip) = (asked, asked.elapsed());
+        }
     }
 }
 

@@ -16,8 +16,8 @@ mod modes;
 mod together;
 
 use std::cmp::Reverse;
+use std::collections::BTreeMap;
 use std::fmt;
-use std::time::Duration;
 
 use cluster::{Filter, Locality, NodeId, Role, Tier, View};
 use pgerror::{PgError, SqlState};
@@ -132,8 +132,8 @@ pub struct Place {
     pub locality: Locality,
     /// Whether it answers.
     pub reachable: bool,
-    /// How long an answer takes.
-    pub round_trip: Duration,
+    /// How long the answers of others take it, in milliseconds; none of those that take less than one.
+    pub round_trips: BTreeMap<NodeId, u32>,
     /// Its server, if that is one of the shard in question.
     pub server: Option<Standing>,
 }
@@ -143,6 +143,14 @@ pub struct Place {
 pub struct Fleet {
     /// The nodes that have a number.
     pub places: Vec<Place>,
+}
+
+impl Place {
+    /// How far another one is from here: the leading tiers that they share, then the time that an answer takes.
+    fn distance(&self, other: &Self) -> (Reverse<usize>, u32) {
+        let round_trip = self.round_trips.get(&other.id).copied().unwrap_or(0);
+        (Reverse(self.locality.shared_prefix(&other.locality)), round_trip)
+    }
 }
 
 impl Fleet {
@@ -167,7 +175,7 @@ impl Fleet {
                 id: known.info.node_id?,
                 locality: known.info.locality.clone(),
                 reachable: known.reachable,
-                round_trip: known.round_trip,
+                round_trips: known.info.round_trips.clone(),
                 server: (known.info.shard == shard && known.info.server.is_some()).then(standing),
             })
         };
@@ -322,8 +330,7 @@ pub fn decide(fleet: &Fleet, rules: &Rules) -> Decision {
             Some(why) => decision.excluded.push((place.id, why)),
         }
     }
-    let participants: Vec<&Locality> =
-        fleet.places.iter().filter(|place| exclusion(place, rules).is_none()).map(|place| &place.locality).collect();
+    let participants: Vec<&Place> = fleet.places.iter().filter(|place| exclusion(place, rules).is_none()).collect();
     let mut ranked = Vec::new();
     for (place, server) in fleet.places.iter().filter_map(|place| Some((place, place.server.as_ref()?))) {
         if let Some(reason) = unfit(place, server, rules) {
@@ -337,9 +344,10 @@ pub fn decide(fleet: &Fleet, rules: &Rules) -> Decision {
         };
         let matches = exclusion(place, rules).is_none();
         let is_home = !rules.balanced && matches && server.role == Role::Leaseholder;
-        let shared = participants.iter().map(|near| near.shared_prefix(&place.locality)).max().unwrap_or(0);
-        let rank = (!is_home, !matches, Reverse(shared), kind, place.round_trip, place.id);
-        ranked.push((rank, Replica { node: place.id, role: server.role, is_home, matches, shared }));
+        let nearest = participants.iter().map(|near| near.distance(place)).min();
+        let (shared, round_trip) = nearest.unwrap_or((Reverse(0), 0));
+        let rank = (!is_home, !matches, shared, kind, round_trip, place.id);
+        ranked.push((rank, Replica { node: place.id, role: server.role, is_home, matches, shared: shared.0 }));
     }
     ranked.sort_by_key(|(rank, _)| *rank);
     decision.reads = ranked.into_iter().map(|(_, replica)| replica).collect();

@@ -1,11 +1,17 @@
 //! The rules' table of cases.
 
+use std::time::Duration;
+
 use cluster::{Downstream, Lsn, NodeInfo, Replay, ServerInfo, ServerState, Upstream};
 
 use super::*;
 
 /// Nodes one a line: number, locality, and what their server is, with what is amiss.
 fn fleet(lines: &str) -> Fleet {
+    let is_far = |line: &&str| line.ends_with(" far");
+    let number = |line: &str| NodeId(line.split(' ').next().unwrap().parse().unwrap());
+    let far: BTreeMap<NodeId, u32> =
+        lines.lines().map(str::trim).filter(is_far).map(|line| (number(line), 90)).collect();
     let place = |line: &str| {
         let mut words = line.split_ascii_whitespace();
         let id = NodeId(words.next().unwrap().parse().unwrap());
@@ -31,8 +37,8 @@ fn fleet(lines: &str) -> Fleet {
             feedback: has("feedback"),
             free: (!has("unknown")).then_some(if has("full") { 99 } else { 100 }),
         });
-        let round_trip = Duration::from_millis(if has("far") { 90 } else { 1 });
-        Place { id, locality, reachable: !has("gone"), round_trip, server }
+        let round_trips = far.iter().filter(|(other, _)| **other != id).map(|(other, time)| (*other, *time)).collect();
+        Place { id, locality, reachable: !has("gone"), round_trips, server }
     };
     Fleet { places: lines.lines().map(str::trim).filter(|line| !line.is_empty()).map(place).collect() }
 }
@@ -175,6 +181,7 @@ pub(crate) fn info(number: i32, lsn: u64, status: Option<&str>) -> NodeInfo {
             replay: Replay::default(),
         })),
         peers: Vec::new(),
+        round_trips: BTreeMap::new(),
         shards: std::collections::BTreeMap::new(),
         revision: 1,
     }
@@ -196,10 +203,15 @@ fn what_a_view_knows_of_lag_and_streaming_counts() {
         (6, HEAD + 1, "streaming"),
     ] {
         let info = info(number, lsn, Some(status));
-        let known = cluster::Known { info, reachable: true, round_trip: Duration::from_millis(1) };
+        let known = cluster::Known { info, reachable: true };
         view.nodes.insert(known.info.address.clone(), known);
     }
+    let own = view.nodes.get_mut("n4:26257").unwrap();
+    own.info.round_trips.insert(NodeId(2), 7);
     let fleet = Fleet::of(&view, "s1");
+    let measured: Vec<u32> =
+        fleet.places.iter().filter_map(|place| place.round_trips.get(&NodeId(2)).copied()).collect();
+    assert_eq!((measured, fleet.places[3].id), (vec![7], NodeId(4)));
     let behind: Vec<u64> = fleet.places.iter().map(|place| place.server.as_ref().unwrap().behind).collect();
     assert_eq!(behind, [0, 0, LAG_MAX, LAG_MAX + 1, 0, 0]);
     let decision = decide(&fleet, &rules(""));
@@ -327,7 +339,7 @@ fn servers_that_can_stand_at_one_position_are_read_together() {
 fn a_worker_reads_its_own_server_else_the_closest() {
     let lines =
         format!("{TWIN}\n6 region=east,zone=c\n7 region=north\n8 region=west,zone=c\n9 region=west,zone=b async");
-    let fleet = fleet(&lines.replace("zone=a async", "zone=a async far"));
+    let mut fleet = fleet(&lines.replace("zone=a async", "zone=a async far"));
     for (worker, servers, expected) in [
         (3, &[3, 4][..], 3),
         (4, &[3, 4], 4),
@@ -344,6 +356,11 @@ fn a_worker_reads_its_own_server_else_the_closest() {
         assert_eq!(nearest(&fleet, NodeId(worker), &servers), Some(NodeId(expected)), "{worker} of {servers:?}");
     }
     assert_eq!(nearest(&fleet, NodeId(3), &[]), None);
+    // What others measure does not matter.
+    fleet.places.iter_mut().filter(|place| place.id == NodeId(8)).for_each(|place| {
+        place.round_trips = BTreeMap::from([(NodeId(4), 2), (NodeId(3), 1)]);
+    });
+    assert_eq!(nearest(&fleet, NodeId(8), &[NodeId(3), NodeId(4)]), Some(NodeId(3)));
 }
 
 #[test]

@@ -5,10 +5,9 @@
 //! taken that are as near as the best server, and of these the ones that are the closest to some node that takes part:
 //! its own server first of all. Where the leaseholder's node takes part everything is its own, and nobody else is read.
 
-use std::cmp::Reverse;
 use std::fmt;
 
-use cluster::{Locality, NodeId, Role};
+use cluster::{NodeId, Role};
 
 use super::{Fleet, Place, Replica};
 
@@ -40,7 +39,7 @@ impl fmt::Display for Apart {
 /// The servers that are read at once, and those that are as near and cannot be among them.
 pub(super) fn together(
     fleet: &Fleet,
-    participants: &[&Locality],
+    participants: &[&Place],
     reads: &[Replica],
 ) -> (Vec<NodeId>, Vec<(NodeId, Role, Apart)>) {
     let Some(best) = reads.first() else { return (Vec::new(), Vec::new()) };
@@ -60,7 +59,7 @@ pub(super) fn together(
     }
     if !best.matches {
         let places: Vec<&Place> = fit.iter().filter_map(|node| fleet.place(*node)).collect();
-        let closest = |near: &&Locality| closest(near, places.iter().copied());
+        let closest = |near: &&Place| closest(near, places.iter().copied());
         let wanted: Vec<NodeId> = participants.iter().filter_map(closest).collect();
         fit.retain(|node| wanted.contains(node));
     }
@@ -81,8 +80,8 @@ fn obstacle(fleet: &Fleet, replica: &Replica) -> Option<Apart> {
     }
 }
 
-fn closest<'p>(near: &Locality, places: impl Iterator<Item = &'p Place>) -> Option<NodeId> {
-    let rank = |place: &&Place| (Reverse(near.shared_prefix(&place.locality)), place.round_trip, place.id);
+fn closest<'p>(near: &Place, places: impl Iterator<Item = &'p Place>) -> Option<NodeId> {
+    let rank = |place: &&Place| (near.distance(place), place.id);
     places.min_by_key(rank).map(|place| place.id)
 }
 
@@ -93,5 +92,5 @@ pub fn nearest(fleet: &Fleet, worker: NodeId, servers: &[NodeId]) -> Option<Node
         return servers.iter().find(|server| **server == worker).or(servers.first()).copied();
     }
     let Some(place) = fleet.place(worker) else { return servers.first().copied() };
-    closest(&place.locality, servers.iter().filter_map(|server| fleet.place(*server))).or(servers.first().copied())
+    closest(place, servers.iter().filter_map(|server| fleet.place(*server))).or(servers.first().copied())
 }

@@ -169,6 +169,29 @@ fn points_are_taken_side_by_side() {
     assert_eq!(row.split('|').nth(5), Some("succeeded"), "{row}");
 }
 
+/// A shorter backup is never made, also when a shard is lost behind the planning.
+#[test]
+fn a_shard_that_goes_once_a_job_has_begun_is_named_and_waited_for() {
+    let fleet = Fleet::start(&[&CROSSED[..], &["--rows", "100"]].concat());
+    let point = "backup.after_lock";
+    let job = fleet.held("BACKUP DATABASE movr INTO 'nodelocal://1/b' WITH DETACHED", point);
+    [2, 4].into_iter().for_each(|number| fleet.demo.signal_server(number, Signal::SIGKILL));
+    until("both servers of s2 to be known as gone", || {
+        let seen = fleet.demo.ask(1, "SELECT count(*) FROM [SHOW NODES] WHERE role = 'server down'");
+        if seen == "2" { Ok(()) } else { Err(seen) }
+    });
+    fleet.let_go(&job, point);
+    until("the job to say what it waits for", || {
+        let seen = fleet.job(&job, "concat_ws('|', status, array_to_string(execution_errors, ' '))");
+        let named = seen.contains("shard \"s2\" cannot be reached");
+        if seen.starts_with("running|") && named { Ok(()) } else { Err(seen) }
+    });
+    fleet.demo.restart_server(2);
+    assert_eq!(fleet.end_of(&job), ("succeeded".to_owned(), String::new()));
+    let names: Vec<String> = parts(&manifest(&fleet.demo, "b")).into_iter().map(|(name, ..)| name).collect();
+    assert_eq!(names, ["s1", "s2"]);
+}
+
 #[test]
 fn shards_are_exported_side_by_side() {
     let fleet = Fleet::start(&[&CROSSED[..], &["--rows", "300"]].concat());

@@ -266,12 +266,13 @@ impl Cluster {
 }
 
 impl State {
-    /// In whole milliseconds: what is less is no difference, and would be news all the time.
+    /// In whole milliseconds. What differs by no more than a quarter from what was told is left at that: it would be news
+    /// all the time.
     fn notice(&mut self, id: NodeId, round_trip: Duration) {
         let millis = u32::try_from(round_trip.as_millis()).unwrap_or(u32::MAX);
-        let round_trips = &mut self.me.round_trips;
-        let before = if millis == 0 { round_trips.remove(&id) } else { round_trips.insert(id, millis) };
-        if before.unwrap_or(0) != millis {
+        let told = self.me.round_trips.get(&id);
+        if told.is_none_or(|told| millis.abs_diff(*told) > told / 4 + 1) {
+            self.me.round_trips.insert(id, millis);
             self.me.revision += 1;
         }
     }

@@ -65,7 +65,7 @@ pub struct NodeInfo {
     pub server: Option<ServerInfo>,
     /// Addresses of the nodes that it knows.
     pub peers: Vec<String>,
-    /// How long the answers of others take it, in milliseconds; those of less than one are left out.
+    /// How long the answers of others take it, in milliseconds, about.
     #[serde(default)]
     pub round_trips: BTreeMap<NodeId, u32>,
     /// What it knows for good about shards, by name.

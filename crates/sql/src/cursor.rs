@@ -26,6 +26,12 @@ pub(crate) struct Cursor<'t> {
     depth: usize,
 }
 
+/// A place that a cursor was at.
+pub(crate) struct Place {
+    next: usize,
+    mark: Mark,
+}
+
 impl<'t> Cursor<'t> {
     pub(crate) fn new(source: Source<'t>, depth: usize) -> Self {
         Self { source, next: 0, begun: None, refusal: None, mark: Mark::new(), depth }
@@ -260,24 +266,31 @@ impl<'t> Cursor<'t> {
     }
 
     /// A place to which [`Cursor::return_to`] goes back.
-    pub(crate) fn place(&self) -> usize {
-        self.next
+    pub(crate) fn place(&self) -> Place {
+        Place { next: self.next, mark: self.mark.clone() }
+    }
+
+    /// Whether nothing was read since.
+    pub(crate) fn is_at(&self, place: &Place) -> bool {
+        self.next == place.next
     }
 
     /// Goes back to a place that was passed.
-    pub(crate) fn return_to(&mut self, place: usize) {
-        self.next = place;
+    pub(crate) fn return_to(&mut self, place: Place) {
+        (self.next, self.mark) = (place.next, place.mark);
     }
 
-    /// Whether a name comes next, of a column or a function, say.
+    /// Whether a name comes next, of a column or a function, say, or what is written as one.
     pub(crate) fn at_name(&self) -> bool {
-        matches!(self.peek(), Token::Word(word) if word.quote_style.is_some() || !is_reserved(&word.value))
+        let is_name = |word: &Word| word.quote_style.is_some() || !is_reserved(&word.value);
+        ["CASE", "CAST"].iter().any(|word| self.at_word(word))
+            || matches!(self.peek(), Token::Word(word) if is_name(word))
     }
 
-    /// Whether an operator between two values comes next.
+    /// Whether an operator that follows a value comes next.
     pub(crate) fn at_operator(&self) -> bool {
-        use Token::{Caret, Div, Minus, Mod, Mul, Plus, StringConcat};
-        matches!(self.peek(), Plus | Minus | Mul | Div | Mod | Caret | StringConcat)
+        use Token::{Caret, Div, DoubleColon, Minus, Mod, Mul, Plus, StringConcat};
+        matches!(self.peek(), Plus | Minus | Mul | Div | Mod | Caret | StringConcat | DoubleColon)
     }
 
     /// Whether one of these words comes next but for the parentheses before it, of which there are some.

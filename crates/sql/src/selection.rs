@@ -54,7 +54,8 @@ pub(crate) enum Form {
     Rows,
     /// In parentheses where one value is wanted; PostgreSQL refuses it if it gives several.
     Value,
-    /// No query, but what may stand in one for a value.
+    /// No query, but what may stand in one for a value. It is sent in `VALUES`, where PostgreSQL refuses whatever gives
+    /// several, or counts what is not there.
     Expression,
 }
 
@@ -95,31 +96,35 @@ impl Query {
     fn head(&self) -> &'static str {
         match self.form {
             Form::Value => "SELECT ",
-            Form::Expression => "SELECT (",
+            Form::Expression => "VALUES (",
             Form::Rows => "SELECT * FROM (",
         }
     }
 }
 
 /// What follows `JOB`: one id, or a query in parentheses or an expression for it. An expression begins with a name, or goes
-/// on behind an id with an operator; anything else that is no id is refused where it stands.
+/// on behind an id with an operator or a cast; anything else that is no id is refused where it stands.
 pub(crate) fn one(cursor: &mut Cursor<'_>) -> Result<Selection, PgError> {
-    if cursor.is_query_in_parentheses(&QUERIES) {
-        return cursor.query(Form::Value).map(Selection::Query);
-    }
     let begun = cursor.place();
-    let parentheses = open(cursor);
     if !cursor.at_name() {
-        let id = cursor.number()?;
-        if !cursor.at_operator() {
-            close(cursor, parentheses)?;
-        }
-        if !cursor.at_operator() {
-            return Ok(Selection::Ids(vec![id]));
+        let plain = plain(cursor);
+        let goes_on = cursor.at_operator() || plain.is_err() && cursor.at_name();
+        if !goes_on || cursor.is_at(&begun) {
+            return plain;
         }
     }
     cursor.return_to(begun);
     cursor.value().map(Selection::Query)
+}
+
+fn plain(cursor: &mut Cursor<'_>) -> Result<Selection, PgError> {
+    if cursor.is_query_in_parentheses(&QUERIES) {
+        return cursor.query(Form::Value).map(Selection::Query);
+    }
+    let parentheses = open(cursor);
+    let id = cursor.number()?;
+    close(cursor, parentheses)?;
+    Ok(Selection::Ids(vec![id]))
 }
 
 /// What follows `JOBS`: rows of ids, or a query for them.
@@ -181,9 +186,15 @@ mod tests {
             ("SHOW JOBS WHEN COMPLETE (SELECT 1) ;", "SELECT * FROM ((SELECT 1)\n) AS named LIMIT 1001"),
             ("SHOW JOB (SELECT 1)", "SELECT (SELECT 1)"),
             ("SHOW JOB(VALUES (1), (2))", "SELECT (VALUES (1), (2))"),
-            ("SHOW JOB a -- é", "SELECT (a -- é\n)"),
-            ("SHOW JOB (f(1, ')')) + 1;", "SELECT ((f(1, ')')) + 1\n)"),
-            ("SHOW JOB ($1) || '7'", "SELECT (($1) || '7'\n)"),
+            ("SHOW JOB a -- é", "VALUES (a -- é\n)"),
+            ("SHOW JOB (f(1, ')')) + 1;", "VALUES ((f(1, ')')) + 1\n)"),
+            ("SHOW JOB ($1) || '7'", "VALUES (($1) || '7'\n)"),
+            ("SHOW JOB -f(1)", "VALUES (-f(1)\n)"),
+            ("SHOW JOB $1::text::int8", "VALUES ($1::text::int8\n)"),
+            ("SHOW JOB ((1) + 2)", "VALUES (((1) + 2)\n)"),
+            ("SHOW JOB ('x' || '1')::int8", "VALUES (('x' || '1')::int8\n)"),
+            ("SHOW JOB (SELECT 1) + 1", "VALUES ((SELECT 1) + 1\n)"),
+            ("SHOW JOB CASE WHEN true THEN 1 END", "VALUES (CASE WHEN true THEN 1 END\n)"),
             ("SHOW JOBS\n/* é */ TABLE x -- y", "SELECT * FROM (TABLE x -- y\n) AS named LIMIT 1001"),
             (
                 "SHOW JOBS WITH reason AS (SELECT 1) TABLE reason",

@@ -100,31 +100,20 @@ impl Source<'_> {
         chars.into_iter().collect()
     }
 
-    /// Whether this token may be a passphrase: it follows `encryption_passphrase`, whatever was forgotten or is too much
-    /// between them, or it is a literal behind that in the same option.
+    /// Whether this token may be a passphrase, or a part of one: whatever stands behind the option's name may, because
+    /// what is mistyped, a quote say, turns the rest of a text into something else.
     fn is_passphrase(&self, index: usize) -> bool {
-        let here = self.tokens.get(index).map(|t| &t.token);
-        if matches!(here, Some(Token::Whitespace(_) | Token::Eq | Token::LParen | Token::RParen | Token::Comma)) {
-            return false;
-        }
-        // What cannot be tokenized is most likely a literal that never ends.
-        let is_literal = here.is_none_or(|token| literal(token).is_some());
-        let before = self.tokens.get(..index).unwrap_or_default().iter().rev().map(|t| &t.token);
-        for token in before {
-            match token {
-                Token::Whitespace(_) | Token::Eq | Token::LParen => {}
-                Token::Comma | Token::SemiColon => return false,
-                Token::Word(word) if word.value.eq_ignore_ascii_case("encryption_passphrase") => return true,
-                _ if !is_literal => return false,
-                _ => {}
-            }
-        }
-        false
+        let is_option = |token: &TokenWithSpan| match &token.token {
+            Token::Word(word) => word.value.eq_ignore_ascii_case("encryption_passphrase"),
+            _ => false,
+        };
+        self.tokens.get(..index).unwrap_or_default().iter().any(is_option)
     }
 }
 
 /// A place in a text up to which bytes and characters have been counted, so that what follows is not counted from the
 /// start.
+#[derive(Clone)]
 pub(crate) struct Mark {
     location: Location,
     byte: usize,
@@ -242,6 +231,10 @@ mod tests {
             "BACKUP DATABASE a INTO 'x' WITH encryption_passphrase = ('hunter2')",
             "BACKUP DATABASE a INTO 'x' WITH encryption_passphrase == 'hunter2'",
             "BACKUP DATABASE a INTO 'x' WITH encryption_passphrase : 'x' 'hunter2' y",
+            "BACKUP DATABASE a INTO 'x' WITH encryption_passphrase = 'don't tell hunter2'",
+            "BACKUP DATABASE a INTO 'x' WITH encryption_passphrase => \"hunter2\"",
+            "BACKUP DATABASE a INTO 'x' WITH encryption_passphrase = my-hunter2",
+            "BACKUP DATABASE a INTO 'x' WITH encryption_passphrase 'it's, hunter2; hunter2'",
             "SHOW BACKUP LATEST IN 'x' WITH OPTIONS (encryption_passphrase $$hunter2",
         ] {
             let error = parse(text).expect_err(text);

@@ -132,7 +132,7 @@ pub struct Place {
     pub locality: Locality,
     /// Whether it answers.
     pub reachable: bool,
-    /// How long the answers of others take it, in milliseconds; none of those that take less than one.
+    /// How long the answers of others take it, in milliseconds, as far as it has had any.
     pub round_trips: BTreeMap<NodeId, u32>,
     /// Its server, if that is one of the shard in question.
     pub server: Option<Standing>,
@@ -148,7 +148,8 @@ pub struct Fleet {
 impl Place {
     /// How far another one is from here: the leading tiers that they share, then the time that an answer takes.
     fn distance(&self, other: &Self) -> (Reverse<usize>, u32) {
-        let round_trip = self.round_trips.get(&other.id).copied().unwrap_or(0);
+        let measured = self.round_trips.get(&other.id).copied();
+        let round_trip = if self.id == other.id { 0 } else { measured.unwrap_or(u32::MAX) };
         (Reverse(self.locality.shared_prefix(&other.locality)), round_trip)
     }
 }

@@ -8,10 +8,10 @@ use super::*;
 
 /// Nodes one a line: number, locality, and what their server is, with what is amiss.
 fn fleet(lines: &str) -> Fleet {
-    let is_far = |line: &&str| line.ends_with(" far");
+    let lines: Vec<&str> = lines.lines().map(str::trim).filter(|line| !line.is_empty()).collect();
     let number = |line: &str| NodeId(line.split(' ').next().unwrap().parse().unwrap());
-    let far: BTreeMap<NodeId, u32> =
-        lines.lines().map(str::trim).filter(is_far).map(|line| (number(line), 90)).collect();
+    let time = |line: &str| if line.ends_with(" far") { 90 } else { 1 };
+    let times: BTreeMap<NodeId, u32> = lines.iter().map(|line| (number(line), time(line))).collect();
     let place = |line: &str| {
         let mut words = line.split_ascii_whitespace();
         let id = NodeId(words.next().unwrap().parse().unwrap());
@@ -37,10 +37,10 @@ fn fleet(lines: &str) -> Fleet {
             feedback: has("feedback"),
             free: (!has("unknown")).then_some(if has("full") { 99 } else { 100 }),
         });
-        let round_trips = far.iter().filter(|(other, _)| **other != id).map(|(other, time)| (*other, *time)).collect();
+        let round_trips = times.clone();
         Place { id, locality, reachable: !has("gone"), round_trips, server }
     };
-    Fleet { places: lines.lines().map(str::trim).filter(|line| !line.is_empty()).map(place).collect() }
+    Fleet { places: lines.into_iter().map(place).collect() }
 }
 
 fn rules(text: &str) -> Rules {
@@ -358,9 +358,10 @@ fn a_worker_reads_its_own_server_else_the_closest() {
     assert_eq!(nearest(&fleet, NodeId(3), &[]), None);
     // What others measure does not matter.
     fleet.places.iter_mut().filter(|place| place.id == NodeId(8)).for_each(|place| {
+        // Nor does one that it has not heard of.
         place.round_trips = BTreeMap::from([(NodeId(4), 2), (NodeId(3), 1)]);
     });
-    assert_eq!(nearest(&fleet, NodeId(8), &[NodeId(3), NodeId(4)]), Some(NodeId(3)));
+    assert_eq!(nearest(&fleet, NodeId(8), &[NodeId(1), NodeId(3), NodeId(4)]), Some(NodeId(3)));
 }
 
 #[test]

@@ -30,25 +30,33 @@ const STANDSTILL: Duration = Duration::from_secs(5);
 /// How many transactions have begun since the oldest snapshot of the job's sessions on this server, if that keeps
 /// anything on a primary: of a standby without feedback it does not. On a standby they are counted as they are replayed.
 ///
-/// Then, of a standby whose replay is not paused: the bytes that wait to be replayed, and where it is. And whether it waits
-/// for a query now, and none on the server sees anything older than the job does: then it is most likely the job that it
-/// waits for, which PostgreSQL does not tell.
+/// Then, of a standby whose replay is not paused: the bytes that wait to be replayed, and where it is. And whether replay
+/// waits now for what the job may be: for a lock that it holds, or for queries, of which none that sees the job's databases
+/// is older than the job. For which of several queries it waits PostgreSQL does not tell.
 const HELD: &str = "
     WITH ours AS (
-        SELECT coalesce(max(pg_catalog.age(backend_xmin)), 0) AS age FROM pg_catalog.pg_stat_activity
+        SELECT pid, datid, pg_catalog.age(backend_xmin) AS age FROM pg_catalog.pg_stat_activity
         WHERE application_name = $1),
+    oldest AS (SELECT coalesce(max(age), 0) AS age FROM ours),
     replay AS (
         SELECT CASE WHEN pg_catalog.pg_is_in_recovery() THEN pg_catalog.pg_get_wal_replay_pause_state() <> 'paused'
                     ELSE false END AS goes)
     SELECT CASE WHEN NOT pg_catalog.pg_is_in_recovery() OR pg_catalog.current_setting('hot_standby_feedback')::bool
-                THEN ours.age ELSE 0 END::int8,
+                THEN oldest.age ELSE 0 END::int8,
            CASE WHEN goes THEN coalesce(pg_catalog.pg_wal_lsn_diff(
                 pg_catalog.pg_last_wal_receive_lsn(), pg_catalog.pg_last_wal_replay_lsn()), 0) ELSE 0 END::int8,
            CASE WHEN goes THEN pg_catalog.pg_last_wal_replay_lsn() END::text,
-           EXISTS (SELECT FROM pg_catalog.pg_stat_activity WHERE backend_type = 'startup'
-                   AND (wait_event LIKE 'RecoveryConflict%' OR wait_event_type IN ('Lock', 'BufferPin')))
-           AND NOT EXISTS (SELECT FROM pg_catalog.pg_stat_activity WHERE pg_catalog.age(backend_xmin) > ours.age)
-    FROM ours, replay";
+           EXISTS (
+               SELECT FROM pg_catalog.pg_stat_activity s WHERE s.backend_type = 'startup' AND CASE
+                   WHEN s.wait_event_type = 'Lock' THEN EXISTS (
+                       SELECT FROM pg_catalog.pg_locks w JOIN pg_catalog.pg_locks h
+                       ON h.locktype = w.locktype AND h.database = w.database AND h.relation = w.relation AND h.granted
+                       WHERE w.pid = s.pid AND NOT w.granted AND h.pid IN (SELECT pid FROM ours))
+                   WHEN s.wait_event_type = 'BufferPin' OR s.wait_event LIKE 'RecoveryConflict%' THEN NOT EXISTS (
+                       SELECT FROM pg_catalog.pg_stat_activity a
+                       WHERE pg_catalog.age(a.backend_xmin) > oldest.age AND a.datid IN (SELECT datid FROM ours))
+                   ELSE false END)
+    FROM oldest, replay";
 
 /// What a server keeps, or keeps waiting, for a point.
 #[derive(Default)]

@@ -80,6 +80,26 @@ fn a_request_is_there_to_be_seen_until_it_is_heeded() {
     }
 }
 
+/// I9 of one job: what it was, one after the other.
+#[test]
+fn a_running_job_is_paused_and_then_canceled_step_by_step() {
+    let fleet = Fleet::start(&["--rows", "100"]);
+    fleet.registry(
+        "CREATE TABLE public.said (n bigserial, status text);
+         CREATE FUNCTION public.hear() RETURNS trigger LANGUAGE plpgsql SECURITY DEFINER AS $$ BEGIN
+             INSERT INTO public.said (status) VALUES (NEW.status); RETURN NULL; END $$;
+         CREATE TRIGGER hears AFTER UPDATE OF status ON registry.jobs FOR EACH ROW
+             WHEN (OLD.status IS DISTINCT FROM NEW.status) EXECUTE FUNCTION public.hear()",
+    );
+    let job = fleet.held("BACKUP DATABASE movr INTO 'nodelocal://1/i9' WITH DETACHED", "backup.after_first_span");
+    assert_eq!(tag(&fleet.demo, 2, &format!("PAUSE JOB {job}")), "PAUSE JOBS 1");
+    until_status(&fleet.demo, &job, "paused");
+    assert_eq!(tag(&fleet.demo, 2, &format!("CANCEL JOB {job}")), "CANCEL JOBS 1");
+    assert_eq!(fleet.end_of(&job).0, "canceled");
+    let told = fleet.registry("SELECT string_agg(status, ' ' ORDER BY n) FROM public.said");
+    assert_eq!(told, "pause-requested paused cancel-requested reverting canceled");
+}
+
 /// I9: a running job is paused; and as it is then, canceled (below).
 #[test]
 fn a_job_pauses_and_goes_on() {

@@ -80,17 +80,23 @@ fn a_request_is_there_to_be_seen_until_it_is_heeded() {
     }
 }
 
+/// Has the registry write down what each job says in `column`, one after the other, in `public.said`.
+#[track_caller]
+fn hear(fleet: &Fleet, column: &str) {
+    fleet.registry(&format!(
+        "CREATE TABLE public.said (n bigserial, job int8, status text);
+         CREATE FUNCTION public.hear() RETURNS trigger LANGUAGE plpgsql SECURITY DEFINER AS $$ BEGIN
+             INSERT INTO public.said (job, status) VALUES (NEW.id, NEW.{column}); RETURN NULL; END $$;
+         CREATE TRIGGER hears AFTER UPDATE OF {column} ON registry.jobs FOR EACH ROW
+             WHEN (OLD.{column} IS DISTINCT FROM NEW.{column}) EXECUTE FUNCTION public.hear()"
+    ));
+}
+
 /// I9 of one job: what it was, one after the other.
 #[test]
 fn a_running_job_is_paused_and_then_canceled_step_by_step() {
     let fleet = Fleet::start(&["--rows", "100"]);
-    fleet.registry(
-        "CREATE TABLE public.said (n bigserial, status text);
-         CREATE FUNCTION public.hear() RETURNS trigger LANGUAGE plpgsql SECURITY DEFINER AS $$ BEGIN
-             INSERT INTO public.said (status) VALUES (NEW.status); RETURN NULL; END $$;
-         CREATE TRIGGER hears AFTER UPDATE OF status ON registry.jobs FOR EACH ROW
-             WHEN (OLD.status IS DISTINCT FROM NEW.status) EXECUTE FUNCTION public.hear()",
-    );
+    hear(&fleet, "status");
     let job = fleet.held("BACKUP DATABASE movr INTO 'nodelocal://1/i9' WITH DETACHED", "backup.after_first_span");
     assert_eq!(tag(&fleet.demo, 2, &format!("PAUSE JOB {job}")), "PAUSE JOBS 1");
     until_status(&fleet.demo, &job, "paused");
@@ -342,13 +348,7 @@ fn a_client_that_backs_up_is_told_how_far_it_is() {
 #[test]
 fn a_job_says_how_fast_it_moves_bytes() {
     let fleet = Fleet::start(&["--rows", "500"]);
-    fleet.registry(
-        "CREATE TABLE public.said (job int8, status text);
-         CREATE FUNCTION public.hear() RETURNS trigger LANGUAGE plpgsql SECURITY DEFINER AS $$ BEGIN
-             INSERT INTO public.said VALUES (NEW.id, NEW.running_status); RETURN NULL; END $$;
-         CREATE TRIGGER hears AFTER UPDATE OF running_status ON registry.jobs
-             FOR EACH ROW EXECUTE FUNCTION public.hear()",
-    );
+    hear(&fleet, "running_status");
     for (statement, point, doing) in [
         ("BACKUP DATABASE movr INTO 'nodelocal://1/c' WITH DETACHED", "backup.after_first_span", "exporting shard s1"),
         (

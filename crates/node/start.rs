@@ -136,7 +136,7 @@ fn offer(peers: &Peers, jobs: &Jobs, extern_dir: &Path, server: Option<Server>, 
         let id = cluster.me().cluster_id.context("seal a URI as a member of a cluster")?;
         Ok(Seal::new(secret.read()?.as_deref(), id))
     });
-    peers.offer(FILES, Arc::new(Files::new(extern_dir)));
+    peers.offer(FILES, Arc::new(Files::new(extern_dir, stores.clone())));
     if let Some(server) = server {
         let cluster = peers.cluster().clone();
         // Only the leaseholder's node knows, and it may be away.

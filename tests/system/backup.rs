@@ -130,9 +130,23 @@ fn only_matching_nodes_reach_an_s3_store_and_its_keys_stay_secret() {
     let latest = s3.keys("metadata/latest/LATEST-");
     assert!(seals[0].contains(&*s3.object(&latest[0])), "{latest:?} {seals:?}");
 
-    // By its name, the same store; CREATE says who reaches it.
-    let made = demo.ask(2, &format!("CREATE EXTERNAL CONNECTION west AS '{uri}'"));
-    assert!(made.contains("NOTICE:  00000: the store is reached by nodes 1, 2, 3, 4"), "{made}");
+    // By its name, the same store; CREATE says who reaches it, and fails where nobody does.
+    for (name, refused, told) in [
+        ("nobody", &[1, 2, 3, 4][..], "ERROR:  42501: the store at s3://bucket/fleet"),
+        (
+            "half",
+            &[2, 3],
+            "NOTICE:  00000: the store is reached by nodes 1, 4\nDETAIL:  It is not reached by nodes 2, 3.",
+        ),
+        ("west", &[], "NOTICE:  00000: the store is reached by nodes 1, 2, 3, 4"),
+    ] {
+        let before = s3.watched();
+        before.refuse(refused.iter().map(|number: &usize| demo.nodes[number - 1].pid));
+        let at = if refused.is_empty() { uri.clone() } else { uri.replace(&door.address, &before.address) };
+        let made = demo.ask(2, &format!("CREATE EXTERNAL CONNECTION {name} AS '{at}'"));
+        assert!(made.contains(told), "{made}");
+        assert_eq!(demo.ask(3, "SHOW EXTERNAL CONNECTIONS").contains(name), !told.starts_with("ERROR"), "{name}");
+    }
     let named = detached(&demo, 1, &format!("BACKUP DATABASE movr INTO 'external://west/sub' WITH {WEST}, DETACHED"));
     succeeded(&demo, 1, &named);
     assert_eq!(s3.keys("fleet/sub/").iter().filter(|key| key.ends_with("BACKUP_MANIFEST")).count(), 1);
@@ -169,12 +183,36 @@ fn whoever_is_asked_looks_into_the_store(demo: &Demo, s3: &S3, through: &dyn Fn(
     let listed = list(&door);
     assert!(listed.lines().count() == 1 && listed.starts_with("/20"), "{listed}");
     assert_eq!(door.visitors(), BTreeSet::from([first, gateway]));
+    // So it is with a restore: what it has to know is read by way of that one, and the leaseholder's node loads the rows.
+    let restore = |door: &Watched| {
+        let uri = through(&door.address);
+        demo.ask(2, &format!("RESTORE DATABASE movr FROM LATEST IN '{uri}' WITH new_db_name = 'elsewhere'"))
+    };
     let door = s3.watched();
-    door.refuse(pids.iter().copied());
-    let told = list(&door);
+    door.refuse([gateway]);
+    let restored = restore(&door);
+    assert!(restored.contains("|succeeded|1.0|"), "{restored}");
+    assert_eq!(door.visitors(), BTreeSet::from([first, gateway]));
+    let rides = demo.nodes[1].url.replace("/movr", "/elsewhere");
+    let rides = run(psql(&rides).args(["-Atc", "SELECT count(*) FROM rides"]));
+    assert_eq!(rides.trim(), "1000");
+    demo.ask(2, "DROP DATABASE elsewhere");
+    // With a filter nobody else comes to the store, whatever it says to those who may.
+    let door = s3.watched();
+    let west: BTreeSet<i32> = demo.nodes[2..].iter().map(|node| node.pid).collect();
+    door.refuse(west.iter().copied());
+    let uri = through(&door.address);
+    let told = demo.ask(3, &format!("RESTORE DATABASE movr FROM LATEST IN '{uri}' WITH new_db_name = 'west', {WEST}"));
     assert!(told.starts_with("ERROR:  42501: the store at s3://bucket/fleet"), "{told}");
-    assert!(told.contains(" refused access"), "{told}");
-    assert_eq!(door.visitors(), pids);
+    assert!(!door.visitors().is_empty() && door.visitors().is_subset(&west), "{:?}", door.visitors());
+    for ask in [&list as &dyn Fn(&Watched) -> String, &restore] {
+        let door = s3.watched();
+        door.refuse(pids.iter().copied());
+        let told = ask(&door);
+        assert!(told.starts_with("ERROR:  42501: the store at s3://bucket/fleet"), "{told}");
+        assert!(told.contains(" refused access"), "{told}");
+        assert_eq!(door.visitors(), pids);
+    }
 }
 
 #[test]

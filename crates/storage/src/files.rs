@@ -1,11 +1,12 @@
-//! Files of other nodes: what every node offers to its peers, and how a peer's files become a store.
+//! Files by way of other nodes: what every node offers to its peers, and how that becomes a store.
 //!
-//! The node that holds the files decides what is inside of its external I/O directory; what another node asks for is
-//! checked here again. Bytes travel as the peers' streams do, bounded by the receiver's pace.
+//! A node has files of its own; it decides what is inside of its external I/O directory, and what another node asks for
+//! is checked here again. And it may reach an object store that another one does not; for that one it reads there, and
+//! never writes. Bytes travel as the peers' streams do, bounded by the receiver's pace.
 
 use std::path::{Path, PathBuf};
 
-use anyhow::Context as _;
+use anyhow::{Context as _, bail};
 use bytes::Bytes;
 use cluster::service::{Boxed, ByteStream, Reply, Service, Upload};
 use cluster::{NodeId, Peers};
@@ -17,24 +18,38 @@ use tokio::time::timeout;
 
 use crate::REQUEST_DEADLINE;
 use crate::directory::{Directory, sweep};
-use crate::store::{Entry, Medium, gather};
-use crate::trouble::Place;
-use crate::uri::inside;
+use crate::store::{Entry, Medium, Stores, gather};
+use crate::trouble::{Place, transient};
+use crate::uri::{Uri, inside};
 
-/// The name under which a node's files are offered to its peers.
+/// The name under which a node offers its files to its peers, and what it reads in stores for them.
 pub const FILES: &str = "files";
 
-/// What a node asks of another's files.
-#[derive(Debug, Serialize, Deserialize)]
+/// What a node asks of another one.
+#[derive(Serialize, Deserialize)]
 struct Request {
     /// The store as errors name it.
     at: String,
     /// The collection, below the external I/O directory.
     root: String,
+    /// Or the URI of a store that the node is to reach, with its keys: never logged.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    store: Option<String>,
     /// The file, or for a listing the prefix.
     path: String,
     action: Action,
 }
+
+/// Where the node that is asked finds the files.
+pub(crate) enum Collection {
+    /// Below its external I/O directory.
+    Own(String),
+    /// In an object store, by its URI.
+    Store(String),
+}
+
+/// The root of no node's collection: a node of an older version, which knows of no stores of others, refuses it.
+const NO_ROOT: &str = "..";
 
 #[derive(Debug, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
@@ -51,24 +66,41 @@ enum Action {
     Delete,
 }
 
-/// This node's own files, for its peers.
-#[derive(Debug)]
+/// This node's own files, and the stores that it reaches, for its peers.
 pub struct Files {
     external_dir: PathBuf,
+    stores: Stores,
 }
 
 impl Files {
-    /// Those below `external_dir`. What writers left there more than a day ago is removed now.
-    pub fn new(external_dir: &Path) -> Self {
+    /// Those below `external_dir`, and what `stores` opens. What writers left in the directory more than a day ago is
+    /// removed now.
+    pub fn new(external_dir: &Path, stores: Stores) -> Self {
         sweep(external_dir);
-        Self { external_dir: external_dir.to_owned() }
+        Self { external_dir: external_dir.to_owned(), stores }
     }
 
     async fn answer(&self, request: Value) -> anyhow::Result<Reply> {
-        let Request { at, root, path, action } =
+        let Request { at, root, store, path, action } =
             serde_json::from_value(request).context("read what is asked of files")?;
-        let place = Place::plain(at);
-        let directory = Directory::new(&self.external_dir, inside(&root)?, place);
+        match store {
+            None => self.own(Place::plain(at), &root, path, action).await,
+            Some(uri) => self.read(&Uri::parse(&uri)?, &path, action).await,
+        }
+    }
+
+    /// In a store, where nothing is changed for another node.
+    async fn read(&self, uri: &Uri, path: &str, action: Action) -> anyhow::Result<Reply> {
+        let store = self.stores.open(uri).await?;
+        match action {
+            Action::Read => store.download(path).await?.map(Reply::Download).ok_or_else(|| absent().into()),
+            Action::List => listed(&store.list(path).await?),
+            Action::Create | Action::Write | Action::Delete => bail!("a node was asked to write into another's store"),
+        }
+    }
+
+    async fn own(&self, place: Place, root: &str, path: String, action: Action) -> anyhow::Result<Reply> {
+        let directory = Directory::new(&self.external_dir, inside(root)?, place);
         let asked = inside(&path)?;
         match action {
             Action::Create => Ok(Reply::Upload(directory.upload(asked, true).await?)),
@@ -79,9 +111,7 @@ impl Files {
             },
             Action::List => {
                 // A slash at the end is part of the prefix.
-                let entries = directory.list(if path.ends_with('/') { asked + "/" } else { asked }).await?;
-                let listed = Bytes::from(serde_json::to_vec(&entries)?);
-                Ok(Reply::Download(stream::iter([Ok(listed)]).boxed()))
+                listed(&directory.list(if path.ends_with('/') { asked + "/" } else { asked }).await?)
             }
             Action::Delete => {
                 directory.delete(asked).await?;
@@ -97,6 +127,11 @@ impl Service for Files {
     }
 }
 
+fn listed(entries: &[Entry]) -> anyhow::Result<Reply> {
+    let listed = Bytes::from(serde_json::to_vec(entries)?);
+    Ok(Reply::Download(stream::iter([Ok(listed)]).boxed()))
+}
+
 fn absent() -> PgError {
     PgError::new(SqlState::UNDEFINED_FILE, "nodelocal storage file does not exist")
 }
@@ -105,29 +140,49 @@ fn is_absent(error: &anyhow::Error) -> bool {
     PgError::of(error) == Some(&absent())
 }
 
-/// A collection among another node's files.
+/// A collection by way of another node.
 pub(crate) struct Remote {
     peers: Peers,
     node: NodeId,
-    root: String,
+    of: Collection,
     place: Place,
 }
 
 impl Remote {
-    /// The collection at `root` below `node`'s external I/O directory.
-    pub(crate) fn new(peers: Peers, node: NodeId, root: String, place: Place) -> Self {
-        Self { peers, node, root, place }
+    /// The collection as `node` finds it.
+    pub(crate) fn new(peers: Peers, node: NodeId, of: Collection, place: Place) -> Self {
+        Self { peers, node, of, place }
     }
 
     fn request(&self, path: String, action: Action) -> Request {
-        Request { at: self.place.at.to_string(), root: self.root.clone(), path, action }
+        let (root, store) = match &self.of {
+            Collection::Own(root) => (root.clone(), None),
+            Collection::Store(uri) => (NO_ROOT.to_owned(), Some(uri.clone())),
+        };
+        Request { at: self.place.at.to_string(), root, store, path, action }
+    }
+
+    /// What an error of the other node's means. What an object store does not do now it may do later, and between nodes
+    /// that is not told.
+    fn trouble(&self) -> impl Fn(anyhow::Error) -> anyhow::Error + Send + use<> {
+        let (place, is_store) = (self.place.clone(), matches!(self.of, Collection::Store(_)));
+        move |error| {
+            let error = place.of_peer(error);
+            match PgError::of(&error).filter(|said| is_store && said.code == SqlState::IO_ERROR) {
+                Some(said) => transient(said.clone()),
+                None => error,
+            }
+        }
     }
 
     async fn begin(&self, request: Request) -> anyhow::Result<Option<ByteStream>> {
         let begun = self.peers.download(self.node, FILES, &request, REQUEST_DEADLINE).await;
         match begun {
             Err(error) if is_absent(&error) => Ok(None),
-            begun => Ok(Some(paced(begun.map_err(|error| self.place.of_peer(error))?, self.place.clone()))),
+            begun => {
+                let trouble = self.trouble();
+                Ok(Some(paced(begun.map_err(&trouble)?, self.place.clone(), trouble)))
+            }
         }
     }
 }
@@ -165,12 +220,16 @@ impl Medium for Remote {
 }
 
 /// A stream each of whose pieces has a deadline, and whose errors are the store's.
-fn paced(stream: ByteStream, place: Place) -> ByteStream {
-    Box::pin(stream::try_unfold((stream, place), |(mut stream, place)| async move {
+fn paced(
+    stream: ByteStream,
+    place: Place,
+    trouble: impl Fn(anyhow::Error) -> anyhow::Error + Send + 'static,
+) -> ByteStream {
+    Box::pin(stream::try_unfold((stream, place, trouble), |(mut stream, place, trouble)| async move {
         match timeout(REQUEST_DEADLINE, stream.next()).await.map_err(|_| place.late())? {
             None => Ok(None),
-            Some(Ok(piece)) => Ok(Some((piece, (stream, place)))),
-            Some(Err(error)) => Err(place.of_peer(error)),
+            Some(Ok(piece)) => Ok(Some((piece, (stream, place, trouble)))),
+            Some(Err(error)) => Err(trouble(error)),
         }
     }))
 }

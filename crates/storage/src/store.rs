@@ -18,7 +18,7 @@ use tokio::time::{sleep, timeout};
 use uuid::Uuid;
 
 use crate::directory::Directory;
-use crate::files::Remote;
+use crate::files::{Collection, Remote};
 use crate::object::Bucketed;
 use crate::s3::Regions;
 use crate::trouble::{Place, is_transient};
@@ -72,12 +72,20 @@ pub struct Stores {
     peers: Peers,
     external_dir: PathBuf,
     regions: Arc<Regions>,
+    /// The node by way of which object stores are read.
+    through: Option<NodeId>,
 }
 
 impl Stores {
     /// For a node whose own files are below `external_dir`, and which reaches others' through `peers`.
     pub fn new(peers: Peers, external_dir: PathBuf) -> Self {
-        Self { peers, external_dir, regions: Arc::default() }
+        Self { peers, external_dir, regions: Arc::default(), through: None }
+    }
+
+    /// The same, but object stores are read by way of `node`, which may reach one that this node does not. What is opened
+    /// cannot be written to.
+    pub fn through(&self, node: NodeId) -> Self {
+        Self { through: Some(node), ..self.clone() }
     }
 
     /// Opens a store. Nothing is asked of it yet, except that Amazon may be asked for a bucket's region.
@@ -95,7 +103,7 @@ impl Stores {
                 let me = self.peers.cluster().me().node_id;
                 match node {
                     Some(other) if me != Some(*other) => {
-                        let remote = Remote::new(self.peers.clone(), *other, root, place.clone());
+                        let remote = Remote::new(self.peers.clone(), *other, Collection::Own(root), place.clone());
                         Ok(Store { medium: Arc::new(remote), place, node: Some(*other), tries: TRIES })
                     }
                     _ => {
@@ -105,6 +113,10 @@ impl Stores {
                 }
             }
             uri::Place::S3(bucket) => {
+                if let Some(node) = self.through {
+                    let (of, place) = (Collection::Store(uri.exposed()), Place::plain(redacted));
+                    return Ok(Store::over(Remote::new(self.peers.clone(), node, of, place.clone()), place));
+                }
                 let place = Place {
                     at: redacted.into(),
                     from: Some(self.peers.cluster().me().name().into()),

@@ -12,7 +12,7 @@ use serde_json::json;
 use tempfile::TempDir;
 use uuid::Uuid;
 
-use crate::files::Remote;
+use crate::files::{Collection, Remote};
 use crate::object::Bucketed;
 use crate::trouble::Place;
 use crate::{Created, Entry, FILES, Files, Store, Stores, Uri, is_transient, s3};
@@ -34,7 +34,8 @@ fn ground() -> Ground {
     let store = Arc::new(cluster::store::Store::open(state.path()).unwrap());
     let cluster = Cluster::new(serde_json::from_value(me).unwrap(), &[], store).unwrap();
     let peers = Peers::new(cluster, Dialer::new(ClusterSecret::Insecure, None, "test".to_owned()));
-    peers.offer(FILES, Arc::new(Files::new(external.path())));
+    let stores = Stores::new(peers.clone(), external.path().to_owned());
+    peers.offer(FILES, Arc::new(Files::new(external.path(), stores)));
     Ground { peers, external, _state: state }
 }
 
@@ -47,7 +48,8 @@ impl Ground {
     /// The same directory by itself, by way of the peers, and an object store in memory.
     async fn stores(&self) -> Vec<Store> {
         let place = Place::plain("nodelocal://1/remote");
-        let remote = Remote::new(self.peers.clone(), NodeId(1), "remote".to_owned(), place.clone());
+        let of = Collection::Own("remote".to_owned());
+        let remote = Remote::new(self.peers.clone(), NodeId(1), of, place.clone());
         let memory = s3::guarded(Operator::new(services::Memory::default()).unwrap());
         vec![
             self.open("nodelocal://self/own").await,

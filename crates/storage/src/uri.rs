@@ -143,6 +143,11 @@ impl Uri {
         self.text(false)
     }
 
+    /// Whether it is no node's own directory, so that every node that reaches it finds the same there.
+    pub fn is_shared(&self) -> bool {
+        !matches!(self.0, Place::Nodelocal { .. })
+    }
+
     /// The text as it may be shown to everybody.
     pub fn redacted(&self) -> String {
         self.text(true)

@@ -13,7 +13,6 @@ use bytes::Bytes;
 use fleet::private::Installation;
 use pgerror::{PgError, SqlState};
 use serde::{Deserialize, Serialize};
-use storage::Stores;
 use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::process::{Child, Command};
 use tokio::time::timeout;
@@ -55,7 +54,7 @@ pub struct Created {
 /// # Errors
 ///
 /// A schema file is missing or damaged, or too long; this node does not have PostgreSQL's programs.
-pub(super) async fn created(stores: &Stores, source: &Source) -> anyhow::Result<Vec<Created>> {
+pub(super) async fn created(source: &Source) -> anyhow::Result<Vec<Created>> {
     let (mut all, mut bytes) = (Vec::new(), 0);
     for part in &source.manifest.shards {
         for database in &part.databases {
@@ -64,7 +63,7 @@ pub(super) async fn created(stores: &Stores, source: &Source) -> anyhow::Result<
             if file.file_bytes > SCRIPT_BYTES_MAX {
                 return Err(too_long(&file.database).into());
             }
-            let script = script(source.read(stores, file).await?, file).await?;
+            let script = script(source.read(file).await?, file).await?;
             let script = Script::read(&script);
             let tables = database.tables.iter().map(|it| ("table", it.schema.as_str(), it.name.as_str()));
             let views = database.materialized_views.iter();

@@ -13,7 +13,7 @@ use sql::{ShowBackup, ShowBackupOptions, ShowBackupWhat, Subdir, Text};
 use storage::{Stores, Uri};
 
 use super::created::{self, Created};
-use super::source::{self, Source};
+use super::source::{self, Source, may_be_read_elsewhere};
 use crate::manifest::{FileEntry, Manifest};
 use crate::plan::{Backups, Requester, literal};
 
@@ -64,9 +64,9 @@ impl Show {
                     let parts = source.manifest.shards.iter();
                     let files: Vec<&FileEntry> =
                         parts.flat_map(|part| part.files.iter().chain(&part.schemas)).collect();
-                    source.check(&self.stores, &files).await?;
+                    source.check(&files).await?;
                 }
-                let created = if schemas { created::created(&self.stores, &source).await? } else { Vec::new() };
+                let created = if schemas { created::created(&source).await? } else { Vec::new() };
                 Ok(serde_json::to_value(Shown { manifest: source.manifest, created })?)
             }
         }
@@ -121,25 +121,12 @@ impl Backups {
         for node in nodes {
             match self.peers.call(node, SHOW, request, DEADLINE).await {
                 Ok(answer) => return Ok(answer),
-                Err(error) if passes_on(&error) => failed = to_tell(failed, error),
+                Err(error) if may_be_read_elsewhere(&error) => failed = to_tell(failed, error),
                 Err(error) => return Err(error),
             }
         }
         Err(not_asked(failed, &away))
     }
-}
-
-/// Whether another node may do what fails with this error on one: its way to the store, its rights there (those of
-/// `AUTH=implicit`, or what an endpoint allows) and its programs of PostgreSQL are each node's own. A requester's missing
-/// rights are found before any node is asked.
-fn passes_on(error: &anyhow::Error) -> bool {
-    const PASSING: [SqlState; 4] = [
-        SqlState::IO_ERROR,
-        SqlState::CONNECTION_FAILURE,
-        SqlState::INSUFFICIENT_PRIVILEGE,
-        SqlState::OBJECT_NOT_IN_PREREQUISITE_STATE,
-    ];
-    PgError::of(error).is_some_and(|said| PASSING.contains(&said.code))
 }
 
 /// Which of two nodes' errors is told when no node answers: the first refusal, because whoever was refused has reached the
@@ -171,7 +158,7 @@ mod tests {
             SqlState::UNDEFINED_FILE,
         ];
         for (code, passes) in [(refused, true), (unreached, true), (gone, true), (missing, false)] {
-            assert_eq!(passes_on(&PgError::new(code, "no").into()), passes, "{code}");
+            assert_eq!(may_be_read_elsewhere(&PgError::new(code, "no").into()), passes, "{code}");
         }
         for (codes, told) in [
             ([refused, refused, refused], "0"),

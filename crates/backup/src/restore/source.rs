@@ -1,16 +1,24 @@
 //! A backup that is read: found, checked, and opened file by file.
 
+use std::time::Duration;
+
 use anyhow::Context as _;
 use cluster::{Filter, NodeId, Peers};
 use pgerror::{PgError, SqlState};
 use storage::{Store, Stores, Uri};
+use tokio::time::Instant;
 
 use crate::export::sha256;
 use crate::layout;
 use crate::manifest::{FORMAT, FileEntry, Manifest};
 
+/// Other nodes are asked, one after the other, until so long has passed.
+const ELSEWHERE_MAX: Duration = Duration::from_secs(60);
+
 /// A backup and where its files are.
 pub(crate) struct Source {
+    /// What opens them.
+    stores: Stores,
     /// Its manifest, verified.
     pub(crate) manifest: Manifest,
     /// Its directory in the collection.
@@ -97,12 +105,50 @@ impl Source {
                 Unreadable::Text(detail) => damaged(detail),
             })?;
             let uri = collection.join(&subdir);
-            return Ok(Self { manifest, subdir, uri });
+            return Ok(Self { stores: stores.clone(), manifest, subdir, uri });
         }
         let message = format!("could not find BACKUP manifest file in {}", collection.join(&subdir).redacted());
         Err(PgError::new(SqlState::UNDEFINED_FILE, message)
             .hint("SHOW BACKUPS IN the collection lists the backups that are there.")
             .into())
+    }
+
+    /// [`Source::find`] on this node; where the store is not reached from here or lets nobody in, by way of the first other
+    /// node that reads it. That is for those without a filter only: with one, no node that does not match comes to the
+    /// store.
+    ///
+    /// # Errors
+    ///
+    /// As [`Source::find`]; this node's own if no node reads the store.
+    pub(crate) async fn find_anywhere(
+        stores: &Stores,
+        peers: &Peers,
+        collection: &Uri,
+        subdir: Option<&str>,
+        filter: &Filter,
+    ) -> anyhow::Result<Self> {
+        let find = async |stores: &Stores| Self::find(stores, peers, collection, subdir, filter).await;
+        let here = match find(stores).await {
+            Err(error) if filter.is_empty() && collection.is_shared() && may_be_read_elsewhere(&error) => error,
+            done => return done,
+        };
+        let (view, me) = (peers.cluster().view(), peers.cluster().me().node_id);
+        let others = view.nodes.values().filter(|known| known.reachable && known.info.node_id != me);
+        let mut others: Vec<NodeId> = others.filter_map(|known| known.info.node_id).collect();
+        others.sort_unstable();
+        let begun = Instant::now();
+        for node in others.into_iter().take_while(|_| begun.elapsed() < ELSEWHERE_MAX) {
+            match find(&stores.through(node)).await {
+                Err(error) if may_be_read_elsewhere(&error) => {
+                    tracing::info!(%node, "the backup is not read: {error:#}")
+                }
+                done => {
+                    tracing::info!(%node, "the backup is read by way of another node, because here: {here:#}");
+                    return done;
+                }
+            }
+        }
+        Err(here)
     }
 
     /// The directory that holds `file`, with keys.
@@ -116,14 +162,14 @@ impl Source {
     /// # Errors
     ///
     /// 58P01 or XX001, naming the first file that is not.
-    pub(crate) async fn check(&self, stores: &Stores, files: &[&FileEntry]) -> anyhow::Result<()> {
+    pub(crate) async fn check(&self, files: &[&FileEntry]) -> anyhow::Result<()> {
         let mut places: Vec<(Uri, Vec<storage::Entry>)> = Vec::new();
         for file in files {
             let place = self.place(file);
             let index = match places.iter().position(|(known, _)| *known == place) {
                 Some(index) => index,
                 None => {
-                    let entries = stores.open(&place).await?.list("").await?;
+                    let entries = self.stores.open(&place).await?.list("").await?;
                     places.push((place.clone(), entries));
                     places.len() - 1
                 }
@@ -151,8 +197,8 @@ impl Source {
     /// # Errors
     ///
     /// It is missing or damaged, or the store cannot be read.
-    pub(crate) async fn read(&self, stores: &Stores, file: &FileEntry) -> anyhow::Result<bytes::Bytes> {
-        let bytes = stores.open(&self.place(file)).await?.read(&file.path).await?;
+    pub(crate) async fn read(&self, file: &FileEntry) -> anyhow::Result<bytes::Bytes> {
+        let bytes = self.stores.open(&self.place(file)).await?.read(&file.path).await?;
         let bytes = bytes.with_context(|| format!("read {}", file.path))?;
         match sha256(&bytes) {
             found if found == file.sha256 => Ok(bytes),
@@ -169,6 +215,19 @@ impl Source {
     pub(crate) fn holds(&self, file: &FileEntry) -> String {
         format!("It holds {} of database \"{}\".", self.manifest.what(file), file.database)
     }
+}
+
+/// Whether another node may do what fails with this error on one: its way to the store, its rights there (those of
+/// `AUTH=implicit`, or what an endpoint allows) and its programs of PostgreSQL are each node's own. A requester's missing
+/// rights are found before any node is asked.
+pub(super) fn may_be_read_elsewhere(error: &anyhow::Error) -> bool {
+    const PASSING: [SqlState; 4] = [
+        SqlState::IO_ERROR,
+        SqlState::CONNECTION_FAILURE,
+        SqlState::INSUFFICIENT_PRIVILEGE,
+        SqlState::OBJECT_NOT_IN_PREREQUISITE_STATE,
+    ];
+    PgError::of(error).is_some_and(|said| PASSING.contains(&said.code))
 }
 
 async fn latest(stores: &Stores, places: &[Uri], collection: &Uri) -> anyhow::Result<String> {

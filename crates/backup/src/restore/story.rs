@@ -192,7 +192,7 @@ impl Story<'_> {
         }
         let found = self.run.kept::<String>(SUBDIR).await?;
         let chosen = found.as_deref().or(self.payload.subdir.as_deref());
-        let find = || Source::find(self.stores, self.peers, &self.collection, chosen, &self.filter);
+        let find = || Source::find_anywhere(self.stores, self.peers, &self.collection, chosen, &self.filter);
         let source = patiently(find).await.map_err(|error| self.absent(error, found.is_some()))?;
         self.run.keep(SUBDIR, &source.subdir).await?;
         let skipped = &source.manifest.skipped_shards;
@@ -223,7 +223,7 @@ impl Story<'_> {
 
     async fn restore(&self, source: &Source, parts: &[Part<'_>]) -> anyhow::Result<Value> {
         let files: Vec<&FileEntry> = parts.iter().flat_map(|part| part.files().chain(part.schemas())).collect();
-        patiently(|| source.check(self.stores, &files)).await?;
+        patiently(|| source.check(&files)).await?;
         // An earlier run had all rows in, and some of the databases may have their names already: then nothing but the
         // end of it can be repeated.
         let oids = match self.run.kept::<Vec<u32>>(FINISHING).await? {
@@ -309,7 +309,7 @@ impl Story<'_> {
     /// Gives the schema to the node beside the target, which makes the objects unless they are there.
     async fn schema(&self, source: &Source, part: &Part<'_>, oid: u32) -> anyhow::Result<()> {
         let file = part.schemas().next().context("find the schema in the manifest")?;
-        let dump = patiently(|| source.read(self.stores, file)).await?;
+        let dump = patiently(|| source.read(file)).await?;
         let request = Request::PreData { job: part.which, database_oid: oid, run: self.number };
         let made = async {
             let mut upload = self.peers.upload(part.node, LOADER, &request, ASK_DEADLINE).await?;

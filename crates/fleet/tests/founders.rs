@@ -335,19 +335,24 @@ async fn somebody_else_s_pause_is_left_alone() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_lock_that_replay_holds_is_stepped_over() {
     let fleet = Fleet::start(true, ACCOUNTS).await;
-    let (ddl, _connection) = fleet.primary().session_in("shop").await.unwrap();
-    ddl.batch_execute("BEGIN; ALTER TABLE account ADD COLUMN note text").await.unwrap();
-    fleet.caught_up().await;
-    let (founders, lease) = (Founders::new(fleet.standby()), Uuid::new_v4());
-    let committing = tokio::spawn(async move {
-        sleep(Duration::from_secs(1)).await;
-        ddl.batch_execute("COMMIT").await.unwrap();
-    });
-    let opened = opened(&founders, open(lease, 2)).await;
-    committing.await.unwrap();
-    assert_eq!(table(&opened, "account").columns, ["id", "balance", "note"]);
-    assert_eq!(rows(&founders, lease, whole(table(&opened, "account"))).await.len(), 20000);
-    assert_eq!(ask(&fleet.standby(), "postgres", PAUSE_STATE).await, "not paused");
+    // A table's, and that of a catalog which is in no database.
+    for change in ["ALTER TABLE account ADD COLUMN note text", "LOCK TABLE pg_shdescription IN ACCESS EXCLUSIVE MODE"] {
+        let (ddl, _connection) = fleet.primary().session_in("shop").await.unwrap();
+        ddl.batch_execute(&format!("BEGIN; {change}")).await.unwrap();
+        fleet.on_primary("SELECT pg_logical_emit_message(true, '', '')").await;
+        fleet.caught_up().await;
+        let (founders, lease) = (Founders::new(fleet.standby()), Uuid::new_v4());
+        let committing = tokio::spawn(async move {
+            sleep(Duration::from_secs(1)).await;
+            ddl.batch_execute("COMMIT").await.unwrap();
+        });
+        let opened = opened(&founders, open(lease, 2)).await;
+        committing.await.unwrap();
+        assert_eq!(opened.point.mode, Mode::Paused, "{change}");
+        assert_eq!(table(&opened, "account").columns, ["id", "balance", "note"]);
+        assert_eq!(rows(&founders, lease, whole(table(&opened, "account"))).await.len(), 20000);
+        assert_eq!(ask(&fleet.standby(), "postgres", PAUSE_STATE).await, "not paused");
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]

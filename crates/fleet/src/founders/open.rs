@@ -45,6 +45,13 @@ const TRIES: usize = 5;
 /// How often a pause is given up because replay holds a lock on a table; each time replay goes on for [`STEP`].
 const LOCK_TRIES: usize = 50;
 
+/// In a pause nothing that replay has locked comes free. What is not found by a look ([`LOCKED`]: one on the catalogs that
+/// the look itself reads) is waited for no longer than this.
+pub(super) const LOCK_WAIT: &str = "SET lock_timeout = '1s'";
+
+/// The founders' setting (see `Session::open`).
+const WAIT_ON: &str = "SET lock_timeout = 0";
+
 /// How long replay goes on between two pauses.
 const STEP: Duration = Duration::from_millis(100);
 
@@ -85,12 +92,13 @@ const POSITION: &str = "
            END,
            pg_catalog.clock_timestamp(), EXISTS (SELECT FROM pg_catalog.pg_stat_wal_receiver)";
 
-/// Only replay can hold this mode on a standby. What it has locked and nobody can see yet is in nobody's way.
+/// Only replay can hold this mode on a standby. What it has locked and nobody can see yet is in nobody's way. Catalogs that
+/// all databases share are in no database.
 const LOCKED: &str = "
     SELECT n.nspname::text, c.relname::text FROM pg_catalog.pg_locks l
     JOIN pg_catalog.pg_class c ON c.oid = l.relation
     JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
-    JOIN pg_catalog.pg_database d ON d.oid = l.database AND d.datname = pg_catalog.current_database()
+    JOIN pg_catalog.pg_database d ON l.database IN (0, d.oid) AND d.datname = pg_catalog.current_database()
     WHERE l.locktype = 'relation' AND l.mode = 'AccessExclusiveLock' AND l.granted AND c.relpersistence <> 't'
     LIMIT 1";
 
@@ -125,7 +133,17 @@ impl From<anyhow::Error> for Disturbance {
             SqlState::DEADLOCK_DETECTED,
             SqlState::ADMIN_SHUTDOWN,
         ];
-        if has_code(&error, &passing) { Self::Other(error) } else { Self::Fatal(error) }
+        if has_code(&error, &passing) {
+            return Self::Other(error);
+        }
+        match PgError::of(&error).filter(|said| said.code == SqlState::LOCK_NOT_AVAILABLE) {
+            Some(said) => {
+                let message = "the system catalogs are locked by a change that has not ended";
+                let locked = PgError::new(SqlState::LOCK_NOT_AVAILABLE, message);
+                Self::Locked(locked.detail(format!("The server said: {}.", said.message)))
+            }
+            None => Self::Fatal(error),
+        }
     }
 }
 
@@ -197,7 +215,7 @@ impl Taking {
         (turn, standing): (Turn, Arc<Standing>),
         budget: &Budget,
     ) -> anyhow::Result<Self> {
-        let control = Session::open(server, server.database(), request.job, end).await?;
+        let control = controlling(server, request.job, end).await?;
         let facts = control.row(FACTS, &[]).await.context("ask the server what it is")?;
         let version = facts.get(1);
         let (readers, share) = budget.share(&control, request).await?;
@@ -304,13 +322,7 @@ impl Taking {
 
     /// Everything that is done while replay is paused; the schema is dumped if it is wanted.
     async fn in_pause(&self, halt: &Halt, with_schema: bool) -> Result<(Moment, Plans), Disturbance> {
-        for team in &self.teams {
-            if let Some(row) = team.guard.rows(LOCKED, &[]).await?.first() {
-                let table = format!("{}.{}", row.get::<_, &str>(0), row.get::<_, &str>(1));
-                let message = format!("table \"{table}\" is locked by a change of the schema that has not ended");
-                return Err(Disturbance::Locked(PgError::new(SqlState::LOCK_NOT_AVAILABLE, message)));
-            }
-        }
+        try_join_all(self.teams.iter().map(|team| is_free(&team.guard))).await?;
         let position = self.position().await?;
         if !halt.still_stands(&self.control).await? {
             return Err(Disturbance::Moved);
@@ -429,6 +441,9 @@ impl Taking {
         let mut plans = Vec::new();
         for team in &self.teams {
             let first = team.founders.first().context("ask a founder for the plan")?;
+            if mode == Mode::Paused {
+                first.run(LOCK_WAIT).await?;
+            }
             let read = catalog::plan(first, mode != Mode::Exported).await;
             // A sequence that is dropped after the snapshot is still listed in it, and cannot be read.
             let gone = |error: &anyhow::Error| mode != Mode::Paused && has_code(error, &[SqlState::UNDEFINED_TABLE]);
@@ -439,7 +454,7 @@ impl Taking {
             if plan.large_objects > 0 {
                 catalog::may_read_large_objects(first, &team.database).await?;
             }
-            // Ends the locks that reading took.
+            // Ends the locks that reading took, and what it was set to.
             first.run(BACK_TO_REST).await?;
             if !with_schema {
                 plans.push((plan, None));
@@ -477,14 +492,16 @@ impl Taking {
             let founders = std::mem::take(&mut team.founders);
             let downs = stream::iter(founders).map(|founder| stood_down(founder, server, database, job, end));
             team.founders = downs.buffered(OPENING_AT_ONCE).try_collect().await?;
-            if team.guard.is_closed() {
-                team.guard = Session::open(server, database, job, end).await?;
+            match team.guard.is_closed() {
+                true => team.guard = Session::open(server, database, job, end).await?,
+                // Where a look for locks was given up midway.
+                false => team.guard.run(WAIT_ON).await?,
             }
             anyhow::Ok(())
         });
         try_join_all(downs).await?;
         if self.control.is_closed() {
-            self.control = Session::open(server, server.database(), job, end).await?;
+            self.control = controlling(server, job, end).await?;
         }
         Ok(())
     }
@@ -530,6 +547,25 @@ async fn begin(session: &Session) -> anyhow::Result<()> {
 async fn hold(session: &Session) -> anyhow::Result<()> {
     session.run("SELECT 1").await?;
     session.run(REST).await
+}
+
+/// A session that asks for positions.
+async fn controlling(server: &Server, job: i64, end: &CancellationToken) -> anyhow::Result<Session> {
+    let control = Session::open(server, server.database(), job, end).await?;
+    control.run(LOCK_WAIT).await?;
+    Ok(control)
+}
+
+/// Sees to it that replay holds no lock, in the database of this session or on what all have in common.
+async fn is_free(guard: &Session) -> Result<(), Disturbance> {
+    guard.run(LOCK_WAIT).await?;
+    let locked = guard.rows(LOCKED, &[]).await;
+    guard.run(WAIT_ON).await?;
+    let locked = locked?;
+    let Some(row) = locked.first() else { return Ok(()) };
+    let table = format!("{}.{}", row.get::<_, &str>(0), row.get::<_, &str>(1));
+    let message = format!("table \"{table}\" is locked by a change of the schema that has not ended");
+    Err(Disturbance::Locked(PgError::new(SqlState::LOCK_NOT_AVAILABLE, message)))
 }
 
 /// A founder without a transaction: the same session, or another one in the place of one that was ended or does not

@@ -27,6 +27,7 @@ use tokio::time::{sleep, timeout};
 use tokio_postgres::CancelToken;
 use tokio_util::sync::CancellationToken;
 
+use super::open::LOCK_WAIT;
 use super::session::{Session, cancel, has_code};
 use crate::Server;
 use crate::disk::DataDirectory;
@@ -143,6 +144,8 @@ impl Pause {
                 .hint("Resume it with pg_wal_replay_resume(), or let the backup read another server.")
                 .into());
         }
+        // Replay may stand with a lock on the catalogs: what is asked of this session until it goes on, it has to know by then.
+        control.run(&format!("{LOCK_WAIT}; SELECT pg_catalog.pg_wal_replay_resume() WHERE false")).await?;
         let statement = format!(
             "SELECT pg_catalog.pg_wal_replay_pause(), pg_catalog.pg_sleep({}), pg_catalog.pg_wal_replay_resume()",
             switch.as_secs()

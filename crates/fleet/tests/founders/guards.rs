@@ -122,6 +122,26 @@ async fn with_condition(fleet: &Fleet, table: &str, condition: &str) {
     fleet.in_database("shop", &configured).await;
 }
 
+/// What is run by reading, an extension's condition say, changes nothing on a primary.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_founder_cannot_write() {
+    let setup = "CREATE TABLE price (n int); INSERT INTO price VALUES (1); CREATE TABLE written (n int);
+        CREATE FUNCTION write() RETURNS boolean LANGUAGE plpgsql AS $$ BEGIN
+            INSERT INTO public.written VALUES (1); RETURN true;
+        END $$";
+    let fleet = Fleet::start(false, setup).await;
+    with_condition(&fleet, "price", "public.write()").await;
+    let (founders, lease) = (Founders::new(fleet.primary()), Uuid::new_v4());
+    let opened = opened(&founders, open(lease, 1)).await;
+    let read = match call(&founders, &span(lease, whole(table(&opened, "price")))).await {
+        Ok(Reply::Download(rows)) => drain(rows).await,
+        Ok(_) => panic!("not a download"),
+        Err(error) => Err(error),
+    };
+    let error = read.unwrap_err();
+    assert_eq!(PgError::of(&error).map(|said| said.code), Some(SqlState::READ_ONLY_SQL_TRANSACTION), "{error:#}");
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn rows_that_come_slowly_are_sent_on_before_there_are_many() {
     let slow = "CREATE TABLE slow AS SELECT n, repeat('x', 20000) FROM generate_series(1, 6) n;

@@ -212,3 +212,43 @@ async fn no_snapshot_is_imported_on_a_standby() {
         assert!(!log.contains(never), "{never} is in the log");
     }
 }
+
+/// Replay that stands may be in the middle of a record, and one that receives nothing may go on with what comes from an
+/// archive: then the snapshots of two founders may differ although the position did not move.
+#[tokio::test(flavor = "multi_thread")]
+async fn replay_that_stands_for_another_reason_than_having_nothing_to_do_gives_one_reader() {
+    let setup = format!("{ACCOUNTS} CREATE ROLE reader LOGIN; GRANT pg_read_all_data TO reader");
+    let fleet = Fleet::start(true, &setup).await;
+    let reader = fleet.standby.as_ref().unwrap().server("reader").unwrap();
+    let reload = async |setting: &str| {
+        ask(&fleet.standby(), "postgres", &format!("ALTER SYSTEM SET {setting}")).await;
+        ask(&fleet.standby(), "postgres", "SELECT pg_reload_conf()").await;
+    };
+    let taken = async || {
+        let opened = opened(&Founders::new(reader.clone()), open(Uuid::new_v4(), 3)).await;
+        (opened.point.mode, opened.point.readers)
+    };
+    fleet.caught_up().await;
+    assert_eq!(taken().await, (Mode::Still, 3));
+    // It waits for somebody who reads what was removed.
+    for setting in ["hot_standby_feedback = off", "max_standby_streaming_delay = -1"] {
+        reload(setting).await;
+    }
+    until(&fleet.primary(), "SELECT count(backend_xmin) FROM pg_stat_replication", "0").await;
+    let (old, _connection) = fleet.standby().session_in("shop").await.unwrap();
+    old.batch_execute("BEGIN ISOLATION LEVEL REPEATABLE READ; SELECT count(*) FROM account").await.unwrap();
+    fleet.in_database("shop", "DELETE FROM account WHERE id % 3 = 0").await;
+    fleet.in_database("shop", "VACUUM account").await;
+    fleet.on_primary("SELECT pg_logical_emit_message(true, '', '')").await;
+    let waits = "SELECT pg_last_wal_receive_lsn() > pg_last_wal_replay_lsn()
+                 AND EXISTS (SELECT FROM pg_stat_activity WHERE backend_type = 'startup'
+                             AND wait_event LIKE 'RecoveryConflict%')";
+    until(&fleet.standby(), waits, "t").await;
+    assert_eq!(taken().await, (Mode::Single, 1));
+    old.batch_execute("COMMIT").await.unwrap();
+    fleet.caught_up().await;
+    // It has nobody to stream from.
+    reload("primary_conninfo = ''").await;
+    until(&fleet.standby(), "SELECT count(*) FROM pg_stat_wal_receiver", "0").await;
+    assert_eq!(taken().await, (Mode::Single, 1));
+}

@@ -163,3 +163,52 @@ async fn a_server_that_waits_for_others_does_not_wait_for_long() {
     assert!(is_point_lost(&refused(&founders, &Request::Step { lease, until: None }).await));
     fleet.caught_up().await;
 }
+
+/// Which timeline a server replays is known only while it receives it, and without that there is no proof.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_server_that_streams_from_nobody_shares_no_point() {
+    let fleet = Fleet::start(true, ACCOUNTS).await;
+    let (standby, lease) = (fleet.standby(), Uuid::new_v4());
+    let founders = Founders::new(standby.clone());
+    let receivers = "SELECT count(*) FROM pg_stat_wal_receiver";
+    // It has lost its receiver since it stands; while it does, it gets no other one.
+    answer::<()>(&founders, &Request::Prepare(open(lease, 2))).await;
+    let at = step(&founders, lease, None).await;
+    let receiver = ask(&standby, "postgres", "SELECT pid::text FROM pg_stat_wal_receiver").await;
+    kill(Pid::from_raw(receiver.parse().unwrap()), Signal::SIGTERM).unwrap();
+    until(&standby, receivers, "0").await;
+    let error = refused(&founders, &Request::Take { lease, at, with_schema: false }).await;
+    assert_eq!(error.message, "the server does not stand at the point that others share");
+    until(&standby, PAUSE_STATE, "not paused").await;
+    fleet.caught_up().await;
+    // It has none from the beginning.
+    ask(&standby, "postgres", "ALTER SYSTEM SET primary_conninfo = ''").await;
+    ask(&standby, "postgres", "SELECT pg_reload_conf()").await;
+    until(&standby, receivers, "0").await;
+    answer::<()>(&founders, &Request::Prepare(open(lease, 2))).await;
+    let error = refused(&founders, &Request::Step { lease, until: None }).await;
+    assert_eq!(error.detail.as_deref(), Some("It does not stream from another server."));
+    answer::<()>(&founders, &Request::Close { lease }).await;
+    until(&standby, PAUSE_STATE, "not paused").await;
+}
+
+/// What replay holds on the catalogs that the look for locks reads itself is not waited for in a pause, which would not
+/// end before its last moment.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_catalog_that_replay_has_locked_keeps_no_pause() {
+    let fleet = Fleet::start(true, ACCOUNTS).await;
+    let (founders, lease) = (Founders::new(fleet.standby()), Uuid::new_v4());
+    let (rewriter, _connection) = fleet.primary().session_in("shop").await.unwrap();
+    // The sessions are there before, and would not be opened behind it.
+    answer::<()>(&founders, &Request::Prepare(open(lease, 2))).await;
+    rewriter.batch_execute("BEGIN; LOCK TABLE pg_class IN ACCESS EXCLUSIVE MODE").await.unwrap();
+    fleet.caught_up().await;
+    let at = step(&founders, lease, None).await;
+    let error = refused(&founders, &Request::Take { lease, at, with_schema: false }).await;
+    let message = "the system catalogs are locked by a change that has not ended";
+    assert_eq!((error.code, error.message.as_str()), (SqlState::LOCK_NOT_AVAILABLE, message));
+    until(&fleet.standby(), PAUSE_STATE, "not paused").await;
+    rewriter.batch_execute("COMMIT").await.unwrap();
+    let opened = opened(&founders, open(Uuid::new_v4(), 2)).await;
+    assert_eq!(opened.point.mode, Mode::Paused);
+}

@@ -124,6 +124,34 @@ pub fn answer(mut client: TcpStream, status: &str) {
     let _ = client.read_to_end(&mut Vec::new());
 }
 
+/// Opens a door to `port` behind which everything takes `delay` longer, in each direction, and gives its `host:port`. It
+/// stays open as long as the test runs.
+pub fn slow_door(port: u16, delay: Duration) -> String {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = listener.local_addr().unwrap().to_string();
+    std::thread::spawn(move || {
+        for client in listener.incoming().flatten() {
+            let Ok(server) = TcpStream::connect(("127.0.0.1", port)) else { continue };
+            for (from, to) in [(client.try_clone().unwrap(), server.try_clone().unwrap()), (server, client)] {
+                std::thread::spawn(move || late(from, to, delay));
+            }
+        }
+    });
+    address
+}
+
+fn late(mut from: TcpStream, mut to: TcpStream, delay: Duration) {
+    let mut piece = [0; 65536];
+    while let Ok(read @ 1..) = from.read(&mut piece) {
+        std::thread::sleep(delay);
+        if to.write_all(&piece[..read]).is_err() {
+            break;
+        }
+    }
+    let _ = to.shutdown(Shutdown::Both);
+    let _ = from.shutdown(Shutdown::Both);
+}
+
 /// How long the sessions of those live who are to die.
 pub const DEATH_KNOWN: Duration = Duration::from_secs(1);
 
@@ -198,6 +226,15 @@ impl Fleet {
         assert_ne!(changed, *words);
         *words = changed;
         self.start_node(number);
+    }
+
+    /// Ends node `number` and starts it so that the others come to it by `door`.
+    #[track_caller]
+    pub fn move_behind(&mut self, number: usize, door: &str) {
+        self.end_node(number, Signal::SIGTERM);
+        self.lines[number - 1].extend(["--advertise-addr".to_owned(), door.to_owned()]);
+        self.start_node(number);
+        self.until_all_live();
     }
 
     /// Has a standby receive nothing more of what its primary does.

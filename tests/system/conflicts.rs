@@ -256,6 +256,31 @@ fn a_standby_that_would_wait_for_ever_for_a_backup_goes_on_when_too_much_waits()
     assert_eq!(LocalBackup::newest(&extern_dirs(demo), "c").rows("rides").len(), before - 100);
 }
 
+/// Each lost point is counted, whichever run of the job loses it, and the last one fails it.
+#[test]
+fn a_point_that_is_lost_again_and_again_fails_the_job() {
+    let fleet = pausing();
+    let demo = &fleet.demo;
+    let set = "SET backhaul.debug_pausepoints = 'backup.after_points'";
+    let job = run(demo.psql(1).args(["-Atqc", set, "-c", &statement()])).trim().to_owned();
+    let is = |status: &str| {
+        until(status, || {
+            let seen = fleet.job(&job, "status");
+            if seen == status { Ok(()) } else { Err(seen) }
+        });
+    };
+    is("paused");
+    let often = "UPDATE registry.job_info SET value = jsonb_set(value, '{tries,lost}', '29') WHERE key = 'point/s1'";
+    fleet.registry(&format!("{often} AND job_id = {job}"));
+    let own = format!("FROM pg_stat_activity WHERE application_name LIKE 'backhaul job {job}%'");
+    on_server(demo, 3, &format!("SELECT count(pg_terminate_backend(pid)) {own}"));
+    until_on(demo, 3, &format!("SELECT count(*) {own}"), "0");
+    demo.ask(1, &format!("RESUME JOB {job}"));
+    let (status, error) = fleet.end_of(&job);
+    assert!(status == "failed" && error.starts_with("the backup's point on ") && error.contains(" is lost"), "{error}");
+    until_on(demo, 3, STATE, "not paused");
+}
+
 #[test]
 fn a_mode_that_cannot_be_had_is_refused_and_commits_never_wait_for_a_pause() {
     let fleet = pausing();

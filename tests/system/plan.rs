@@ -2,11 +2,13 @@
 
 use std::collections::BTreeSet;
 use std::path::PathBuf;
+use std::time::Duration;
 
 use nix::sys::signal::{Signal, kill};
 use serde_json::Value;
 
 use crate::support::demo::Demo;
+use crate::support::faults::{Fleet, slow_door};
 use crate::support::store::{LocalBackup, S3};
 use crate::support::{both, run, until};
 
@@ -90,7 +92,17 @@ fn what_is_explained_is_what_is_done() {
         let said = plan.lines().find(|said| said.trim().starts_with(&line)).unwrap_or_else(|| panic!("{line}\n{plan}"));
         let node = format!("by node {}", file["written_by"]);
         assert!(said.ends_with(&node), "{said}: {node}");
+        let kib = table["bytes"].as_f64().unwrap() / 1024.0;
+        assert!(kib >= 1024.0 || kib == 0.0 || said.contains(&format!(", {kib:.1} KiB")), "{said}: {kib}");
     }
+    // What is left to users is a quarter of what the server does not keep back.
+    let connections = |setting: &str| -> usize {
+        run(demo.psql_direct(3).args(["-Atc", &format!("SHOW {setting}")])).trim().parse().unwrap()
+    };
+    let room = connections("max_connections") - connections("superuser_reserved_connections");
+    let budget = format!("on its server, where all backups together have {}", room - room / 4);
+    let line = plan.lines().find(|said| said.trim().starts_with("connections: at most ")).unwrap();
+    assert!(line.ends_with(&budget), "{line}: {budget}");
     let spans = format!("total: {} spans, ", shard["files"].as_array().unwrap().len());
     assert!(plan.lines().any(|said| said.starts_with(&spans)), "{spans}\n{plan}");
 }
@@ -123,27 +135,39 @@ fn a_standby_that_is_not_fit_is_passed_over_with_its_reason() {
         let output = demo.psql_direct(3).args(["-Atc", text]).output().unwrap();
         assert!(output.status.success(), "{}", both(&output));
     };
-    let passed = "passed over: node 3 (region=us-west-1,zone=a), non-voting replica: ";
-    for (begin, end, reason) in [
+    let source = run(demo.psql_direct(3).args(["-Atc", "SHOW primary_conninfo"]));
+    let follow = format!("ALTER SYSTEM SET primary_conninfo = '{}'", source.trim().replace('\'', "''"));
+    let reload = "SELECT pg_reload_conf()";
+    for (begin, end, role, reason) in [
         (
             vec!["SELECT pg_wal_replay_pause()"],
             vec!["SELECT pg_wal_replay_resume()"],
+            "non-voting replica",
             "its replay is paused by somebody else",
         ),
         (
-            vec!["ALTER SYSTEM SET recovery_min_apply_delay = '5min'", "SELECT pg_reload_conf()"],
-            vec!["ALTER SYSTEM RESET recovery_min_apply_delay", "SELECT pg_reload_conf()"],
+            vec!["ALTER SYSTEM SET recovery_min_apply_delay = '5min'", reload],
+            vec!["ALTER SYSTEM RESET recovery_min_apply_delay", reload],
+            "non-voting replica",
             "its replay is late by recovery_min_apply_delay = 5min",
+        ),
+        (
+            vec!["ALTER SYSTEM SET primary_conninfo = ''", reload],
+            vec![&*follow, reload],
+            "detached standby",
+            "it does not follow the shard's primary",
         ),
     ] {
         begin.into_iter().for_each(on_n3);
-        let plan = explained(&demo, 1, &statement, &format!("{passed}{reason}"));
+        let passed = format!("passed over: node 3 (region=us-west-1,zone=a), {role}: {reason}");
+        explained(&demo, 3, &statement, &passed);
+        let plan = explained(&demo, 1, &statement, &passed);
         assert!(plan.contains("read: node 1 (region=us-east-1,zone=a), leaseholder"), "{plan}");
         // Where nothing else is allowed, nothing else is read, and no job is made.
         let jobs = demo.ask(1, "SHOW JOBS");
         let refused = demo.ask(3, &format!("{statement}, STRICT EXECUTION LOCALITY, DETACHED"));
         assert!(refused.starts_with("ERROR:  55000: shard \"s1\" has no server that the backup may read"), "{refused}");
-        assert!(refused.contains(&format!("node 3 (non-voting replica): {reason}")), "{refused}");
+        assert!(refused.contains(&format!("node 3 ({role}): {reason}")), "{refused}");
         assert_eq!(demo.ask(1, "SHOW JOBS"), jobs);
         // The job does what was explained: the same function decides.
         let row = until("the node itself to know", || {
@@ -154,6 +178,23 @@ fn a_standby_that_is_not_fit_is_passed_over_with_its_reason() {
         assert_eq!(row.split('|').nth(1), Some("succeeded"), "{row}");
         end.into_iter().for_each(on_n3);
         explained(&demo, 1, &statement, "read: node 3 (region=us-west-1,zone=a), non-voting replica");
+    }
+}
+
+/// Of servers in the same tiers the one is read whose node answers soonest; by its number it would be the other one.
+#[test]
+fn a_node_without_a_server_reads_the_one_that_answers_soonest() {
+    let zones = "region=east:region=west,zone=a:region=west,zone=a:region=west,zone=b";
+    let mut fleet = Fleet::start(&["--rows", "100", "--servers", "3", "--voters", "1", "--demo-locality", zones]);
+    let statement = "BACKUP DATABASE movr INTO 'nodelocal://self/b' WITH EXECUTION LOCALITY = 'zone=b'";
+    for (slow, delay, soonest) in [(2, 50, 3), (3, 200, 2)] {
+        let port = fleet.demo.nodes[slow - 1].address.rsplit_once(':').unwrap().1.parse().unwrap();
+        fleet.move_behind(slow, &slow_door(port, Duration::from_millis(delay)));
+        let plan = explained(&fleet.demo, 4, statement, &format!("read: node {soonest} (region=west,zone=a)"));
+        assert!(plan.contains("exported by: node 4; counted from node 1"), "{plan}");
+        let row = fleet.demo.ask(4, statement);
+        assert_eq!(row.split('|').nth(1), Some("succeeded"), "{row}");
+        assert_eq!(manifest(&fleet.demo, "b")["shards"][0]["read_from"], soonest);
     }
 }
 

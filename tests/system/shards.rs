@@ -118,6 +118,13 @@ fn each_shard_is_read_by_the_rules_of_its_own_leaseholder() {
             shards.iter().map(|part| part["point"]["time"].as_str().unwrap().parse().unwrap()).collect();
         let skew = (times[0] - times[1]).abs().num_milliseconds();
         assert_eq!(manifest["skew_ms"], skew, "{times:?}");
+        // The moments are the points' own.
+        let job = &manifest["job"];
+        for time in &times {
+            let of_job = format!("SELECT '{time}' BETWEEN created AND finished FROM registry.jobs WHERE id = {job}");
+            assert_eq!(demo.registry(&of_job), "t", "{times:?}");
+        }
+        assert_ne!(times[0], times[1]);
         for part in shards {
             let (shard, schema) = (part["shard"].as_str().unwrap(), part["schemas"][0]["path"].as_str().unwrap());
             assert!(schema.starts_with(&format!("schema/{shard}/movr.")), "{schema}");

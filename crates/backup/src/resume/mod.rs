@@ -311,8 +311,7 @@ impl Story<'_> {
         let exported: Vec<_> = points.into_iter().map(|taken| self.shard(taken)).collect();
         let mut shards: Vec<ShardPart> = stream::iter(exported).buffer_unordered(SHARDS_AT_ONCE).try_collect().await?;
         shards.sort_by(|one, other| one.shard.cmp(&other.shard));
-        let times = || shards.iter().map(|part| part.point.time);
-        let skew = times().max().zip(times().min()).map_or(0, |(last, first)| (last - first).num_milliseconds());
+        let skew = skew_ms(shards.iter().map(|part| part.point.time));
         Ok(Manifest {
             format: FORMAT,
             build: env!("CARGO_PKG_VERSION").to_owned(),
@@ -371,6 +370,11 @@ async fn close_points(run: &Run, peers: &Peers) -> anyhow::Result<()> {
     Ok(())
 }
 
+/// Between the first and the last of all points, in milliseconds.
+fn skew_ms(times: impl Iterator<Item = DateTime<Utc>> + Clone) -> i64 {
+    times.clone().max().zip(times.min()).map_or(0, |(last, first)| (last - first).num_milliseconds())
+}
+
 fn result(manifest: &Manifest, view: &View) -> Value {
     let databases = manifest.shards.iter().flat_map(|shard| &shard.databases);
     let whole = manifest.skipped_shards.iter().chain(&manifest.skipped).map(left_out);
@@ -380,4 +384,18 @@ fn result(manifest: &Manifest, view: &View) -> Value {
         "rows": manifest.rows(), "index_entries": 0, "bytes": manifest.bytes(), "nodes": manifest.nodes,
         "left_out": left_out, "note": elsewhere::note(manifest, view),
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_skew_is_between_the_first_and_the_last_point() {
+        for (at, skew) in [(&[][..], 0), (&[7], 0), (&[1000, 1030], 30), (&[1030, 1000, 1012], 30), (&[3, 1, 9, 5], 8)]
+        {
+            let times = at.iter().map(|ms| DateTime::from_timestamp_millis(*ms).unwrap());
+            assert_eq!(skew_ms(times), skew, "{at:?}");
+        }
+    }
 }

@@ -142,6 +142,15 @@ fn an_unfit_server_is_passed_over_with_its_reason() {
 }
 
 #[test]
+fn a_server_that_is_no_replica_of_the_shard_is_none_for_the_work_either() {
+    let lines = "1 a=b primary\n2 a=b detached\n3 a=b down\n4 a=b overtaken\n5 a=b sync\n6 a=b async\n7 a=b";
+    let workers = workers(&fleet(lines), &rules("balanced"), &[NodeId(1)]);
+    let with = |is: fn(&Worker) -> bool| workers.iter().filter(|it| is(it)).map(|it| it.id.0).collect::<Vec<_>>();
+    assert_eq!(with(|_| true), [1, 2, 3, 4, 5, 6, 7]);
+    assert_eq!((with(|it| it.holds_replica), with(|it| it.reads_own_server)), (vec![1, 5, 6], vec![1]));
+}
+
+#[test]
 fn a_node_that_does_not_answer_takes_no_part() {
     let lines = "1 region=east primary\n2 region=west async gone\n3 region=west gone\n4 region=west";
     let expected = "read 1; over 2 Unreachable; work 4; out 1 lacks region=west,2 does not answer,3 does not answer";

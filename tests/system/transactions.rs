@@ -173,6 +173,58 @@ fn an_attached_backup_stands_alone() {
     assert_eq!(registry(&demo, "SELECT count(*) FROM registry.jobs"), "0");
 }
 
+/// A pipeline ends with its Sync. A Flush says nothing of what is still to come.
+#[test]
+fn what_stands_alone_is_all_of_its_pipeline() {
+    let demo = Demo::start(&["--nodes", "2", "--rows", "100"]);
+    let restore = "RESTORE DATABASE movr FROM LATEST IN 'nodelocal://1/t'";
+    for node in &demo.nodes {
+        let mut wire = Wire::login(&node.address, "movr");
+        let mut send = |texts: &[&str]| {
+            texts.iter().for_each(|text| _ = wire.parse("", text).bind("", "", 0).execute("", 0));
+            wire.sync().hear()
+        };
+        for behind in ["SELECT 1", "SELECT 1/0", "SHOW LOCALITY", "BEGIN", "", ATTACHED] {
+            assert_eq!(send(&[ATTACHED, behind]), format!("1\n2\n{REFUSED}\nZ I"), "{behind}");
+        }
+        for before in ["SHOW LOCALITY", "SHOW NODES", "SELECT locality FROM [SHOW LOCALITY]"] {
+            let heard = send(&[before, ATTACHED]);
+            assert!(heard.ends_with(&format!("\n1\n2\n{REFUSED}\nZ I")), "{before}: {heard}");
+        }
+        let refused = REFUSED.replace("BACKUP", "RESTORE");
+        assert_eq!(send(&[restore, "SELECT 1"]), format!("1\n2\n{refused}\nZ I"));
+        wire.parse("", ATTACHED).bind("", "", 0).execute("", 0).flush();
+        assert_eq!(wire.hear_until(|tag| tag == b'E'), format!("1\n2\n{REFUSED}"));
+        assert_eq!(wire.sync().hear(), "Z I");
+        wire.parse("", ATTACHED).bind("", "", 0).execute("", 0).query("SELECT 1").sync();
+        assert_eq!(wire.hear(), format!("1\n2\n{REFUSED}\nZ I"));
+    }
+    assert_eq!(registry(&demo, "SELECT count(*) FROM registry.jobs"), "0");
+
+    for node in &demo.nodes {
+        let mut wire = Wire::login(&node.address, "movr");
+        let ran = |heard: &str, expected: &str| {
+            let kinds: String = heard.lines().filter_map(|line| line.chars().next()).collect();
+            assert!(kinds == expected && heard.contains("|succeeded|1.0|"), "{heard}");
+        };
+        wire.parse("", ATTACHED).bind("", "", 0).describe(b'P', "").execute("", 0).sync();
+        ran(&wire.hear(), "12TDCZ");
+        // Prepared before; in pieces, the Sync the last; and closed behind it.
+        assert!(wire.parse("b", ATTACHED).describe(b'S', "b").sync().hear().ends_with("Z I"));
+        wire.bind("", "b", 0).flush().execute("", 0);
+        assert_eq!(wire.hear_until(|tag| tag == b'2'), "2");
+        ran(&wire.sync().hear(), "DCZ");
+        wire.bind("p", "b", 0).execute("p", 0).close(b'P', "p").close(b'S', "b").sync();
+        ran(&wire.hear(), "2DC33Z");
+        // A Sync on both sides.
+        wire.parse("", "SHOW LOCALITY").bind("", "", 0).execute("", 0).sync();
+        wire.parse("", ATTACHED).bind("", "", 0).execute("", 0).sync().query("SELECT 1/0");
+        assert!(wire.hear().ends_with("C SHOW\nZ I"));
+        ran(&wire.hear(), "12DCZ");
+        assert!(wire.hear().starts_with("E SERROR C22012"));
+    }
+}
+
 #[test]
 fn a_pipeline_is_one_transaction_up_to_its_sync() {
     let demo = Demo::start(&["--nodes", "2"]);
@@ -238,16 +290,20 @@ fn a_request_takes_effect_at_once_whatever_becomes_of_its_transaction() {
 
 #[test]
 fn a_setting_of_the_fleet_stands_alone() {
-    let demo = Demo::start(&["--nodes", "1", "--no-example-database"]);
-    let mut wire = Wire::login(&demo.nodes[0].address, "postgres");
+    let demo = Demo::start(&["--nodes", "2", "--no-example-database"]);
     let refused = "E SERROR C25001 MSET CLUSTER SETTING cannot be used inside a multi-statement transaction";
-    for set in ["SET CLUSTER SETTING feature.backup.enabled = false", "RESET CLUSTER SETTING feature.backup.enabled"] {
+    let sets = ["SET CLUSTER SETTING feature.backup.enabled = false", "RESET CLUSTER SETTING feature.backup.enabled"];
+    for (node, set) in demo.nodes.iter().flat_map(|node| sets.map(|set| (node, set))) {
+        let mut wire = Wire::login(&node.address, "postgres");
         assert_eq!(wire.query("BEGIN").hear(), "C BEGIN\nZ T");
         assert_eq!(wire.query(set).hear(), format!("{refused}\nZ E"));
         assert_eq!(wire.query("ROLLBACK").hear(), "C ROLLBACK\nZ I");
         assert_eq!(wire.query(&format!("{set}; SHOW LOCALITY")).hear(), format!("{refused}\nZ I"));
-        wire.parse("", "SELECT 1 WHERE false").bind("", "", 0).execute("", 0).parse("", set).bind("", "", 0);
-        assert!(wire.execute("", 0).sync().hear().contains(refused));
+        for texts in [["SELECT 1 WHERE false", set], ["SHOW LOCALITY", set], [set, "SELECT 1"], [set, "SELECT 1/0"]] {
+            texts.iter().for_each(|text| _ = wire.parse("", text).bind("", "", 0).execute("", 0));
+            let heard = wire.sync().hear();
+            assert!(heard.ends_with(&format!("1\n2\n{refused}\nZ I")), "{texts:?}: {heard}");
+        }
         assert_eq!(wire.query("SHOW CLUSTER SETTING feature.backup.enabled").hear().lines().nth(1), Some("D true"));
         wire.parse("", set).bind("", "", 0).execute("", 0).sync();
         assert_eq!(wire.hear(), "1\n2\nC SET CLUSTER SETTING\nZ I");

@@ -95,7 +95,8 @@ impl Session {
         self.pipeline.is_quiet() && self.from_server.is_between_frames() && self.to_client.len() < BUFFER_MAX
     }
 
-    /// A job is made in a transaction unless it is all that happens before the Sync, which may still be under way.
+    /// A job is made in a transaction, and what has to stand alone is refused, unless it is all that happens before the Sync,
+    /// which may still be under way.
     fn depends_on_what_follows(&self, found: Header) -> bool {
         let unjudged = self.from_client.unjudged();
         // Of a client that sends so much more without a Sync nothing further is expected.
@@ -103,7 +104,9 @@ impl Session {
             && unjudged.len() < BUFFER_MAX
             && !self.pipeline.is_inside()
             && unjudged.get(found.len..).is_some_and(|rest| behind(rest) == Behind::Unknown)
-            && unjudged.get(5..found.len).is_some_and(|body| self.locals.runs(body, makes_job))
+            && unjudged.get(5..found.len).is_some_and(|body| {
+                self.locals.runs(body, |statement| makes_job(statement) || stands_alone(statement).is_some())
+            })
     }
 
     fn judge(&mut self, found: Header) -> Judged {
@@ -263,27 +266,29 @@ impl Session {
     /// Finds out who the client is now, by a question to its own session, unless it asks for what everybody gets.
     pub(crate) fn ask(&mut self, order: Order) {
         if is_for_everybody(&order.work) {
+            if matches!((&order.work, &order.origin), (Work::Ours(_), Origin::Message(_))) {
+                self.pipeline.executed();
+            }
             return self.start(order, None, Birth::Now);
         }
         let statements = match &order.work {
             Work::Ours(statements) => statements.as_slice(),
             Work::Sourced(_) => &[],
         };
-        let is_part = matches!(order.origin, Origin::Part { .. });
-        let is_inside = is_part || self.pipeline.is_inside();
+        let is_alone = !self.pipeline.is_inside()
+            && match order.origin {
+                // In the simple protocol a text is a transaction of its own.
+                Origin::Query => true,
+                Origin::Part { .. } => false,
+                Origin::Message(_) => behind(self.from_client.unjudged()) == Behind::Sync,
+            };
         if let Some((statement, refusal)) = statements.iter().find_map(stands_alone)
-            && (is_inside || statements.len() > 1)
+            && (!is_alone || statements.len() > 1)
         {
             let statement = statement.clone();
             return self.refuse(statement, order.origin, refusal);
         }
-        let is_alone = match order.origin {
-            // In the simple protocol a text is a transaction of its own.
-            Origin::Query => true,
-            Origin::Part { .. } => false,
-            Origin::Message(_) => behind(self.from_client.unjudged()) == Behind::Sync,
-        };
-        let joins = (is_inside || !is_alone) && statements.iter().any(makes_job);
+        let joins = !is_alone && statements.iter().any(makes_job);
         let shard = joins.then(|| self.gateway.cluster.me().shard);
         let (asking, question) = Asking::who(order, shard);
         self.put_question(asking, question, &Arguments::default());

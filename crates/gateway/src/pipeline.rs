@@ -176,6 +176,11 @@ impl Pipeline {
         self.push(if extended { Slot::PoisonParse(replacement) } else { Slot::PoisonQuery(replacement) });
     }
 
+    /// Takes note that something was executed of which the server does not know.
+    pub(crate) fn executed(&mut self) {
+        self.begun = true;
+    }
+
     /// Takes note of a question of this gateway's own that is sent.
     pub(crate) fn asked(&mut self, extended: bool) {
         self.push(Slot::Ask(if extended { Ask::Closes(3) } else { Ask::Ready }));
@@ -507,6 +512,11 @@ mod tests {
         ] {
             assert_eq!(play(script).is_inside(), inside, "{script}");
         }
+        let mut ours = Pipeline::default();
+        ours.executed();
+        assert!(ours.is_inside());
+        ours.forwarded(b'S');
+        assert!(!ours.is_inside());
         let mut asked = Pipeline::default();
         asked.asked(false);
         assert!(!asked.is_inside());

@@ -125,6 +125,36 @@ fn a_text_is_answered_as_the_server_would() {
 }
 
 #[test]
+fn a_text_with_row_sources_may_end_a_transaction_that_has_failed() {
+    let demo = Demo::start(&["--nodes", "1", "--no-example-database"]);
+    let mut wire = Wire::login(&demo.nodes[0].address, "postgres");
+    let rows = LOCALITY.replace("C SHOW", "C SELECT 1");
+    for (text, heard) in [
+        ("ROLLBACK; SELECT locality FROM [SHOW LOCALITY]", format!("C ROLLBACK\n{rows}Z I")),
+        ("COMMIT; SELECT count(*) AS n FROM [SHOW NODES];", "C ROLLBACK\nT n:20:0\nD 1\nC SELECT 1\nZ I".to_owned()),
+        (
+            "/* é */ ROLLBACK TO a; SELECT nope FROM [SHOW LOCALITY]",
+            "C ROLLBACK\nE SERROR C42703 Mcolumn \"nope\" does not exist P31\nZ E".to_owned(),
+        ),
+        ("ROLLBACK TO a; SELECT locality FROM [SHOW LOCALITY]; COMMIT", format!("C ROLLBACK\n{rows}C COMMIT\nZ I")),
+    ] {
+        assert_eq!(hear(&mut wire, "BEGIN; SAVEPOINT a").0.lines().last(), Some("Z T"), "{text}");
+        assert_eq!(hear(&mut wire, "SELECT nothing").0.lines().last(), Some("Z E"), "{text}");
+        // Nothing that has rows of ours ends it itself.
+        for refused in [
+            "SELECT locality FROM [SHOW LOCALITY]; ROLLBACK",
+            "SELECT 1 FROM [SHOW NODES]; ROLLBACK",
+            "SELECT 1 FROM [SHOW NODES];",
+        ] {
+            let told = hear(&mut wire, refused).0;
+            assert!(told.starts_with("E SERROR C25P02 ") && told.ends_with("\nZ E"), "{refused}: {told}");
+        }
+        assert_eq!(hear(&mut wire, text).0, heard, "{text}");
+        assert_eq!(hear(&mut wire, "ROLLBACK").0.lines().last(), Some("Z I"), "{text}");
+    }
+}
+
+#[test]
 fn a_copy_in_a_text_reads_what_the_client_sends() {
     let demo = Demo::start(&["--nodes", "1", "--no-example-database"]);
     let mut wire = Wire::login(&demo.nodes[0].address, "postgres");

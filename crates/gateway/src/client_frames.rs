@@ -167,12 +167,14 @@ impl Session {
     /// A frame of ours, with everything before it answered.
     fn ours(&mut self, tag: u8, body: &Bytes) {
         let is_failed = self.pipeline.transaction() == Transaction::Failed;
-        let is_mixed = self.is_mixed(tag, body);
-        if is_failed && matches!(tag, b'Q' | b'P' | b'B' | b'E') && !is_mixed {
+        // One of several statements may be what ends a transaction that has failed, as long as the first is not ours.
+        let is_theirs = |body: &mut &[u8]| cut_string(body).is_some_and(|text| !sql::is_ours(text));
+        let is_script = self.is_mixed(tag, body) || is_failed && tag == b'Q' && is_theirs(&mut &body[..]);
+        if is_failed && matches!(tag, b'Q' | b'P' | b'B' | b'E') && !is_script {
             return self.fail(tag, &in_failed_transaction());
         }
         let done = match tag {
-            b'Q' if is_mixed => self.several(body),
+            b'Q' if is_script => self.several(body),
             b'Q' => self.query(body),
             b'P' => self.prepare(body),
             b'B' | b'D' if named(tag, body).is_some() => {

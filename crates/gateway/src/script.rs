@@ -67,8 +67,9 @@ impl Session {
     /// Begins a text of several statements.
     pub(crate) fn begin_script(&mut self, parts: Vec<Part>) -> Result<(), PgError> {
         let is_failed = self.pipeline.transaction() == Transaction::Failed;
-        // One of PostgreSQL's may be what ends the transaction.
-        if is_failed && parts.first().is_some_and(|part| matches!(part.work, PartWork::Ours(_))) {
+        // One of PostgreSQL's may be what ends the transaction; with rows of ours in it, it is a query.
+        let is_query = |part: &Part| !matches!(&part.work, PartWork::Theirs(sourced) if sourced.sources().is_empty());
+        if is_failed && parts.first().is_some_and(is_query) {
             return Err(in_failed_transaction());
         }
         self.script = Some(parts.into());

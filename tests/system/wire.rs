@@ -299,6 +299,19 @@ fn a_statement_of_ours_that_waits_can_be_cancelled_and_tells_what_it_lacks() {
     drop(canceller);
     signal(Signal::SIGCONT);
     assert_eq!(heard, "E SERROR C57014 Mcanceling statement due to user request\nZ I");
+    // The server is frozen, too: new sessions get no further than those.
+    assert_eq!(wire.query("SET statement_timeout = '500ms'").hear(), "C SET\nZ I");
+    let server = demo.server_pid(1);
+    kill(server, Signal::SIGSTOP).unwrap();
+    signal(Signal::SIGSTOP);
+    let texts = ["SHOW NODES", "SELECT count(*) FROM [SHOW NODES]", "SHOW JOBS SELECT node_id FROM [SHOW NODES]"];
+    let heard = texts.map(|text| wire.query(text).hear());
+    kill(server, Signal::SIGCONT).unwrap();
+    signal(Signal::SIGCONT);
+    heard.iter().zip(texts).for_each(|(heard, text)| {
+        assert_eq!(heard, "E SERROR C57014 Mcanceling statement due to statement timeout\nZ I", "{text}");
+    });
+    assert_eq!(wire.query("RESET statement_timeout").hear(), "C RESET\nZ I");
 
     // With the registry's server gone the answer is this node's own, and says so.
     kill(demo.server_pid(1), Signal::SIGINT).unwrap();

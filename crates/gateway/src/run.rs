@@ -83,7 +83,6 @@ impl Gateway {
         tracing::debug!("runs {}", statement.print(Literals::Hidden));
         let done = match statement {
             Statement::ShowLocality => return Ok(one_text(self.cluster.me().locality.to_string())),
-            Statement::ShowNodes => return Ok(show::nodes(&self.cluster, &self.registry).await),
             _ => {
                 let requester = requester.ok_or_else(|| {
                     PgError::new(SqlState::INTERNAL_ERROR, "the server did not say who the client is")
@@ -112,6 +111,7 @@ impl Gateway {
                 let work = self.backups.run(backup, requester, birth, &on_wait);
                 progress::telling(&self.backups.jobs, requester, waited_for, remarks, work).await.map(outcome_answer)
             }
+            Statement::ShowNodes => Ok(show::nodes(&self.cluster, &self.registry).await),
             Statement::ExplainBackup(backup) => plans::explain(self, backup, requester).await,
             Statement::ShowRanges(show) => plans::ranges(self, show, requester).await,
             Statement::ShowRegions { databases } => plans::regions(self, *databases).await,

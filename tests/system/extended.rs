@@ -76,6 +76,34 @@ fn results_have_the_formats_that_were_asked_for() {
 }
 
 #[test]
+fn a_portal_is_there_until_its_transaction_ends_or_a_query_replaces_it() {
+    let demo = demo();
+    for node in &demo.nodes {
+        let mut wire = Wire::login(&node.address, "postgres");
+        let row = |id: &str, heard: &str| heard.starts_with(&format!("D \\x00\\x00\\x00\\x00\\x00\\x00\\x00\\x0{id}|"));
+        // A row limit where the transaction is the pipeline's own, and its first piece is heard before the next is asked for.
+        wire.parse("", "SHOW NODES").bind("p", "", 1).flush();
+        assert_eq!(wire.hear_until(|tag| tag == b'2'), "1\n2");
+        let first = wire.execute("p", 1).flush().hear_until(|tag| tag == b's');
+        assert!(row("1", &first) && first.ends_with("\ns") && first.lines().count() == 2, "{first}");
+        let rest = wire.execute("p", 0).flush().hear_until(|tag| tag == b'C');
+        assert!(row("2", &rest) && rest.ends_with("\nC SHOW") && rest.lines().count() == 2, "{rest}");
+        assert_eq!(wire.sync().hear(), "Z I");
+        assert_eq!(wire.execute("p", 0).sync().hear(), "E SERROR C34000 Mportal \"p\" does not exist\nZ I");
+        // A query replaces the unnamed one, and no other.
+        for query in ["SELECT 1", "SHOW LOCALITY", "SELECT 1 FROM [SHOW LOCALITY]", "SELECT 1; SHOW LOCALITY"] {
+            assert_eq!(wire.query("BEGIN").hear(), "C BEGIN\nZ T");
+            wire.parse("", "SHOW LOCALITY").bind("", "", 0).bind("p", "", 0).sync().query(query);
+            assert_eq!((wire.hear().as_str(), wire.hear().lines().last()), ("1\n2\n2\nZ T", Some("Z T")), "{query}");
+            assert!(wire.execute("p", 0).sync().hear().ends_with("C SHOW\nZ T"), "{query}");
+            let heard = wire.execute("", 0).sync().hear();
+            assert_eq!(heard, "E SERROR C34000 Mportal \"\" does not exist\nZ E", "{query}");
+            assert_eq!(wire.query("ROLLBACK").hear(), "C ROLLBACK\nZ I");
+        }
+    }
+}
+
+#[test]
 fn a_query_that_names_jobs_has_parameters_of_the_server_s_types() {
     let demo = demo();
     for node in &demo.nodes {

@@ -72,6 +72,9 @@ impl Session {
                 Judged::Ours if self.depends_on_what_follows(found) => break,
                 Judged::Ours => {
                     let frame = self.from_client.take(found.len, &mut self.to_server);
+                    if found.tag == b'Q' {
+                        self.locals.superseded(found.tag, &frame.slice(5..));
+                    }
                     self.ours(found.tag, &frame.slice(5..));
                 }
                 Judged::TooLong => {

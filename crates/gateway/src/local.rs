@@ -202,9 +202,9 @@ impl Locals {
         tag == b'P' && cut_string(&mut body).is_some_and(|name| !name.is_empty() && self.holds(name))
     }
 
-    /// Forgets what a frame that goes to the server replaces there.
+    /// Forgets what a frame that goes to the server, or any Query, replaces there.
     pub(crate) fn superseded(&mut self, tag: u8, mut body: &[u8]) {
-        if !matches!(tag, b'P' | b'B' | b'C') {
+        if !matches!(tag, b'P' | b'B' | b'C' | b'Q') {
             return;
         }
         let is_statement = body.first() == Some(&b'S');
@@ -217,6 +217,7 @@ impl Locals {
             (b'P', Some(name)) if self.holds(name) => self.taken = Some(name.to_vec()),
             (b'C', Some(name)) if is_statement => self.forget(name),
             (b'B', Some(name)) => drop(self.portals.remove(name)),
+            (b'Q', _) => drop(self.portals.remove(b"".as_slice())),
             _ => {}
         }
     }

@@ -220,6 +220,11 @@ impl Pipeline {
         self.push(Slot::Step(Step::Execute));
     }
 
+    /// Takes note that the unnamed portal is closed behind such statements, which their client does not know of, either.
+    pub(crate) fn closed_unnamed_portal(&mut self) {
+        self.push(Slot::Hidden(Step::Close));
+    }
+
     /// Whether the server reads COPY data.
     pub(crate) fn is_reading(&self) -> bool {
         self.copy_in

@@ -56,6 +56,11 @@ impl Writer<'_> {
         self.frame(b'E', &[&[0; 5]]);
     }
 
+    /// Close, of the portal that [`Writer::run_text`] has used. Not part of that: a COPY would find it in its data.
+    pub(crate) fn close_unnamed_portal(&mut self) {
+        self.frame(b'C', &[b"P\0"]);
+    }
+
     /// Parse, with the types of the first parameters; zero leaves one to the server.
     pub(crate) fn parse(&mut self, name: &[u8], text: &str, types: &[u32]) {
         let mut oids = Vec::with_capacity(2 + 4 * types.len());

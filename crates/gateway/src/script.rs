@@ -105,6 +105,9 @@ impl Session {
     fn end_script(&mut self) {
         self.script = None;
         self.skipping = false;
+        // A simple query leaves no unnamed portal behind, and so does this one.
+        Writer(&mut self.to_server).close_unnamed_portal();
+        self.pipeline.closed_unnamed_portal();
         Writer(&mut self.to_server).sync();
         self.pipeline.forwarded(b'S');
     }

@@ -225,6 +225,24 @@ fn copy_in_by_drivers_that_send_sync_early_keeps_the_order() {
 }
 
 #[test]
+fn a_copy_in_the_middle_of_a_pipeline_keeps_the_order() {
+    let demo = demo();
+    for (node, zone) in demo.nodes.iter().zip(["a", "b"]) {
+        let mut wire = Wire::login(&node.address, "postgres");
+        assert_eq!(wire.query("CREATE TEMPORARY TABLE t (i int)").hear(), "C CREATE TABLE\nZ I");
+        for last in ["SHOW LOCALITY", "SELECT locality FROM [SHOW LOCALITY]"] {
+            wire.parse("", "SHOW LOCALITY").bind("", "", 0).execute("", 0);
+            wire.parse("", "COPY t FROM STDIN").bind("", "", 0).execute("", 0).copy("1\n2\n");
+            wire.parse("", last).bind("", "", 0).execute("", 0).sync();
+            let row = format!("1\n2\nD region=us-east-1,zone={zone}\nC");
+            let tag = if last.starts_with("SHOW") { "SHOW" } else { "SELECT 1" };
+            assert_eq!(wire.hear(), format!("{row} SHOW\n1\n2\nG\nC COPY 2\n{row} {tag}\nZ I"), "{last}");
+        }
+        assert_eq!(wire.query("SELECT count(*) AS n FROM t").hear(), "T n:20:0\nD 4\nC SELECT 1\nZ I");
+    }
+}
+
+#[test]
 fn the_end_of_a_copy_that_has_failed_holds_nothing_up() {
     let demo = demo();
     let mut wire = Wire::login(&demo.nodes[0].address, "postgres");

@@ -211,14 +211,22 @@ fn psql_describes_and_watches_what_is_ours() {
     let none = asked("PAUSE ALL BACKUP JOBS \\gdesc\n");
     assert_eq!(none, "The command has no result, or the result has no columns.\n");
 
-    // It watches until it is ended.
-    let mut psql = demo.psql(4);
-    psql.args(["-At", "-f", "-"]).stdin(Stdio::piped()).stdout(Stdio::piped());
-    let mut watching = psql.spawn().unwrap();
-    writeln!(watching.stdin.as_mut().unwrap(), "SHOW LOCALITY \\watch 0.1").unwrap();
-    let mut lines = BufReader::new(watching.stdout.take().unwrap()).lines();
-    let seen = lines.by_ref().map_while(Result::ok).filter(|line| line == "region=us-west-1,zone=b").take(3);
-    assert_eq!(seen.count(), 3);
-    watching.kill().unwrap();
-    watching.wait().unwrap();
+    let job = demo.ask(1, "BACKUP DATABASE movr INTO 'nodelocal://1/w' WITH DETACHED");
+    assert!(demo.ask(1, &format!("SHOW JOB WHEN COMPLETE {job}")).contains("|succeeded|"));
+    for (text, shown) in [
+        ("SHOW LOCALITY", "region=us-west-1,zone=b"),
+        (&format!("SELECT status FROM [SHOW JOB {job}]"), "succeeded"),
+        ("SHOW JOBS", &format!("{job}|BACKUP|")),
+    ] {
+        // It watches until it is ended.
+        let mut psql = demo.psql(4);
+        psql.args(["-At", "-f", "-"]).stdin(Stdio::piped()).stdout(Stdio::piped());
+        let mut watching = psql.spawn().unwrap();
+        writeln!(watching.stdin.as_mut().unwrap(), "{text} \\watch 0.1").unwrap();
+        let mut lines = BufReader::new(watching.stdout.take().unwrap()).lines();
+        let seen = lines.by_ref().map_while(Result::ok).filter(|line| line.starts_with(shown)).take(3);
+        assert_eq!(seen.count(), 3, "{text}");
+        watching.kill().unwrap();
+        watching.wait().unwrap();
+    }
 }

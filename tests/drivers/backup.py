@@ -43,4 +43,14 @@ with psycopg.connect(sys.argv[1], autocommit=True) as conn:
         print(error.sqlstate, error.diag.message_primary)
     with conn.transaction():
         print(conn.execute("SHOW JOB WHEN COMPLETE %s", (job,)).fetchone()[5], conn.info.transaction_status.name)
+    with conn.pipeline():
+        alone = conn.execute(INTO, ("nodelocal://1/d", ""))
+    print(alone.fetchone()[1])
+    for fetched in (False, True):  # psycopg flushes what is fetched in a pipeline, and the Sync comes at its end
+        try:
+            with conn.pipeline():
+                first = conn.execute(INTO, ("nodelocal://1/d", ""))
+                print(first.fetchone() if fetched else conn.execute("SELECT 1").statusmessage)
+        except psycopg.Error as error:
+            print(error.sqlstate, error.diag.message_primary)
     print(conn.execute("SELECT 'usable'").fetchone())

@@ -78,6 +78,7 @@ True BACKUP succeeded 1.0 True True []
 ";
     // E20: one column.
     let detached = format!("['job_id'] BACKUP\nint 19\n{row}");
+    let refused = "XXUUU BACKUP cannot be used inside a multi-statement transaction without DETACHED option";
     let columns = "['job_id', 'status', 'fraction_completed', 'rows', 'index_entries', 'bytes']";
     let expected = format!(
         "{detached}{detached}['int', 'str', 'float', 'int', 'int', 'int'] {columns}
@@ -87,6 +88,10 @@ XXUUU ERROR True
 CANCEL JOBS 0
 XXUUU job with status succeeded cannot be requested to be paused
 succeeded INTRANS
+succeeded
+None
+{refused}
+{refused}
 ('usable',)
 "
     );

@@ -6,11 +6,11 @@
 //! | named and unnamed statements; Parse of the unnamed one replaces it; names are taken, closed and known on the server | `wire.rs`: names; here: deallocated |
 //! | Describe of statements and portals; types of parameters, the client's own included | here: types, queries |
 //! | results in text and binary, by column | `wire.rs`: pipelines; here: formats; every type in binary: `drivers.rs` |
-//! | row limits, PortalSuspended, the end with the transaction | `wire.rs`: names; `rows.rs` |
-//! | pipelines of ours and theirs answer in order; Flush | `wire.rs`: pipelines |
+//! | row limits, PortalSuspended, the end with the transaction; the names of portals | here: portals; `wire.rs`: names; `rows.rs` |
+//! | pipelines of ours and theirs answer in order, a COPY among them; Flush | `wire.rs`: pipelines, copy |
 //! | an error skips up to its Sync and fails the transaction, which a pipeline may end | `wire.rs`: errors; here: queries, end |
 //! | DISCARD ALL, DEALLOCATE ALL, DEALLOCATE of one, Close | here: deallocated |
-//! | `statement_timeout` and cancel end a wait | here: waits; `rows.rs`; `control.rs` |
+//! | `statement_timeout` and cancel end a wait | here: waits; `wire.rs`: waits; `rows.rs`; `control.rs` |
 
 use crate::support::demo::Demo;
 use crate::support::wire::Wire;
@@ -99,6 +99,35 @@ fn a_portal_is_there_until_its_transaction_ends_or_a_query_replaces_it() {
             let heard = wire.execute("", 0).sync().hear();
             assert_eq!(heard, "E SERROR C34000 Mportal \"\" does not exist\nZ E", "{query}");
             assert_eq!(wire.query("ROLLBACK").hear(), "C ROLLBACK\nZ I");
+        }
+    }
+}
+
+#[test]
+fn a_portal_s_name_may_be_the_server_s() {
+    let demo = demo();
+    for node in &demo.nodes {
+        let mut wire = Wire::login(&node.address, "postgres");
+        assert_eq!(wire.parse("theirs", "SELECT 1").parse("ours", "SHOW LOCALITY").sync().hear(), "1\n1\nZ I");
+        for name in ["p", "Größe 'x' \"y\" \\"] {
+            let quoted = name.replace('"', "\"\"");
+            for how in ["DECLARE", "Bind"] {
+                assert_eq!(wire.query("BEGIN").hear(), "C BEGIN\nZ T");
+                let taken = match how {
+                    "DECLARE" => wire.query(&format!("DECLARE \"{quoted}\" CURSOR FOR SELECT 1")).hear(),
+                    _ => wire.bind(name, "theirs", 0).sync().hear(),
+                };
+                assert!(taken.ends_with("Z T"), "{how}: {taken}");
+                // Another name is free.
+                assert_eq!(wire.bind("q", "ours", 0).sync().hear(), "2\nZ T", "{how}");
+                let heard = wire.bind(name, "ours", 0).execute(name, 0).sync().hear();
+                assert!(heard.starts_with("E SERROR C42P03 Mcursor ") && heard.ends_with("Z E"), "{how}: {heard}");
+                assert_eq!(wire.query("ROLLBACK").hear(), "C ROLLBACK\nZ I");
+            }
+            // In one pipeline, and free again behind Close.
+            wire.bind(name, "theirs", 0).close(b'P', name).bind(name, "ours", 0).execute(name, 0).sync();
+            assert!(wire.hear().ends_with("C SHOW\nZ I"));
+            assert!(wire.bind(name, "theirs", 0).bind(name, "ours", 0).sync().hear().contains("C42P03"));
         }
     }
 }

@@ -14,7 +14,8 @@ use pgerror::{PgError, SqlState};
 use sql::{IDS_MAX, Sourced, Statement};
 use tokio::sync::oneshot;
 
-use crate::frame::{cut_i16, cut_i32};
+use crate::frame::{cut_i16, cut_i32, cut_string};
+use crate::local::is_taken;
 use crate::requests::Arguments;
 use crate::script::Origin;
 use crate::transactions::{MARK, birth_of, transaction};
@@ -109,6 +110,8 @@ enum About {
     Name { tag: u8, body: Bytes, types: Vec<u32> },
     /// Whether the client has given that name to something else by SQL; this message waits.
     Namesake { tag: u8, body: Bytes },
+    /// Whether the server has a portal of the name that this Bind is for, of a statement with parameters of these types.
+    Portal { body: Bytes, types: Vec<u32> },
 }
 
 /// What to do after an answer.
@@ -123,6 +126,8 @@ pub(crate) enum Next {
     Know(u8, Bytes, bool),
     /// To take this message, of a prepared statement with parameters of these types.
     Take(u8, Bytes, Vec<u32>),
+    /// To bind this, of a prepared statement with parameters of these types.
+    Bind(Bytes, Vec<u32>),
 }
 
 impl Asking {
@@ -148,15 +153,16 @@ impl Asking {
     }
 
     /// Whether the prepared statement that this message names was made by SQL: then it is not ours.
-    ///
-    /// The name is in the client's encoding, and may have anything in it.
     pub(crate) fn namesake(tag: u8, body: Bytes, name: &[u8]) -> (Self, String) {
-        let digits: String = name.iter().map(|byte| format!("{byte:02x}")).collect();
-        let question = format!(
-            "SELECT 1 FROM pg_catalog.pg_prepared_statements WHERE from_sql AND name OPERATOR(pg_catalog.=) \
-             pg_catalog.convert_from(pg_catalog.decode('{digits}', 'hex'), pg_catalog.pg_client_encoding())"
-        );
+        let whose = is_named(name);
+        let question = format!("SELECT 1 FROM pg_catalog.pg_prepared_statements WHERE from_sql AND {whose}");
         (Self::new(About::Namesake { tag, body }, true), question)
+    }
+
+    /// Whether the server has a portal of the name that this Bind is for: a cursor, perhaps, that was declared.
+    pub(crate) fn portal(body: Bytes, types: Vec<u32>, name: &[u8]) -> (Self, String) {
+        let question = format!("SELECT 1 FROM pg_catalog.pg_cursors WHERE {}", is_named(name));
+        (Self::new(About::Portal { body, types }, true), question)
     }
 
     /// Whether it is asked in the extended protocol.
@@ -173,7 +179,7 @@ impl Asking {
     pub(crate) fn waiting(&self) -> Option<(u8, &Bytes)> {
         match &self.about {
             About::Name { tag, body, .. } => Some((*tag, body)),
-            About::Who(..) | About::Mark(..) | About::Jobs(_) | About::Namesake { .. } => None,
+            About::Who(..) | About::Mark(..) | About::Jobs(_) | About::Namesake { .. } | About::Portal { .. } => None,
         }
     }
 
@@ -206,7 +212,9 @@ impl Asking {
     pub(crate) fn of_statement(&self, error: &[u8]) -> Option<Bytes> {
         match &self.about {
             About::Jobs(question) => with_position(error, &question.position),
-            About::Who(..) | About::Mark(..) | About::Name { .. } | About::Namesake { .. } => None,
+            About::Who(..) | About::Mark(..) | About::Name { .. } | About::Namesake { .. } | About::Portal { .. } => {
+                None
+            }
         }
     }
 
@@ -243,6 +251,8 @@ impl Asking {
             }
             About::Name { tag, body, types } => Ok(Next::Take(tag, body, types)),
             About::Namesake { tag, body } => Ok(Next::Know(tag, body, !self.told.is_empty())),
+            About::Portal { body, types } if self.told.is_empty() => Ok(Next::Bind(body, types)),
+            About::Portal { body, .. } => Err(is_taken(cut_string(&mut &body[..]).unwrap_or_default())),
         }
     }
 }
@@ -261,6 +271,15 @@ pub(crate) fn with_position(body: &[u8], change: impl FnOnce(usize) -> usize) ->
     frame.extend(u32::try_from(4 + body.len()).ok()?.to_be_bytes());
     frame.extend(body);
     Some(frame.into())
+}
+
+/// A condition for a name, which is in the client's encoding and may have anything in it.
+fn is_named(name: &[u8]) -> String {
+    let digits: String = name.iter().map(|byte| format!("{byte:02x}")).collect();
+    format!(
+        "name OPERATOR(pg_catalog.=) \
+         pg_catalog.convert_from(pg_catalog.decode('{digits}', 'hex'), pg_catalog.pg_client_encoding())"
+    )
 }
 
 /// Who asks, and whether they want no notices.

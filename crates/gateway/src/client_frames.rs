@@ -231,22 +231,32 @@ impl Session {
     fn ask_for_name(&mut self, tag: u8, body: &Bytes) {
         let Some(name) = named(tag, body) else { return };
         if self.locals.take_doubt(name) {
-            let (asking, question) = Asking::namesake(tag, body.clone(), name);
-            Writer(&mut self.to_server).ask(&question, Some(&Arguments::default()));
-            self.pipeline.asked_aside();
-            self.asking = Some(asking);
-            return;
+            return self.ask_aside(Asking::namesake(tag, body.clone(), name));
         }
         Writer(&mut self.to_server).describe_statement(name);
         self.pipeline.asked_for_name();
         self.asking = Some(Asking::name(tag, body.clone()));
     }
 
+    fn ask_aside(&mut self, (asking, question): (Asking, String)) {
+        Writer(&mut self.to_server).ask(&question, Some(&Arguments::default()));
+        self.pipeline.asked_aside();
+        self.asking = Some(asking);
+    }
+
     /// It has its name, and its parameters have these types there.
-    fn take_named(&mut self, tag: u8, body: Bytes, types: &[u32]) -> Result<(), PgError> {
+    fn take_named(&mut self, tag: u8, body: Bytes, types: Vec<u32>) -> Result<(), PgError> {
         if tag == b'D' {
-            return self.locals.describe(&body, types, &mut self.to_client);
+            return self.locals.describe(&body, &types, &mut self.to_client);
         }
+        match self.locals.opens(&body) {
+            Some(portal) => self.ask_aside(Asking::portal(body.clone(), types, portal)),
+            None => return self.bind(body, &types),
+        }
+        Ok(())
+    }
+
+    fn bind(&mut self, body: Bytes, types: &[u32]) -> Result<(), PgError> {
         if let Binding::Rows(sourced, arguments) = self.locals.bind(&body, types, &mut self.to_client)? {
             // It was read with other rules for backslashes than the server would read it with now.
             if !self.conforming_strings && sourced.text().contains('\\') {
@@ -346,7 +356,8 @@ impl Session {
                 }
                 Ok(())
             }
-            Ok(Next::Take(tag, body, types)) => self.take_named(tag, body, &types),
+            Ok(Next::Take(tag, body, types)) => self.take_named(tag, body, types),
+            Ok(Next::Bind(body, types)) => self.bind(body, &types),
             Err(error) => Err(error),
         };
         if let Err(error) = done {

@@ -164,6 +164,13 @@ fn malformed(message: &str) -> PgError {
     PgError::new(SqlState::PROTOCOL_VIOLATION, format!("invalid {message} message"))
 }
 
+/// Of the name of a portal.
+pub(crate) fn is_taken(name: &[u8]) -> PgError {
+    // PostgreSQL's own words.
+    let message = format!("cursor \"{}\" already exists", String::from_utf8_lossy(name));
+    PgError::new(SqlState::DUPLICATE_CURSOR, message)
+}
+
 fn several_commands() -> PgError {
     // PostgreSQL's own words.
     PgError::new(SqlState::SYNTAX_ERROR, "cannot insert multiple commands into a prepared statement")
@@ -294,14 +301,19 @@ impl Locals {
         Ok(for_server)
     }
 
+    /// The name of the portal that a Bind makes here. Whether the server has one of that name only it can say.
+    pub(crate) fn opens<'b>(&self, mut body: &'b [u8]) -> Option<&'b [u8]> {
+        let (portal, name) = (cut_string(&mut body)?, cut_string(&mut body)?);
+        (!portal.is_empty() && !self.portals.contains_key(portal) && self.answers(name)).then_some(portal)
+    }
+
     /// Bind, of a statement whose parameters have these types on the server.
     pub(crate) fn bind(&mut self, body: &Bytes, of_server: &[u32], out: &mut BytesMut) -> Result<Binding, PgError> {
         let bound = Bound::read(body).ok_or_else(|| malformed("Bind"))?;
         let Bound { portal, name, values, given, formats, .. } = bound;
         let prepared = self.statements.get(name).cloned();
         if !portal.is_empty() && self.portals.contains_key(portal) {
-            let message = format!("cursor \"{}\" already exists", String::from_utf8_lossy(portal));
-            return Err(PgError::new(SqlState::DUPLICATE_CURSOR, message));
+            return Err(is_taken(portal));
         }
         let prepared = prepared.ok_or_else(|| malformed("Bind"))?;
         let types = prepared.types(of_server);

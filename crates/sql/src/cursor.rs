@@ -12,6 +12,27 @@ use crate::selection::{Form, Query};
 use crate::statement::{Number, Text};
 use crate::syntax::{Mark, Source, literal};
 
+/// The reserved words that an expression may begin with, but for `NULL`, which is an id here.
+const BEGINS: [&str; 17] = [
+    "ARRAY",
+    "CASE",
+    "CAST",
+    "CURRENT_CATALOG",
+    "CURRENT_DATE",
+    "CURRENT_ROLE",
+    "CURRENT_TIME",
+    "CURRENT_TIMESTAMP",
+    "CURRENT_USER",
+    "FALSE",
+    "LOCALTIME",
+    "LOCALTIMESTAMP",
+    "NOT",
+    "SESSION_USER",
+    "SYSTEM_USER",
+    "TRUE",
+    "USER",
+];
+
 /// A place in a text, with what is owed to the statement that is being read.
 pub(crate) struct Cursor<'t> {
     source: Source<'t>,
@@ -235,8 +256,8 @@ impl<'t> Cursor<'t> {
         Some(format!("{sign}{digits}"))
     }
 
-    /// Reads over an expression of PostgreSQL up to what cannot be part of it: a comma, a parenthesis that it did not
-    /// open, `WITH`, `RECURRING`, or the end. Returns whether it is just `FALSE`.
+    /// Reads over an expression of PostgreSQL up to what cannot be part of it: a comma, a parenthesis or bracket that it
+    /// did not open, `WITH`, `RECURRING`, or the end. Returns whether it is just `FALSE`.
     pub(crate) fn expression(&mut self) -> Result<bool, PgError> {
         let no = self.at_word("FALSE");
         let (mut depth, mut count) = (0_usize, 0_usize);
@@ -244,12 +265,12 @@ impl<'t> Cursor<'t> {
             match self.peek() {
                 Token::EOF | Token::SemiColon if depth > 0 || count == 0 => return Err(self.unexpected()),
                 Token::EOF | Token::SemiColon => break,
-                Token::Comma | Token::RParen if depth == 0 => break,
+                Token::Comma | Token::RParen | Token::RBracket if depth == 0 => break,
                 // TIMESTAMP WITH TIME ZONE is one type.
                 token if depth == 0 && is_word(token, "WITH") && !is_word(self.second(), "TIME") => break,
                 token if depth == 0 && is_word(token, "RECURRING") => break,
-                Token::LParen => depth += 1,
-                Token::RParen => depth -= 1,
+                Token::LParen | Token::LBracket => depth += 1,
+                Token::RParen | Token::RBracket => depth -= 1,
                 _ => {}
             }
             count += 1;
@@ -280,17 +301,17 @@ impl<'t> Cursor<'t> {
         (self.next, self.mark) = (place.next, place.mark);
     }
 
-    /// Whether a name comes next, of a column or a function, say, or what is written as one.
-    pub(crate) fn at_name(&self) -> bool {
+    /// Whether a word comes next that an expression may begin with: a name, of a column or a function, say, what is written
+    /// as one, or a reserved word that stands for a value.
+    pub(crate) fn at_expression(&self) -> bool {
         let is_name = |word: &Word| word.quote_style.is_some() || !is_reserved(&word.value);
-        ["CASE", "CAST"].iter().any(|word| self.at_word(word))
-            || matches!(self.peek(), Token::Word(word) if is_name(word))
+        BEGINS.iter().any(|word| self.at_word(word)) || matches!(self.peek(), Token::Word(word) if is_name(word))
     }
 
     /// Whether an operator that follows a value comes next.
     pub(crate) fn at_operator(&self) -> bool {
-        use Token::{Caret, Div, DoubleColon, Minus, Mod, Mul, Plus, StringConcat};
-        matches!(self.peek(), Plus | Minus | Mul | Div | Mod | Caret | StringConcat | DoubleColon)
+        use Token::{Caret, Div, DoubleColon, LBracket, Minus, Mod, Mul, Plus, StringConcat};
+        matches!(self.peek(), Plus | Minus | Mul | Div | Mod | Caret | StringConcat | DoubleColon | LBracket)
     }
 
     /// Whether one of these words comes next but for the parentheses before it, of which there are some.

@@ -14,6 +14,9 @@ use crate::statement::Number;
 /// The words that a query begins with.
 const QUERIES: [&str; 4] = ["SELECT", "WITH", "TABLE", "VALUES"];
 
+/// The words by which a query goes on behind rows.
+const GOES_ON: [&str; 8] = ["UNION", "INTERSECT", "EXCEPT", "ORDER", "LIMIT", "OFFSET", "FETCH", "FOR"];
+
 /// A query may name so many jobs; a statement whose query gives more fails.
 pub const IDS_MAX: usize = 1000;
 
@@ -102,19 +105,24 @@ impl Query {
     }
 }
 
-/// What follows `JOB`: one id, or a query in parentheses or an expression for it. An expression begins with a name, or goes
-/// on behind an id with an operator or a cast; anything else that is no id is refused where it stands.
+/// What follows `JOB`: one id, or a query in parentheses or an expression for it. An expression begins with a word or a
+/// sign, or goes on behind an id with an operator or a cast; anything else that is no id is refused where it stands.
 pub(crate) fn one(cursor: &mut Cursor<'_>) -> Result<Selection, PgError> {
     let begun = cursor.place();
-    if !cursor.at_name() {
+    if !cursor.at_expression() {
         let plain = plain(cursor);
-        let goes_on = cursor.at_operator() || plain.is_err() && cursor.at_name();
+        let goes_on = cursor.at_operator() || plain.is_err() && at_value(cursor);
         if !goes_on || cursor.is_at(&begun) {
             return plain;
         }
     }
     cursor.return_to(begun);
     cursor.value().map(Selection::Query)
+}
+
+/// Whether what is no id may still be a part of an expression.
+fn at_value(cursor: &Cursor<'_>) -> bool {
+    cursor.at_expression() || cursor.at(&Token::LParen)
 }
 
 fn plain(cursor: &mut Cursor<'_>) -> Result<Selection, PgError> {
@@ -127,26 +135,25 @@ fn plain(cursor: &mut Cursor<'_>) -> Result<Selection, PgError> {
     Ok(Selection::Ids(vec![id]))
 }
 
-/// What follows `JOBS`: rows of ids, or a query for them.
+/// What follows `JOBS`: rows of ids, or a query for them. Rows that say more than ids, or go on behind them, are a query.
 pub(crate) fn several(cursor: &mut Cursor<'_>) -> Result<Selection, PgError> {
-    let is_query = |cursor: &Cursor<'_>| QUERIES[..3].iter().any(|word| cursor.at_word(word));
-    if is_query(cursor) || cursor.is_query_in_parentheses(&QUERIES[..3]) {
+    if at_any(cursor, &QUERIES[..3]) || cursor.is_query_in_parentheses(&QUERIES[..3]) {
         return cursor.query(Form::Rows).map(Selection::Query);
     }
     let begun = cursor.place();
     let parentheses = open(cursor);
     cursor.expect_words(&["VALUES"])?;
-    match values(cursor) {
-        Ok(ids) => {
-            close(cursor, parentheses)?;
-            Ok(Selection::Ids(ids))
-        }
-        Err(_) if cursor.at_name() || cursor.at_operator() => {
-            cursor.return_to(begun);
-            cursor.query(Form::Rows).map(Selection::Query)
-        }
-        Err(error) => Err(error),
+    let ids = values(cursor).and_then(|ids| close(cursor, parentheses).map(|()| ids));
+    let says_more = ids.is_err() && (at_value(cursor) || cursor.at_operator() || at_any(cursor, &QUERIES));
+    if says_more || at_any(cursor, &GOES_ON) {
+        cursor.return_to(begun);
+        return cursor.query(Form::Rows).map(Selection::Query);
     }
+    ids.map(Selection::Ids)
+}
+
+fn at_any(cursor: &Cursor<'_>, words: &[&str]) -> bool {
+    words.iter().any(|word| cursor.at_word(word))
 }
 
 /// `(1), (2)`.
@@ -184,6 +191,7 @@ mod tests {
         for (text, sent) in [
             ("SHOW JOBS SELECT 1", "SELECT * FROM (SELECT 1\n) AS named LIMIT 1001"),
             ("SHOW JOBS WHEN COMPLETE (SELECT 1) ;", "SELECT * FROM ((SELECT 1)\n) AS named LIMIT 1001"),
+            ("SHOW JOBS VALUES (1) OFFSET 0", "SELECT * FROM (VALUES (1) OFFSET 0\n) AS named LIMIT 1001"),
             ("SHOW JOB (SELECT 1)", "SELECT (SELECT 1)"),
             ("SHOW JOB(VALUES (1), (2))", "SELECT (VALUES (1), (2))"),
             ("SHOW JOB a -- é", "VALUES (a -- é\n)"),

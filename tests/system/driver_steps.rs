@@ -17,6 +17,8 @@ use super::drivers::{drivers, script};
 use crate::support::demo::{Demo, directory};
 use crate::support::{both, run};
 
+/// G12: DETAIL and HINT of the relocation are added on purpose, since CockroachDB has none: that the job runs on, and how to go
+/// on.
 const STEPS: &str = "\
 job_id status fraction_completed rows index_entries bytes
 succeeded true true true

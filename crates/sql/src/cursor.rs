@@ -256,39 +256,35 @@ impl<'t> Cursor<'t> {
         Some(format!("{sign}{digits}"))
     }
 
-    /// Reads over an expression of PostgreSQL up to what cannot be part of it: a comma, a parenthesis or bracket that it
-    /// did not open, `WITH`, `RECURRING`, or the end. Returns whether it is just `FALSE`.
-    pub(crate) fn expression(&mut self) -> Result<bool, PgError> {
-        let no = self.at_word("FALSE");
-        let (mut depth, mut count) = (0_usize, 0_usize);
+    /// An expression of PostgreSQL that stands for one value: all up to what cannot be part of it, which is a comma, a
+    /// parenthesis or bracket that it did not open, `WITH`, or the end.
+    pub(crate) fn value(&mut self) -> Result<Query, PgError> {
+        let begun = self.here();
+        let mut depth = 0_usize;
         loop {
             match self.peek() {
-                Token::EOF | Token::SemiColon if depth > 0 || count == 0 => return Err(self.unexpected()),
+                Token::EOF | Token::SemiColon if depth > 0 => return Err(self.unexpected()),
                 Token::EOF | Token::SemiColon => break,
                 Token::Comma | Token::RParen | Token::RBracket if depth == 0 => break,
                 // TIMESTAMP WITH TIME ZONE is one type.
                 token if depth == 0 && is_word(token, "WITH") && !is_word(self.second(), "TIME") => break,
-                token if depth == 0 && is_word(token, "RECURRING") => break,
                 Token::LParen | Token::LBracket => depth += 1,
                 Token::RParen | Token::RBracket => depth -= 1,
                 _ => {}
             }
-            count += 1;
             self.advance();
         }
-        if count == 0 { Err(self.unexpected()) } else { Ok(no && count == 1) }
-    }
-
-    /// An expression of PostgreSQL that stands for one value, as [`Cursor::expression`] ends it.
-    pub(crate) fn value(&mut self) -> Result<Query, PgError> {
-        let begun = self.here();
-        self.expression()?;
-        self.cut(begun, Form::Expression)
+        if self.here() == begun { Err(self.unexpected()) } else { self.cut(begun, Form::Expression) }
     }
 
     /// A place to which [`Cursor::return_to`] goes back.
     pub(crate) fn place(&self) -> Place {
         Place { next: self.next, mark: self.mark.clone() }
+    }
+
+    /// Whether just one token was read since [`Cursor::here`] gave this.
+    pub(crate) fn is_just_behind(&self, begun: Option<usize>) -> bool {
+        begun.is_some_and(|begun| self.next == begun + 1)
     }
 
     /// Whether nothing was read since.
@@ -369,7 +365,8 @@ impl<'t> Cursor<'t> {
         Ok(format!("{sign}{digits}"))
     }
 
-    fn placeholder(&mut self) -> Option<usize> {
+    /// The number of a placeholder.
+    pub(crate) fn placeholder(&mut self) -> Option<usize> {
         let Token::Placeholder(text) = self.peek() else { return None };
         let digits = text.strip_prefix('$').filter(|digits| digits.bytes().all(|b| b.is_ascii_digit()))?;
         let n = digits.parse().ok().filter(|n| (1..=PARAMETERS_MAX).contains(n))?;
@@ -377,11 +374,13 @@ impl<'t> Cursor<'t> {
         Some(n)
     }
 
-    fn peek(&self) -> &'t Token {
+    /// The next token.
+    pub(crate) fn peek(&self) -> &'t Token {
         self.significant().next().unwrap_or(&Token::EOF)
     }
 
-    fn advance(&mut self) {
+    /// Reads over the next token.
+    pub(crate) fn advance(&mut self) {
         self.next = self.here().map_or(self.source.tokens.len(), |index| index + 1);
     }
 
@@ -404,6 +403,7 @@ fn bare(token: &Token) -> Option<&Word> {
     }
 }
 
-fn is_word(token: &Token, wanted: &str) -> bool {
+/// Whether a token is this word, without quotes.
+pub(crate) fn is_word(token: &Token, wanted: &str) -> bool {
     bare(token).is_some_and(|word| word.value.eq_ignore_ascii_case(wanted))
 }

@@ -25,6 +25,7 @@ mod backup;
 mod collection;
 mod control;
 mod cursor;
+mod expression;
 mod external;
 mod grant;
 mod lexer;

@@ -7,6 +7,7 @@ use pgerror::PgError;
 use sqlparser::tokenizer::Token;
 
 use crate::cursor::Cursor;
+use crate::expression::expression;
 use crate::statement::Text;
 
 /// What may follow the name of an option.
@@ -160,7 +161,7 @@ fn value(cursor: &mut Cursor<'_>, value: Value) -> Result<(Given, bool), PgError
     let given = match value {
         Value::Nothing => return Ok((Given::Yes, false)),
         Value::Switch | Value::Condition if !cursor.eat(&Token::Eq) => return Ok((Given::Yes, true)),
-        Value::Condition => return Ok((if cursor.expression()? { Given::No } else { Given::Yes }, true)),
+        Value::Condition => return Ok((if expression(cursor)? { Given::No } else { Given::Yes }, true)),
         Value::Switch if cursor.eat_word("TRUE") => Given::Yes,
         Value::Switch if cursor.eat_word("FALSE") => Given::No,
         Value::Switch => return Err(cursor.unexpected()),

@@ -216,6 +216,7 @@ mod tests {
             ("RESTORE DATABASE a FROM LATEST IN 'x' WITH revision_history", "revision_history", 44),
             ("RESTORE DATABASE a FROM LATEST IN 'x' WITH shard_map", "EOF", 53),
             ("RESTORE DATABASE a FROM LATEST IN 'x' WITH experimental detached", "detached", 57),
+            ("RESTORE DATABASE a FROM LATEST IN 'x' AS OF SYSTEM TIME '-1h' foo", "foo", 63),
             ("RESTORE foo FROM 'bar' IN 'baz' WITH key1, key2 = 'value'", "key1", 38),
             ("RESTORE ROLE foo, bar FROM 'baz' IN 'qux'", "foo", 14),
             ("EXPLAIN RESTORE DATABASE a", "EOF", 27),

@@ -5,6 +5,7 @@ use sqlparser::tokenizer::Token;
 
 use crate::backup::{BACKUP, OPTIONS};
 use crate::cursor::Cursor;
+use crate::expression::expression;
 use crate::options::{one, options};
 use crate::selection;
 use crate::statement::Statement;
@@ -52,7 +53,7 @@ pub(crate) fn create(cursor: &mut Cursor<'_>) -> Result<Statement, PgError> {
 fn schedule_option(cursor: &mut Cursor<'_>) -> Result<(), PgError> {
     cursor.name()?;
     if cursor.eat(&Token::Eq) {
-        cursor.expression()?;
+        expression(cursor)?;
     }
     Ok(())
 }

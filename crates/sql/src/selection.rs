@@ -12,7 +12,7 @@ use crate::rows::{Rewritten, Sourced, shifted};
 use crate::statement::Number;
 
 /// The words that a query begins with.
-const QUERIES: [&str; 4] = ["SELECT", "WITH", "TABLE", "VALUES"];
+pub(crate) const QUERIES: [&str; 4] = ["SELECT", "WITH", "TABLE", "VALUES"];
 
 /// The words by which a query goes on behind rows.
 const GOES_ON: [&str; 8] = ["UNION", "INTERSECT", "EXCEPT", "ORDER", "LIMIT", "OFFSET", "FETCH", "FOR"];

@@ -5,6 +5,7 @@ use pgerror::PgError;
 use crate::backup::{ALL_FULL, LEAVE_OUT};
 use crate::collection::{self, collection};
 use crate::cursor::Cursor;
+use crate::expression::expression;
 use crate::options::{Known, Value, options};
 use crate::restore::NOT_ENCRYPTED;
 use crate::statement::{ShowBackup, ShowBackupOptions, ShowBackupWhat, Statement};
@@ -48,7 +49,7 @@ pub(crate) fn backups(cursor: &mut Cursor<'_>) -> Result<Statement, PgError> {
             let hint = "Choose among them: SELECT * FROM [SHOW BACKUPS IN 'uri'] AS b (path) WHERE path < '/2030'.";
             cursor.refuse(refusal.detail("All backups of the collection are listed.").hint(hint));
             cursor.expect_words(&[bound, "THAN"])?;
-            cursor.expression()?;
+            expression(cursor)?;
         }
     }
     options(cursor, "SHOW BACKUPS", &LIST_OPTIONS)?;

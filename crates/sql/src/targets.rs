@@ -4,6 +4,7 @@ use pgerror::PgError;
 use sqlparser::tokenizer::Token;
 
 use crate::cursor::Cursor;
+use crate::expression::expression;
 use crate::names::quoted_name;
 
 /// What a `BACKUP` or a `RESTORE` is of.
@@ -103,7 +104,7 @@ pub(crate) fn as_of(cursor: &mut Cursor<'_>, verb: &Verb, detail: &str, hint: &s
         let refusal = cursor.unsupported(format!("{} AS OF SYSTEM TIME is not supported", verb.name));
         cursor.refuse(refusal.detail(detail).hint(hint));
         cursor.expect_words(&["AS", "OF", "SYSTEM", "TIME"])?;
-        cursor.expression()?;
+        expression(cursor)?;
     }
     Ok(())
 }

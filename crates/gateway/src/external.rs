@@ -70,15 +70,16 @@ async fn grant(
 ) -> anyhow::Result<()> {
     let names: Vec<&str> = statement.connections.iter().map(text).collect::<Result<_, _>>()?;
     let listed = connections.list(session, None).await?;
+    let privileges = statement.parts();
     let mut on = Vec::with_capacity(names.len());
     for name in &names {
         let found = listed.iter().find(|one| one.name == **name).ok_or_else(|| storage::unknown(name))?;
-        gateway.backups.check_grantor(statement.privilege.parts(), found, requester).await?;
+        gateway.backups.check_grantor(&privileges, found, requester).await?;
         on.push(found);
     }
     gateway.backups.check_roles(&statement.roles, &on, requester).await?;
-    let Grant { gives, privilege, roles, .. } = statement;
-    let change = Change { gives: *gives, privileges: privilege.parts(), names: &names, roles };
+    let Grant { gives, roles, .. } = statement;
+    let change = Change { gives: *gives, privileges: &privileges, names: &names, roles };
     connections.change(session, &change).await
 }
 

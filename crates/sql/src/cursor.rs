@@ -131,7 +131,10 @@ impl<'t> Cursor<'t> {
     /// Whether the words here begin a statement of ours.
     pub(crate) fn at_ours(&self) -> bool {
         let mut rest = self.significant().peekable();
-        let word = |token: &'t Token| bare(token).map(|word| word.value.as_bytes());
+        let word = |token: &'t Token| match token {
+            Token::Comma => Some(b",".as_slice()),
+            token => bare(token).map(|word| word.value.as_bytes()),
+        };
         starts_ours(|| rest.next().and_then(word)) && rest.peek() != Some(&&Token::Period)
     }
 

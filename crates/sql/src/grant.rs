@@ -15,8 +15,8 @@ use crate::targets::patterns;
 pub struct Grant {
     /// Whether it gives or takes away.
     pub gives: bool,
-    /// What.
-    pub privilege: Privilege,
+    /// What, in order.
+    pub privileges: Vec<Privilege>,
     /// On which connections.
     pub connections: Vec<Text>,
     /// To whom, or from whom: roles, folded to lower case unless quoted; `public` is everybody.
@@ -35,8 +35,7 @@ pub enum Privilege {
 }
 
 impl Privilege {
-    /// What it consists of, by the names that they are kept under.
-    pub fn parts(self) -> &'static [&'static str] {
+    fn parts(self) -> &'static [&'static str] {
         match self {
             Self::Usage => &["USAGE"],
             Self::Drop => &["DROP"],
@@ -54,6 +53,11 @@ impl Privilege {
 }
 
 impl Grant {
+    /// What it gives or takes away, by the names that they are kept under.
+    pub fn parts(&self) -> Vec<&'static str> {
+        self.privileges.iter().flat_map(|privilege| privilege.parts()).copied().collect()
+    }
+
     pub(crate) fn tag(&self) -> &'static str {
         if self.gives { "GRANT" } else { "REVOKE" }
     }
@@ -61,8 +65,9 @@ impl Grant {
     pub(crate) fn print(&self) -> String {
         let connections: Vec<String> = self.connections.iter().map(Text::print).collect();
         let roles: Vec<_> = self.roles.iter().map(|role| quoted_name(role)).collect();
-        let (tag, privilege, to) = (self.tag(), self.privilege.name(), if self.gives { "TO" } else { "FROM" });
-        format!("{tag} {privilege} ON EXTERNAL CONNECTION {} {to} {}", connections.join(", "), roles.join(", "))
+        let privileges: Vec<&str> = self.privileges.iter().map(|privilege| privilege.name()).collect();
+        let (tag, privileges, to) = (self.tag(), privileges.join(", "), if self.gives { "TO" } else { "FROM" });
+        format!("{tag} {privileges} ON EXTERNAL CONNECTION {} {to} {}", connections.join(", "), roles.join(", "))
     }
 }
 
@@ -139,7 +144,20 @@ fn names(cursor: &mut Cursor<'_>) -> Result<Vec<String>, PgError> {
     Ok(names)
 }
 
-/// `{ GRANT | REVOKE } { USAGE | DROP | ALL [PRIVILEGES] } ON EXTERNAL CONNECTION name, … { TO | FROM } role, …`.
+/// One privilege. Which of them may stand in a list was judged when the text was taken.
+fn privilege(cursor: &mut Cursor<'_>) -> Result<Privilege, PgError> {
+    if cursor.eat_word("USAGE") {
+        return Ok(Privilege::Usage);
+    }
+    if cursor.eat_word("DROP") {
+        return Ok(Privilege::Drop);
+    }
+    cursor.expect_words(&["ALL"])?;
+    cursor.eat_word("PRIVILEGES");
+    Ok(Privilege::All)
+}
+
+/// `{ GRANT | REVOKE } { USAGE | DROP | USAGE, DROP | ALL [PRIVILEGES] } ON EXTERNAL CONNECTION name, … { TO | FROM } role, …`.
 pub(crate) fn grant(cursor: &mut Cursor<'_>) -> Result<Statement, PgError> {
     let gives = cursor.eat_word("GRANT");
     if !gives {
@@ -149,15 +167,10 @@ pub(crate) fn grant(cursor: &mut Cursor<'_>) -> Result<Statement, PgError> {
         cursor.refuse(refusal);
         return refused(cursor, gives);
     }
-    let privilege = if cursor.eat_word("USAGE") {
-        Privilege::Usage
-    } else if cursor.eat_word("DROP") {
-        Privilege::Drop
-    } else {
-        cursor.expect_words(&["ALL"])?;
-        cursor.eat_word("PRIVILEGES");
-        Privilege::All
-    };
+    let mut privileges = vec![privilege(cursor)?];
+    while cursor.eat(&Token::Comma) {
+        privileges.push(privilege(cursor)?);
+    }
     cursor.expect_words(&["ON", "EXTERNAL", "CONNECTION"])?;
     let mut connections = vec![cursor.text()?];
     while cursor.eat(&Token::Comma) {
@@ -169,5 +182,5 @@ pub(crate) fn grant(cursor: &mut Cursor<'_>) -> Result<Statement, PgError> {
         cursor.refuse(refusal.hint("Its owner and superusers grant it."));
         cursor.expect_words(&["WITH", "GRANT", "OPTION"])?;
     }
-    Ok(Statement::Grant(Grant { gives, privilege, connections, roles }))
+    Ok(Statement::Grant(Grant { gives, privileges, connections, roles }))
 }

@@ -88,9 +88,9 @@ impl Statement {
                 Self::CreateExternalConnection { name: text(name)?, uri: text(uri)?, if_not_exists }
             }
             Self::DropExternalConnection { name } => Self::DropExternalConnection { name: text(name)? },
-            Self::Grant(Grant { gives, privilege, connections, roles }) => {
+            Self::Grant(Grant { gives, privileges, connections, roles }) => {
                 let connections = connections.into_iter().map(text).collect::<Result<_, _>>()?;
-                Self::Grant(Grant { gives, privilege, connections, roles })
+                Self::Grant(Grant { gives, privileges, connections, roles })
             }
             Self::ShowExternalConnections { name } => {
                 Self::ShowExternalConnections { name: name.map(text).transpose()? }

@@ -1,9 +1,9 @@
 //! Whose statement is it? Asked for every text a client sends, so it reads a few words and no more.
 
-/// The first words that make a text ours, none the beginning of another. Each is rejected by a bare PostgreSQL (`SHOW`
+/// The first words, with a comma as one, that make a text ours, none the beginning of another. Each is rejected by a bare PostgreSQL (`SHOW`
 /// of an unknown name: 42704, all else: 42601); a test of the whole system proves it for every statement in
 /// `sql-fixtures/`.
-const OURS: [&[&str]; 78] = [
+const OURS: [&[&str]; 82] = [
     &["BACKUP"],
     &["RESTORE"],
     &["EXPLAIN", "BACKUP"],
@@ -64,6 +64,10 @@ const OURS: [&[&str]; 78] = [
     &["REVOKE", "DROP", "ON", "EXTERNAL", "CONNECTION"],
     &["REVOKE", "ALL", "ON", "EXTERNAL", "CONNECTION"],
     &["REVOKE", "ALL", "PRIVILEGES", "ON", "EXTERNAL", "CONNECTION"],
+    &["GRANT", "USAGE", ",", "DROP", "ON", "EXTERNAL", "CONNECTION"],
+    &["GRANT", "DROP", ",", "USAGE", "ON", "EXTERNAL", "CONNECTION"],
+    &["REVOKE", "USAGE", ",", "DROP", "ON", "EXTERNAL", "CONNECTION"],
+    &["REVOKE", "DROP", ",", "USAGE", "ON", "EXTERNAL", "CONNECTION"],
     &["GRANT", "BACKUP", "ON"],
     &["GRANT", "RESTORE", "ON"],
     &["GRANT", "SYSTEM", "ALL"],
@@ -85,7 +89,7 @@ const OURS: [&[&str]; 78] = [
 ];
 
 /// The most words that it takes to know.
-const LONGEST: usize = 6;
+const LONGEST: usize = 7;
 
 /// Whether a text begins with one of our statements.
 ///
@@ -119,9 +123,13 @@ pub(crate) fn starts_ours<'w>(mut next: impl FnMut() -> Option<&'w [u8]>) -> boo
     false
 }
 
-/// Cuts the next bare word off the front of `text`; `None` when something else comes first.
+/// Cuts the next bare word, or a comma, off the front of `text`; `None` when something else comes first.
 fn next_word<'t>(text: &mut &'t [u8]) -> Option<&'t [u8]> {
     *text = skip_blank(text)?;
+    if let Some((comma @ b",", rest)) = text.split_at_checked(1) {
+        *text = rest;
+        return Some(comma);
+    }
     let end = text.iter().position(|b| !b.is_ascii_alphanumeric() && !matches!(*b, b'_' | b'$')).unwrap_or(text.len());
     let (word, rest) = text.split_at(end);
     // A word that runs on in bytes above ASCII is a longer identifier, not our keyword.
@@ -282,6 +290,13 @@ mod tests {
             ("GRANT USAGE ON EXTERNAL CONNECTION a TO b", true),
             ("grant all privileges on external connection a to b", true),
             ("REVOKE DROP ON EXTERNAL /* x */ CONNECTION a FROM b", true),
+            ("GRANT USAGE, DROP ON EXTERNAL CONNECTION a TO b", true),
+            ("revoke drop--\n,usage on external connection a from b", true),
+            ("GRANT USAGE, DROP ON EXTERNAL TO b", false),
+            ("GRANT USAGE, DROP ON TABLE external TO b", false),
+            ("GRANT USAGE, SELECT ON EXTERNAL CONNECTION a TO b", false),
+            ("GRANT usage, drop TO b", false),
+            ("GRANT, USAGE ON EXTERNAL CONNECTION a TO b", false),
             ("GRANT USAGE ON EXTERNAL TO b", false),
             ("GRANT USAGE ON EXTERNAL, CONNECTION TO b", false),
             ("GRANT USAGE ON EXTERNAL.CONNECTION TO b", false),

@@ -1,8 +1,8 @@
 //! Whose statement is it? Asked for every text a client sends, so it reads a few words and no more.
 
-/// The first words, with a comma as one, that make a text ours, none the beginning of another. Each is rejected by a bare PostgreSQL (`SHOW`
-/// of an unknown name: 42704, all else: 42601); a test of the whole system proves it for every statement in
-/// `sql-fixtures/`.
+/// The first words, with a comma as one, that make a text ours, none the beginning of another. Each is rejected by a bare
+/// PostgreSQL (`SHOW` of an unknown name: 42704, all else: 42601); a test of the whole system proves it for every
+/// statement in `sql-fixtures/`.
 const OURS: [&[&str]; 82] = [
     &["BACKUP"],
     &["RESTORE"],

@@ -5,6 +5,7 @@
 //! never writes. Bytes travel as the peers' streams do, bounded by the receiver's pace.
 
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use anyhow::{Context as _, bail};
 use bytes::Bytes;
@@ -24,6 +25,9 @@ use crate::uri::{Uri, inside};
 
 /// The name under which a node offers its files to its peers, and what it reads in stores for them.
 pub const FILES: &str = "files";
+
+/// A listing comes when the other node has all of it; of a store it makes many requests, each with a deadline of its own.
+const LIST_DEADLINE: Duration = Duration::from_secs(600);
 
 /// What a node asks of another one.
 #[derive(Serialize, Deserialize)]
@@ -91,6 +95,9 @@ impl Files {
 
     /// In a store, where nothing is changed for another node.
     async fn read(&self, uri: &Uri, path: &str, action: Action) -> anyhow::Result<Reply> {
+        if !uri.is_shared() {
+            bail!("a node was asked for the files of another node");
+        }
         let store = self.stores.open(uri).await?;
         match action {
             Action::Read => store.download(path).await?.map(Reply::Download).ok_or_else(|| absent().into()),
@@ -175,8 +182,8 @@ impl Remote {
         }
     }
 
-    async fn begin(&self, request: Request) -> anyhow::Result<Option<ByteStream>> {
-        let begun = self.peers.download(self.node, FILES, &request, REQUEST_DEADLINE).await;
+    async fn begin(&self, request: Request, deadline: Duration) -> anyhow::Result<Option<ByteStream>> {
+        let begun = self.peers.download(self.node, FILES, &request, deadline).await;
         match begun {
             Err(error) if is_absent(&error) => Ok(None),
             begun => {
@@ -198,12 +205,12 @@ impl Medium for Remote {
     }
 
     fn download(&self, path: String) -> Boxed<'_, Option<ByteStream>> {
-        Box::pin(self.begin(self.request(path, Action::Read)))
+        Box::pin(self.begin(self.request(path, Action::Read), REQUEST_DEADLINE))
     }
 
     fn list(&self, prefix: String) -> Boxed<'_, Vec<Entry>> {
         Box::pin(async move {
-            let listing = self.begin(self.request(prefix.clone(), Action::List)).await?;
+            let listing = self.begin(self.request(prefix.clone(), Action::List), LIST_DEADLINE).await?;
             let listing = listing.context("list another node's files")?;
             let listed = gather(listing, &prefix, &self.place).await?;
             serde_json::from_slice(&listed).context("read another node's list of files")

@@ -113,42 +113,35 @@ impl Source {
             .into())
     }
 
-    /// [`Source::find`] on this node; where the store is not reached from here or lets nobody in, by way of the first other
-    /// node that reads it. That is for those without a filter only: with one, no node that does not match comes to the
-    /// store.
-    ///
-    /// # Errors
-    ///
-    /// As [`Source::find`]; this node's own if no node reads the store.
-    pub(crate) async fn find_anywhere(
+    /// The backup by way of the first other node that reads it, after [`Source::find`] has failed with `here` on this one: the
+    /// store is not reached from here, or lets nobody in. That is for those without a filter only: with one, no node that
+    /// does not match comes to the store. Nothing when no other node reads it either; what they say of it stays in the log,
+    /// for it may be another store that they reach under that name.
+    pub(crate) async fn find_elsewhere(
         stores: &Stores,
         peers: &Peers,
         collection: &Uri,
         subdir: Option<&str>,
-        filter: &Filter,
-    ) -> anyhow::Result<Self> {
-        let find = async |stores: &Stores| Self::find(stores, peers, collection, subdir, filter).await;
-        let here = match find(stores).await {
-            Err(error) if filter.is_empty() && collection.is_shared() && may_be_read_elsewhere(&error) => error,
-            done => return done,
-        };
+        here: &anyhow::Error,
+    ) -> Option<Self> {
+        if !collection.is_shared() || !may_be_read_elsewhere(here) {
+            return None;
+        }
         let (view, me) = (peers.cluster().view(), peers.cluster().me().node_id);
         let others = view.nodes.values().filter(|known| known.reachable && known.info.node_id != me);
         let mut others: Vec<NodeId> = others.filter_map(|known| known.info.node_id).collect();
         others.sort_unstable();
         let begun = Instant::now();
         for node in others.into_iter().take_while(|_| begun.elapsed() < ELSEWHERE_MAX) {
-            match find(&stores.through(node)).await {
-                Err(error) if may_be_read_elsewhere(&error) => {
-                    tracing::info!(%node, "the backup is not read: {error:#}")
-                }
-                done => {
+            match Self::find(&stores.through(node), peers, collection, subdir, &Filter::default()).await {
+                Ok(source) => {
                     tracing::info!(%node, "the backup is read by way of another node, because here: {here:#}");
-                    return done;
+                    return Some(source);
                 }
+                Err(error) => tracing::info!(%node, "the backup is not read by way of another node: {error:#}"),
             }
         }
-        Err(here)
+        None
     }
 
     /// The directory that holds `file`, with keys.

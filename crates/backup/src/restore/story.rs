@@ -192,8 +192,7 @@ impl Story<'_> {
         }
         let found = self.run.kept::<String>(SUBDIR).await?;
         let chosen = found.as_deref().or(self.payload.subdir.as_deref());
-        let find = || Source::find_anywhere(self.stores, self.peers, &self.collection, chosen, &self.filter);
-        let source = patiently(find).await.map_err(|error| self.absent(error, found.is_some()))?;
+        let source = self.find(chosen).await.map_err(|error| self.absent(error, found.is_some()))?;
         self.run.keep(SUBDIR, &source.subdir).await?;
         let skipped = &source.manifest.skipped_shards;
         if let Some((before, behind)) = &self.payload.description
@@ -205,6 +204,22 @@ impl Story<'_> {
         self.check_rights(&parts).await?;
         self.run.pausepoint(pausepoints::AFTER_SOURCE).await?;
         self.restore(&source, &parts).await
+    }
+
+    /// Without a filter also where only another node reads the store; that is tried once, before it is waited for.
+    async fn find(&self, subdir: Option<&str>) -> anyhow::Result<Source> {
+        let (stores, peers, collection) = (self.stores, self.peers, &self.collection);
+        let find = || Source::find(stores, peers, collection, subdir, &self.filter);
+        let here = match find().await {
+            Err(error) => error,
+            found => return found,
+        };
+        if self.filter.is_empty()
+            && let Some(source) = Source::find_elsewhere(stores, peers, collection, subdir, &here).await
+        {
+            return Ok(source);
+        }
+        if storage::is_transient(&here) { patiently(find).await } else { Err(here) }
     }
 
     /// Of a node's own directory nothing is seen while it is away: a backup that was found there before is there still.

@@ -211,7 +211,10 @@ impl Locals {
 
     /// Forgets what a frame that goes to the server, or any Query, replaces there.
     pub(crate) fn superseded(&mut self, tag: u8, mut body: &[u8]) {
-        if !matches!(tag, b'P' | b'B' | b'C' | b'Q') {
+        if tag == b'Q' {
+            self.portals.remove(b"".as_slice());
+        }
+        if !matches!(tag, b'P' | b'B' | b'C') {
             return;
         }
         let is_statement = body.first() == Some(&b'S');
@@ -224,7 +227,6 @@ impl Locals {
             (b'P', Some(name)) if self.holds(name) => self.taken = Some(name.to_vec()),
             (b'C', Some(name)) if is_statement => self.forget(name),
             (b'B', Some(name)) => drop(self.portals.remove(name)),
-            (b'Q', _) => drop(self.portals.remove(b"".as_slice())),
             _ => {}
         }
     }

@@ -20,7 +20,7 @@ use cluster::Lsn;
 use futures_util::future::try_join_all;
 use futures_util::stream::{self, StreamExt as _, TryStreamExt as _};
 use pgerror::{PgError, SqlState};
-use tokio::time::{sleep, timeout};
+use tokio::time::{Instant, sleep, timeout};
 use tokio_util::sync::CancellationToken;
 
 use super::budget::{Budget, Share};
@@ -269,6 +269,7 @@ impl Taking {
                 return self.unpaused(Mode::Still).await;
             }
             let halt = self.halt().await?;
+            let begun = Instant::now();
             let work = self.while_it_may(&halt, true, PAUSE_WORK).await;
             // Before replay goes on, or it could meet what the founders still hold.
             let stood_down = if matches!(work, Some(Ok(_))) { Ok(()) } else { self.stand_down().await };
@@ -287,7 +288,8 @@ impl Taking {
                 Err(_) => tries += 1,
             }
             stood_down?;
-            sleep(STEP).await;
+            // Replay goes on for as long as it stood, if that was longer: what holds a lock has to come to its end.
+            sleep(STEP.max(begun.elapsed())).await;
         }
     }
 
@@ -492,10 +494,9 @@ impl Taking {
             let founders = std::mem::take(&mut team.founders);
             let downs = stream::iter(founders).map(|founder| stood_down(founder, server, database, job, end));
             team.founders = downs.buffered(OPENING_AT_ONCE).try_collect().await?;
-            match team.guard.is_closed() {
-                true => team.guard = Session::open(server, database, job, end).await?,
-                // Where a look for locks was given up midway.
-                false => team.guard.run(WAIT_ON).await?,
+            // A look for locks may have been given up midway, and replay may have ended the session.
+            if !matches!(timeout(STAND_DOWN_DEADLINE, team.guard.run(WAIT_ON)).await, Ok(Ok(()))) {
+                team.guard = Session::open(server, database, job, end).await?;
             }
             anyhow::Ok(())
         });

@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::io::{Read as _, Write as _};
 use std::net::{Shutdown, TcpListener, TcpStream};
+use std::os::unix::fs::PermissionsExt as _;
 use std::process::{Child, Command, Stdio};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
@@ -10,7 +11,7 @@ use std::time::Duration;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
-use super::demo::{Demo, Node, psql};
+use super::demo::{Demo, Node, directory, psql};
 use super::{both, run, until};
 
 /// How a store fails.
@@ -160,6 +161,8 @@ pub struct Fleet {
     restarted: BTreeMap<usize, Child>,
     /// The command line of each node.
     lines: Vec<Vec<String>>,
+    /// Where nodes find programs of PostgreSQL before all others.
+    programs: BTreeMap<usize, tempfile::TempDir>,
     /// The demo.
     pub demo: Demo,
 }
@@ -170,7 +173,7 @@ impl Fleet {
     pub fn start(arguments: &[&str]) -> Self {
         let demo = Demo::start(arguments);
         let lines = demo.nodes.iter().map(command_line).collect();
-        Self { restarted: BTreeMap::new(), lines, demo }
+        Self { restarted: BTreeMap::new(), lines, programs: BTreeMap::new(), demo }
     }
 
     /// The same in which a death is known within a second, where somebody is killed, stopped or cut off.
@@ -215,6 +218,10 @@ impl Fleet {
         let (program, arguments) = self.lines[number - 1].split_first().unwrap();
         let mut command = Command::new(program);
         command.args(arguments).stdin(Stdio::null()).stdout(Stdio::null()).stderr(log);
+        if let Some(programs) = self.programs.get(&number) {
+            let path = std::env::var("PATH").unwrap_or_default();
+            command.env("PATH", format!("{}:{path}", programs.path().display()));
+        }
         self.restarted.insert(number, command.spawn().unwrap());
     }
 
@@ -233,6 +240,23 @@ impl Fleet {
     pub fn move_behind(&mut self, number: usize, door: &str) {
         self.end_node(number, Signal::SIGTERM);
         self.lines[number - 1].extend(["--advertise-addr".to_owned(), door.to_owned()]);
+        self.start_node(number);
+        self.until_all_live();
+    }
+
+    /// Ends node `number` and starts it so that it finds a release of PostgreSQL that is newer than all others and has an old
+    /// `pg_dump`.
+    #[track_caller]
+    pub fn mislead(&mut self, number: usize) {
+        self.end_node(number, Signal::SIGTERM);
+        let programs = directory();
+        for name in ["postgres", "initdb", "pg_basebackup", "pg_ctl", "pg_dump"] {
+            let version = if name == "pg_dump" { "9.6.24" } else { "99.1" };
+            let script = programs.path().join(name);
+            std::fs::write(&script, format!("#!/bin/sh\necho '{name} (PostgreSQL) {version}'\n")).unwrap();
+            std::fs::set_permissions(&script, std::fs::Permissions::from_mode(0o755)).unwrap();
+        }
+        self.programs.insert(number, programs);
         self.start_node(number);
         self.until_all_live();
     }

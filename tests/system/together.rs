@@ -446,3 +446,28 @@ fn a_right_that_one_of_them_lacks_is_said_once_and_not_in_every_job() {
     // Each coordinator says it for itself.
     assert!(!said.is_empty() && said.values().all(|times| *times == 1), "{said:?}");
 }
+
+/// What a server would refuse is told once, as the job meets it, and beside another one than was to be first none is read.
+#[test]
+fn a_server_whose_schema_cannot_be_dumped_is_not_planned() {
+    let mut fleet = Fleet::start(&TWIN);
+    fleet.mislead(2);
+    let demo = &fleet.demo;
+    demo.ask(1, "SET CLUSTER SETTING feature.backup.enabled = false");
+    let statement = format!("BACKUP DATABASE movr INTO 'nodelocal://1/d' WITH {WEST}");
+    let refused = "would be read, and does not let itself: node 2 ";
+    let plan = until("the plan", || {
+        let plan = demo.ask(2, &format!("EXPLAIN {statement}"));
+        // Node 2 comes first once its round trips are known again, and its setting.
+        if plan.contains(refused) && plan.contains("error: feature BACKUP was") { Ok(plan) } else { Err(plan) }
+    });
+    assert!(plan.contains("error: pg_dump 9.6.24 is older than the server"), "{plan}");
+    assert!(plan.contains("\n  read: node 3 ") && plan.matches("does not let itself").count() == 1, "{plan}");
+    assert!(!plan.contains("read beside it"), "{plan}");
+    demo.ask(1, "SET CLUSTER SETTING feature.backup.enabled = true");
+    demo.until_settings_known();
+    let row = demo.ask(2, &statement);
+    assert_eq!(row.split('|').nth(1), Some("succeeded"), "{row}");
+    let backup = LocalBackup::newest(&[demo.node_dir(1).join("extern")], "d");
+    assert_eq!((&backup.manifest["shards"][0]["read_from"], backup.rows("rides").len()), (&3.into(), 200));
+}

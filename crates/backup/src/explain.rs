@@ -67,6 +67,9 @@ impl Backups {
         in_time(Box::pin(async {
             let judged = self.judge(statement, requester).await?;
             let mut page = Page::default();
+            if let Err(refusal) = self.jobs.settings().await?.check_feature("backup", "BACKUP") {
+                page.fails(0, &refusal);
+            }
             self.coordinator(&mut page, &judged, statement.options.detached).await?;
             let limits = self.jobs.settings().await?.holding();
             let mut total = Sums::default();
@@ -219,12 +222,13 @@ impl Backups {
         databases: &[String],
     ) -> anyhow::Result<Vec<NodeId>> {
         let mut servers = vec![first.node];
-        let together = decision.together.contains(&first.node) && looked.in_recovery && looked.may_pause;
-        for replica in decision.candidates().filter(|it| it.node != first.node && decision.together.contains(&it.node))
-        {
+        // Of those before it has been told why they are not read; and beside another one than was to be first none is.
+        let untold = decision.candidates().skip_while(|it| it.node != first.node).skip(1);
+        let shares = |it: &&Replica| [first.node, it.node].iter().all(|node| decision.together.contains(node));
+        for replica in untold.filter(shares) {
             let node = named(seen.view, replica.node);
             match self.look_to_read(replica.node, databases).await {
-                Ok(beside) if together && beside.in_recovery && beside.may_pause => {
+                Ok(beside) if [looked, &beside].iter().all(|it| it.in_recovery && it.may_pause) => {
                     page.say(1, format!("read beside it: {node}, {}", replica.role));
                     page.say(
                         2,
@@ -234,8 +238,9 @@ impl Backups {
                     page.say(2, connections(databases.len(), &beside));
                     servers.push(replica.node);
                 }
-                Ok(_) => {
-                    page.say(1, format!("not read beside it: {node}, {}: its replay may not be paused", replica.role))
+                Ok(beside) => {
+                    let whose = if beside.in_recovery && beside.may_pause { "that of the first" } else { "its replay" };
+                    page.say(1, format!("not read beside it: {node}, {}: {whose} may not be paused", replica.role));
                 }
                 Err(error) => {
                     page.say(1, format!("would be read beside it, and does not let itself: {node}, {}", replica.role));
@@ -298,9 +303,6 @@ fn how(page: &mut Page, seen: &Sight<'_>, replica: &Replica, looked: &Looked) {
             }
         }),
         Err(refusal) => page.fails(2, &refusal),
-    }
-    if let Some(trouble) = &looked.no_dump {
-        page.say(2, format!("error: {trouble}"));
     }
 }
 
@@ -437,9 +439,10 @@ fn tables<'s>(
     total
 }
 
-/// Whether bytes between these two places count as bytes across localities.
+/// Whether bytes between these two places count as bytes across localities: they share no leading tier, which is the widest
+/// that there is. Nodes of which nothing is said are not apart.
 pub(crate) fn crosses(one: &Locality, other: &Locality) -> bool {
-    one.shared_prefix(other) == 0
+    one != other && one.shared_prefix(other) == 0
 }
 
 fn object<'p>(tables: &Tables<'p>, span: &'p Span) -> String {

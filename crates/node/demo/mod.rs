@@ -212,6 +212,7 @@ fn suggest(raised: &Raised, network: Option<&Network>, first: &str) -> Vec<Strin
             None => (first_tier(last), "nodelocal://self/b".to_owned()),
         };
         let backup = format!("BACKUP DATABASE {database} INTO '{uri}' WITH EXECUTION LOCALITY = '{region}', DETACHED");
+        lines.push(format!("  EXPLAIN {backup};  -- where, and why"));
         lines.push(format!("  {backup};  -- runs in {region} only"));
         lines.push("  SHOW JOBS;".to_owned());
         lines.push(format!("Kill a node and look:  kill -9 {};  psql {first} -c 'SHOW NODES'", last.pid()));

@@ -4,7 +4,6 @@
 //! each database, one after the other. Nothing is paused, dumped or exported.
 
 use anyhow::Context as _;
-use pgerror::PgError;
 use tokio_util::sync::CancellationToken;
 
 use super::budget;
@@ -29,10 +28,9 @@ pub(super) async fn look(server: &Server, databases: &[String], to_read: bool) -
     let (in_recovery, may_pause) = (facts.get(0), facts.get(3));
     let budget = Some(budget::room(&control).await?.budget);
     drop(control);
-    let no_dump = match Program::find(facts.get(1)).await {
-        Ok(_) => None,
-        Err(error) => Some(PgError::of(&error).map_or_else(|| format!("{error:#}"), |said| said.message.clone())),
-    };
+    if to_read {
+        Program::find(facts.get(1)).await?;
+    }
     let mut plans = Vec::new();
     for database in databases {
         let session = Session::open(server, database, NO_JOB, &end).await?;
@@ -44,5 +42,5 @@ pub(super) async fn look(server: &Server, databases: &[String], to_read: bool) -
         }
         plans.push(plan);
     }
-    Ok(Looked { in_recovery, may_pause, no_dump, budget, databases: plans })
+    Ok(Looked { in_recovery, may_pause, budget, databases: plans })
 }

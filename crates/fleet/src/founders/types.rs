@@ -194,8 +194,6 @@ pub struct Looked {
     pub in_recovery: bool,
     /// Whether the node's role may pause and resume its replay.
     pub may_pause: bool,
-    /// Why no schema could be dumped, in words for an operator.
-    pub no_dump: Option<String>,
     /// How many connections all backups together may have there. Older nodes do not say.
     #[serde(default)]
     pub budget: Option<usize>,

@@ -4,8 +4,10 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
 use crate::support::demo::{Demo, directory};
-use crate::support::faults::DEATH_KNOWN;
+use crate::support::faults::{DEATH_KNOWN, Fleet};
 use crate::support::fleet::{Node, Server};
+use crate::support::jobs::{WEST, extern_dirs};
+use crate::support::store::LocalBackup;
 use crate::support::wire::Wire;
 use crate::support::{backhaul, both, run, until};
 
@@ -144,6 +146,106 @@ fn a_stopped_node_tells_its_clients() {
     kill(Pid::from_raw(demo.nodes[1].pid), Signal::SIGTERM).unwrap();
     let heard = wire.hear();
     assert_eq!(heard, "E SFATAL C57P01 Mterminating connection due to administrator command\nend");
+}
+
+/// Has the standby beside node 2 follow the one beside node 3, and with it whatever that becomes.
+#[track_caller]
+fn follow_node_3(demo: &Demo) {
+    let on = |number: usize, query: &str| {
+        run(demo.psql_direct(number).args(["-v", "ON_ERROR_STOP=1", "-Atqc", query])).trim().to_owned()
+    };
+    let [from, to] = [1, 3].map(|number| demo.node_dir(number).join("socket").display().to_string());
+    let source = on(2, "SHOW primary_conninfo");
+    let follow = source.replace(&from, &to);
+    assert_ne!(follow, source);
+    on(2, &format!("ALTER SYSTEM SET primary_conninfo = '{}'", follow.replace('\'', "''")));
+    on(2, "ALTER SYSTEM SET primary_slot_name = ''");
+    on(2, "SELECT pg_reload_conf()");
+    until("the standby to follow the other", || {
+        let seen = on(3, "SELECT count(*) FROM pg_stat_replication WHERE state = 'streaming'");
+        if seen == "1" { Ok(()) } else { Err(seen) }
+    });
+}
+
+/// Waits until every node knows these servers for what they are.
+#[track_caller]
+fn until_roles(demo: &Demo, roles: &[(usize, &str)]) {
+    until("every node to know the roles", || {
+        for number in 1..=demo.nodes.len() {
+            let seen = demo.ask(number, "SHOW NODES");
+            let has = |(of, role): &(usize, &str)| {
+                seen.lines().any(|row| row.starts_with(&format!("{of}|")) && row.contains(&format!("|{role}|t|t|")))
+            };
+            if !roles.iter().all(has) {
+                return Err(format!("node {number}: {seen}"));
+            }
+        }
+        Ok(())
+    });
+}
+
+/// What is read outlives the promotion, and is the users' primary from then on, which the statement keeps away from.
+#[test]
+fn a_standby_that_is_promoted_while_it_is_read_is_read_no_more() {
+    let point = "backup.after_first_span";
+    for has_another in [true, false] {
+        let fleet = Fleet::start(&["--voters", "1", "--rows", "2000"]);
+        let demo = &fleet.demo;
+        if has_another {
+            follow_node_3(demo);
+        }
+        until_roles(demo, &[(1, "leaseholder"), (2, "non-voting replica"), (3, "non-voting replica")]);
+        let job = fleet.held(
+            &format!("BACKUP DATABASE movr INTO 'nodelocal://1/b' WITH {WEST}, replica = 'standby', DETACHED"),
+            point,
+        );
+        let own = format!("FROM pg_stat_activity WHERE application_name LIKE 'backhaul job {job}%'");
+        let on_3 = |query: &str| run(demo.psql_direct(3).args(["-v", "ON_ERROR_STOP=1", "-Atqc", query]));
+        assert_ne!(on_3(&format!("SELECT count(*) {own}")).trim(), "0", "node 3 is read");
+        if !has_another {
+            // Whoever goes on with it finds the point there still.
+            assert_eq!(demo.ask(2, &format!("PAUSE JOB {job}")), "PAUSE JOBS 1");
+            until("the job to be paused", || match fleet.job(&job, "status") {
+                status if status == "paused" => Ok(()),
+                status => Err(status),
+            });
+        }
+        let position = run(demo.psql_direct(1).args(["-Atc", "SELECT pg_current_wal_flush_lsn()"]));
+        until("the standby to have what the registry has", || {
+            let seen = on_3(&format!("SELECT pg_last_wal_replay_lsn() >= '{}'", position.trim()));
+            if seen.trim() == "t" { Ok(()) } else { Err(seen) }
+        });
+        demo.promote(3);
+        let other = if has_another { "non-voting replica" } else { "detached standby" };
+        until_roles(demo, &[(1, "overtaken primary"), (2, other), (3, "leaseholder")]);
+        let withdrawn = "the server beside node 3 may not be read any more; Its role is now \\\"leaseholder\\\", and the \
+                         statement says replica = 'standby'.";
+        if has_another {
+            fleet.let_go(&job, point);
+            assert_eq!(fleet.end_of(&job), ("succeeded".to_owned(), String::new()));
+            let backup = LocalBackup::newest(&extern_dirs(demo), "b");
+            let shard = &backup.manifest["shards"][0];
+            let files = shard["files"].as_array().unwrap();
+            assert!(shard["read_from"] == 2 && files.iter().all(|file| file["read_from"] != 3), "{shard}");
+        } else {
+            assert_eq!(demo.ask(2, &format!("RESUME JOB {job}")), "RESUME JOBS 1");
+            until("the job to find nothing to read", || {
+                let seen = fleet.job(&job, "concat_ws('|', status, execution_errors)");
+                let told = seen.contains("has no server that the backup may read");
+                if seen.starts_with("running|") && told { Ok(()) } else { Err(seen) }
+            });
+        }
+        let errors = fleet.job(&job, "execution_errors::text");
+        assert!(errors.contains(withdrawn), "{errors}");
+        until("nothing of the job to be on the primary", || {
+            let seen = on_3(&format!("SELECT count(*) {own}"));
+            if seen.trim() == "0" { Ok(()) } else { Err(seen) }
+        });
+        if !has_another {
+            assert_eq!(demo.ask(2, &format!("CANCEL JOB {job}")), "CANCEL JOBS 1");
+            assert_eq!(fleet.end_of(&job).0, "canceled");
+        }
+    }
 }
 
 #[test]

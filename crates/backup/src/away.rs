@@ -2,8 +2,10 @@
 //!
 //! A node that does not answer in time, a peer session that has to be opened anew, a server that is late with one answer:
 //! each makes a node or a server look lost for a moment. What it was doing may go on all the same, so it is given up
-//! only when it stays away. Work that fails by itself meanwhile is not waited for: that is judged where it is watched.
+//! only when it stays away. Work that fails by itself meanwhile is not waited for: that is judged where it is watched. A
+//! server that has come to be what the statement keeps away from is given up at once.
 
+use std::future::pending;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -11,6 +13,8 @@ use cluster::{NodeId, Peers, View};
 use pgerror::{PgError, SqlState};
 use tokio::sync::watch;
 use tokio::time::sleep;
+
+use crate::rules::Rules;
 
 /// What does not answer for so long is given up, with the work that it had. Shorter than a session lives by default, so
 /// that a node which is lost for good is not waited for by two clocks one after the other.
@@ -55,6 +59,32 @@ pub(crate) fn has_node(view: &View, node: NodeId) -> bool {
 /// Whether the server beside `node` answers now.
 pub(crate) fn has_server(view: &View, node: NodeId) -> bool {
     view.node(node).is_some_and(|known| known.reachable && known.info.server_state().is_some())
+}
+
+/// Why the server beside `node` may not be read any more, if the statement keeps away from what it has come to be: a
+/// standby that was promoted, say. Its founders outlive that, and would be read on.
+pub(crate) fn withdrawn(view: &View, rules: &Rules, node: NodeId) -> Option<PgError> {
+    let known = view.node(node).filter(|known| known.reachable)?;
+    let role = view.role(&known.info);
+    let reason = rules.withdraw(role, &known.info.locality)?;
+    let message = format!("the server beside node {node} may not be read any more");
+    let error = PgError::new(SqlState::CONNECTION_FAILURE, message);
+    Some(error.detail(format!("Its role is now \"{role}\", and {reason}.")))
+}
+
+/// Returns why the server beside `node` may not be read any more, as soon as that is so.
+pub(crate) async fn withdrawal(peers: &Peers, rules: &Rules, node: NodeId) -> PgError {
+    let mut views = peers.cluster().subscribe();
+    loop {
+        let why = withdrawn(&views.borrow_and_update(), rules, node);
+        if let Some(why) = why {
+            return why;
+        }
+        if views.changed().await.is_err() {
+            // There is nothing more to be seen.
+            return pending().await;
+        }
+    }
 }
 
 /// Returns when it has not been there for a whole `moment` without a break, or when there is nothing more to be seen.

@@ -4,8 +4,8 @@
 //! goes is dealt to the others, and one that comes gets its part of what nobody has begun; a piece that fails for a
 //! reason that may pass is tried again for a while, and when that is over the job is begun again with what is finished;
 //! anything else ends it all. Where there are several servers to read from, each worker has its own or the closest; when
-//! one of them is lost, what its node had is dealt anew, and the others are read. What does not answer for a moment is
-//! not lost yet ([`crate::away`]).
+//! one of them is lost, what its node had is dealt anew, and the others are read. One that the statement keeps away from
+//! by now counts as lost; what does not answer for a moment is not lost yet ([`crate::away`]).
 
 use std::collections::BTreeMap;
 use std::time::Duration;
@@ -267,7 +267,10 @@ impl Deal<'_> {
     ) -> Ended<P, R> {
         let rested = async {
             sleep(piece.failures.rest).await;
-            work.await
+            match away::withdrawn(&self.peers.cluster().view(), self.rules, server) {
+                Some(why) => Err(why.into()),
+                None => work.await,
+            }
         };
         let watched = away::watching(self.peers, server, BLIP_MAX, "it was worked on", rested);
         let outcome = tokio::select! {
@@ -278,14 +281,16 @@ impl Deal<'_> {
                 let message = format!("node {worker} was lost while it worked");
                 Err(PgError::new(SqlState::CONNECTION_FAILURE, message).into())
             }
+            why = away::withdrawal(self.peers, self.rules, server) => Err(why.into()),
         };
         drop(begun);
         Ended { worker, server, piece, outcome }
     }
 
-    /// Whether the server beside this node answers now.
+    /// Whether the server beside this node answers now, and may be read still.
     pub(crate) fn has_server(&self, server: NodeId) -> bool {
-        away::has_server(&self.peers.cluster().view(), server)
+        let view = self.peers.cluster().view();
+        away::has_server(&view, server) && away::withdrawn(&view, self.rules, server).is_none()
     }
 
     /// Whether `node` answers now.

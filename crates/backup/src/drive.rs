@@ -12,6 +12,7 @@ use pgerror::{PgError, SqlState};
 use serde::{Deserialize, Serialize};
 use tokio::time::Instant;
 
+use crate::away;
 use crate::busy::Busy;
 use crate::deal::{AsyncDone, Deal, End};
 use crate::export::{EXPORT, Request, Task};
@@ -20,7 +21,7 @@ use crate::layout;
 use crate::manifest::FileEntry;
 use crate::pace::SharedPace;
 use crate::pausepoints::AFTER_FIRST_SPAN;
-use crate::point::ShardPoint;
+use crate::point::{self, ShardPoint};
 use crate::rules::Rules;
 use crate::spans::{self, Span};
 
@@ -167,6 +168,10 @@ impl AsyncDone<Span, FileEntry> for &mut Noted<'_> {
         tracing::warn!(%server, shard, "its founders are lost; the others of the point are read: {error:#}");
         let said = error.downcast_ref::<Invalidated>().map(|lost| lost.said.clone());
         let said = said.context("say what was lost")?;
+        if away::withdrawn(&self.shard.peers.cluster().view(), self.shard.rules, server).is_some() {
+            // It lives, and founders would keep dead rows on what may be the users' primary by now.
+            point::close(self.shard.peers, server, self.shard.point.lease).await;
+        }
         self.shard.run.note(&anyhow::Error::from(said).context("read at the same point from another server")).await
     }
 }

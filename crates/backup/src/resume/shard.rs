@@ -13,6 +13,7 @@ use tokio::time::timeout;
 use tokio_util::task::AbortOnDropHandle;
 
 use super::Story;
+use crate::away;
 use crate::drive::{self, Finished, Invalidated, Shard};
 use crate::export::sha256;
 use crate::hold::{self, Held, Spoilt};
@@ -54,38 +55,39 @@ impl Story<'_> {
     async fn point(&self, shard: &str, databases: &[String]) -> anyhow::Result<ShardPoint> {
         let key = format!("point/{shard}");
         let before = self.run.kept::<ShardPoint>(&key).await?;
-        let tries = match before {
-            Some(point) if self.is_usable(&point).await? => {
-                tracing::info!(job = %self.run.id, shard, "an earlier run's point is kept");
-                return Ok(point);
-            }
-            Some(point) => {
-                let nodes: Vec<String> = point.nodes().iter().map(NodeId::to_string).collect();
-                let nodes = nodes.join(" and node ");
-                let message = format!("the point of shard \"{shard}\" was lost with node {nodes} or its server");
-                let error = PgError::new(SqlState::CONNECTION_FAILURE, message);
-                self.run.note(&anyhow::Error::from(error).context("read at another point")).await?;
-                // Of several servers some may hold it still.
-                point::close_all(self.peers, &point).await;
-                point.tries.lost()
-            }
-            None => Tries::default(),
+        let Some(point) = before else { return self.new_point(shard, databases, Tries::default()).await };
+        let Some(why) = self.unusable(&point).await? else {
+            tracing::info!(job = %self.run.id, shard, "an earlier run's point is kept");
+            return Ok(point);
         };
+        self.run.note(&anyhow::Error::from(why).context("read at another point")).await?;
+        // Of several servers some may hold it still.
+        point::close_all(self.peers, &point).await;
+        let tries = point.tries.lost();
         self.new_point(shard, databases, tries).await
     }
 
-    /// Whether somebody still holds the point. The schema is on the first server alone until it has been moved.
-    async fn is_usable(&self, point: &ShardPoint) -> anyhow::Result<bool> {
-        let alive = point::alive(None, self.peers, point).await;
-        if alive.is_empty() || alive.contains(&point.node) {
-            return Ok(!alive.is_empty());
-        }
-        for database in &point.opened.databases {
-            if self.run.kept::<FileEntry>(&schema_key(point, &database.name)).await?.is_none() {
-                return Ok(false);
+    /// Why nothing can be read at the point any more, unless a server still holds it that may be read. The schema is on the
+    /// first server alone until it has been moved.
+    async fn unusable(&self, point: &ShardPoint) -> anyhow::Result<Option<PgError>> {
+        let mut alive = point::alive(None, self.peers, point).await;
+        let view = self.peers.cluster().view();
+        let withdrawn = |node: &NodeId| away::withdrawn(&view, &self.rules, *node);
+        let why = alive.iter().find_map(withdrawn);
+        alive.retain(|node| withdrawn(node).is_none());
+        let mut is_usable = !alive.is_empty();
+        if !alive.contains(&point.node) {
+            for database in &point.opened.databases {
+                is_usable &= self.run.kept::<FileEntry>(&schema_key(point, &database.name)).await?.is_some();
             }
         }
-        Ok(true)
+        let lost = || {
+            let nodes: Vec<String> = point.nodes().iter().map(NodeId::to_string).collect();
+            let (shard, nodes) = (&point.shard, nodes.join(" and node "));
+            let message = format!("the point of shard \"{shard}\" was lost with node {nodes} or its server");
+            PgError::new(SqlState::CONNECTION_FAILURE, message)
+        };
+        Ok((!is_usable).then(|| why.unwrap_or_else(lost)))
     }
 
     async fn new_point(&self, shard: &str, databases: &[String], tries: Tries) -> anyhow::Result<ShardPoint> {

@@ -100,6 +100,22 @@ impl Rules {
         let is_outside = |place: &Locality| place.first_unmatched(&self.filter).is_some();
         !self.replicas.allows(Role::Leaseholder) || self.strict && leaseholder.is_some_and(is_outside)
     }
+
+    /// Why a server that is read may be read no more: of its roles those that the statement keeps away from. Only one that
+    /// it is known to have counts: a server that restarts, or follows nobody while nobody leads, is not another one yet.
+    pub(crate) fn withdraw(&self, role: Role, place: &Locality) -> Option<Reason> {
+        let is_withdrawn = match role {
+            Role::Leaseholder => self.forbid(Some(place)),
+            Role::Voting => !self.replicas.allows(role),
+            Role::NonVoting | Role::Detached | Role::Overtaken | Role::Down | Role::None => false,
+        };
+        let outside = || place.first_unmatched(&self.filter).cloned().map(Reason::Outside);
+        match is_withdrawn {
+            false => None,
+            true if self.replicas.allows(role) => outside(),
+            true => Some(Reason::NotAsked(self.replicas)),
+        }
+    }
 }
 
 /// A server of the shard, as it is seen.

@@ -119,6 +119,29 @@ fn options_pass_servers_over_and_never_fall_back() {
 }
 
 #[test]
+fn a_server_is_withdrawn_for_what_it_is_known_to_have_become() {
+    use Role::{Detached, Down, Leaseholder, NonVoting, None, Overtaken, Voting};
+    let (all, outside) = ([Leaseholder, Voting, NonVoting, Detached, Overtaken, Down, None], "region=west,zone=a");
+    for (asked, withdrawn) in [
+        ("", &[][..]),
+        ("standby", &[Leaseholder]),
+        ("nonvoting", &[Leaseholder, Voting]),
+        ("strict region=west", &[]),
+        ("strict region=east", &[Leaseholder]),
+        ("region=east", &[]),
+    ] {
+        let rules = rules(asked);
+        for role in all {
+            let reason = rules.withdraw(role, &outside.parse().unwrap());
+            assert_eq!(reason.is_some(), withdrawn.contains(&role), "{asked}: {role}: {reason:?}");
+        }
+    }
+    let said = |asked: &str| rules(asked).withdraw(Leaseholder, &outside.parse().unwrap()).unwrap().to_string();
+    assert_eq!(said("standby"), "the statement says replica = 'standby'");
+    assert_eq!(said("strict region=east"), "its node lacks region=east, and the execution locality is strict");
+}
+
+#[test]
 fn an_unfit_server_is_passed_over_with_its_reason() {
     for (server, reason) in [
         ("async lags", "Lags(1073741825)"),

@@ -9,7 +9,8 @@
 //! for it ([`Given`]), and to nobody else, or changes in a loop would keep a backup from ever ending. Whoever gives up,
 //! say at a `lock_timeout`, and comes again is somebody else.
 //!
-//! On a standby nobody waits: there replay ends what is in its way.
+//! On a standby nobody waits: there replay ends what is in its way. What it is, is asked with each look: a standby that was
+//! promoted is a primary to those who wait, whatever it was when the point was taken.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
@@ -75,14 +76,14 @@ pub(super) struct Yielding {
     cancel: CancelToken,
 }
 
-/// Has `founder`, which reads this span, give way, if it is one that has to. It may have had its lock since before the
-/// last of those came to whom way is given, so it looks whether or not there is room for another one.
+/// Has `founder`, which reads this span, give way, if it reads what somebody may come to wait for. It may have had its
+/// lock since before the last of those came to whom way is given, so it looks whether or not there is room for another one.
 pub(super) fn watched(pool: &Arc<Pool>, founder: &Session, what: &What) -> Option<Yielding> {
     match *what {
-        What::Table { oid, .. } if pool.is_exported() => {
+        What::Table { oid, .. } => {
             Some(Yielding { pool: pool.clone(), table: oid, cancel: founder.client.cancel_token() })
         }
-        What::Table { .. } | What::LargeObjects | What::LargeObjectData => None,
+        What::LargeObjects | What::LargeObjectData => None,
     }
 }
 
@@ -121,7 +122,12 @@ impl Yielding {
     }
 
     async fn waiting(&self) -> anyhow::Result<Vec<String>> {
-        Ok(self.pool.guard().await?.row(WANTED, &[&self.table]).await?.get(0))
+        let guard = self.pool.guard().await?;
+        // Replay may hold what the other question has to look into, and is not given way to.
+        if guard.row("SELECT pg_catalog.pg_is_in_recovery()", &[]).await?.get(0) {
+            return Ok(Vec::new());
+        }
+        Ok(guard.row(WANTED, &[&self.table]).await?.get(0))
     }
 
     /// Ends the read, and with it its lock.

@@ -112,6 +112,26 @@ async fn a_span_of_a_primary_gives_way_to_ddl_and_not_for_ever() {
     timeout(DEADLINE, locking).await.unwrap().unwrap();
 }
 
+/// Founders outlive the promotion of their standby, and from then on there are changes that wait for them.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_span_of_a_standby_that_was_promoted_gives_way_to_ddl() {
+    let setup = "CREATE TABLE big AS SELECT n, repeat('x', 500) FROM generate_series(1, 60000) n";
+    let fleet = Fleet::start(true, setup).await;
+    fleet.caught_up().await;
+    let (founders, lease) = (Founders::new(fleet.standby()), Uuid::new_v4());
+    let opened = opened(&founders, open(lease, 3)).await;
+    let big = whole(table(&opened, "big"));
+    let halves = three_halves(&founders, lease, &big).await;
+    assert_eq!(ask(&fleet.standby(), "postgres", "SELECT pg_promote()").await, "t");
+    let (promoted, _connection) = fleet.standby().session_in("shop").await.unwrap();
+    let altered = promoted.batch_execute("ALTER TABLE big ADD COLUMN note text");
+    timeout(DEADLINE, altered).await.unwrap().unwrap();
+    for half in halves {
+        given_way(half).await;
+    }
+    assert!(is_invalidated(&refused(&founders, &span(lease, big)).await));
+}
+
 /// Makes `table` one of an extension's, of whose rows those that meet `condition` are the user's.
 async fn with_condition(fleet: &Fleet, table: &str, condition: &str) {
     let condition = condition.replace('\'', "''");

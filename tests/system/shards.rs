@@ -313,8 +313,14 @@ fn a_shard_that_cannot_be_reached_is_an_error_or_left_out_by_name() {
     assert!(plan.contains("shard s1: leaseholder") && plan.contains("\nerror: shard \"s2\" cannot be"), "{plan}");
     let plan = demo.ask(1, &format!("EXPLAIN {}", statement(skip)));
     assert!(plan.contains(&format!("\n{out}\ntotal: ")) && !plan.contains("error:"), "{plan}");
-    // It may be there or not, so it is not said that it is not.
-    let missing = demo.ask(1, &format!("BACKUP DATABASE elsewhere INTO 'nodelocal://self/b' WITH {skip}"));
+    // It may be there or not, so it is not said that it is not; where nothing may be left out, that is all there is to say.
+    let perhaps = "BACKUP DATABASE elsewhere INTO 'nodelocal://self/b'";
+    let failed = demo.ask(1, perhaps);
+    assert!(failed.starts_with("ERROR:  08006: shard \"s2\" cannot be reached\nDETAIL:  No node that"), "{failed}");
+    let plan = demo.ask(1, &format!("EXPLAIN {perhaps}"));
+    let told_of_both = "\nshard s1: holds none of the databases\nerror: shard \"s2\" cannot be reached (08006)\n";
+    assert!(plan.contains(told_of_both) && plan.contains("\ntotal: "), "{plan}");
+    let missing = demo.ask(1, &format!("{perhaps} WITH {skip}"));
     assert!(
         missing.contains("3D000") && missing.contains("DETAIL:  It may be in what cannot be reached: shard \"s2\".")
     );

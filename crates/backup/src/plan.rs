@@ -189,7 +189,7 @@ impl Backups {
         // Whoever cannot make a job need not plan one.
         let id = self.jobs.new_id().await?;
         let created = Utc::now();
-        let targets = self.targets(&statement.targets, requester).await?;
+        let targets = self.targets(&statement.targets, statement.options.skip_unreachable_shards, requester).await?;
         let uri = Uri::parse(literal(&statement.into)?)?;
         let resolved = self.resolve(&uri, requester).await?;
         Ok(Judged { rules, pausepoints, id, created, targets, shown: uri.redacted(), resolved })

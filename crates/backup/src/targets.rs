@@ -36,12 +36,14 @@ pub(crate) struct Targets {
 }
 
 impl Backups {
-    /// Asks every shard for these databases, or for all that it has; the requester may read all that are found.
+    /// Asks every shard for these databases, or for all that it has; the requester may read all that are found. `skips`
+    /// where the statement leaves out what cannot be reached.
     ///
     /// # Errors
     ///
-    /// A database is named twice, or is nowhere, or may not be read; nothing is named, and there is nothing.
-    pub(crate) async fn targets(&self, named: &Named, requester: &Requester) -> anyhow::Result<Targets> {
+    /// A database is named twice, or is nowhere, or may not be read; nothing is named, and there is nothing; a shard that
+    /// answers refuses.
+    pub(crate) async fn targets(&self, named: &Named, skips: bool, requester: &Requester) -> anyhow::Result<Targets> {
         once_each(named.databases())?;
         let shards = self.shards().await?;
         let answers = join_all(shards.iter().map(|shard| self.ask_shard(shard, named, requester))).await;
@@ -62,7 +64,10 @@ impl Backups {
                 },
             }
         }
-        targets.check(named)?;
+        // A database that nobody has may be in what could not be asked: where nothing is left out, that is told instead.
+        if skips || targets.unreachable.is_empty() {
+            targets.check(named)?;
+        }
         if *named == Named::Cluster {
             targets.left_out.push(server_wide());
         }

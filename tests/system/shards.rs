@@ -365,9 +365,19 @@ fn a_shard_that_cannot_be_reached_is_an_error_or_left_out_by_name() {
 }
 
 #[test]
-fn a_server_that_lets_nobody_in_is_unreachable_and_a_retired_shard_is_not_asked() {
+fn a_server_that_is_silent_is_unreachable_one_that_refuses_is_not_and_a_retired_shard_is_not_asked() {
     let demo = start("100");
     let statement = |options: &str| format!("BACKUP DATABASE movr INTO 'nodelocal://1/b' WITH DETACHED{options}");
+    // What answers is in the backup, or there is none.
+    on(&demo, 2, "postgres", "ALTER DATABASE movr CONNECTION LIMIT 0");
+    for options in ["", ", skip_unreachable_shards"] {
+        let refused = demo.ask(1, &statement(options));
+        let why = "DETAIL:  Its leaseholder says: too many connections for database \"movr\".";
+        let expected = format!("ERROR:  53300: shard \"s2\" refuses a session in database \"movr\"\n{why}");
+        assert!(refused.starts_with(&expected), "{refused}");
+    }
+    assert_eq!(demo.ask(1, "SHOW JOBS"), "", "no job was made");
+    on(&demo, 2, "postgres", "ALTER DATABASE movr CONNECTION LIMIT -1");
     let server = demo.server_pid(2);
     // What is connected stays so, and answers; whoever comes new waits, and nobody waits for ever.
     kill(server, Signal::SIGSTOP).unwrap();

@@ -10,8 +10,8 @@ use std::time::Duration;
 
 use anyhow::Context as _;
 use chrono::{DateTime, Utc};
-use cluster::{Filter, PeerSession, Peers, Purpose, spoken};
-use jobs::{Birth, Job, JobId, Jobs, NewJob, Taken};
+use cluster::{Filter, PeerSession, Peers, Purpose, said_by_server, spoken};
+use jobs::{Birth, Job, JobId, Jobs, NewJob, Retryable, Taken};
 use pgerror::{PgError, SqlState};
 use serde_json::Value;
 use sql::{Backup, Statement, Text};
@@ -380,7 +380,7 @@ pub(crate) async fn in_time<T>(plan: impl Future<Output = anyhow::Result<T>>) ->
 ///
 /// # Errors
 ///
-/// 08006 naming the shard.
+/// 08006 naming the shard where it does not answer; where it refuses, the server's code and words.
 pub(crate) async fn leaseholder_session(peers: &Peers, shard: &str, database: &str) -> anyhow::Result<PeerSession> {
     let view = peers.cluster().view();
     // The error for a shard without one names it.
@@ -389,10 +389,29 @@ pub(crate) async fn leaseholder_session(peers: &Peers, shard: &str, database: &s
     let purpose = Purpose::Server { database: database.to_owned() };
     peers.dialer().dial(&leader.address, &purpose).await.map_err(|error| {
         tracing::info!("{error:#}");
-        PgError::new(SqlState::CONNECTION_FAILURE, format!("shard \"{shard}\" cannot be reached"))
-            .detail("Its leaseholder does not answer.")
-            .into()
+        let refusal = no_session(shard, database, said_by_server(&error));
+        match refusal.code {
+            // A job may find room later.
+            SqlState::TOO_MANY_CONNECTIONS => anyhow::Error::new(refusal).context(Retryable),
+            _ => refusal.into(),
+        }
     })
+}
+
+/// That there is no session on the leaseholder of `shard`. One that says nothing, or that it is about to go or to come,
+/// cannot be reached; whatever else it says is its answer, and a shard that answers is not left out of a backup.
+fn no_session(shard: &str, database: &str, answer: Option<PgError>) -> PgError {
+    let unreached = || PgError::new(SqlState::CONNECTION_FAILURE, format!("shard \"{shard}\" cannot be reached"));
+    let Some(answer) = answer else { return unreached().detail("Its leaseholder does not answer.") };
+    let (code, words) = (answer.code, answer.message.trim_end_matches('.'));
+    if code == SqlState::CONNECTION_FAILURE || code.as_str().starts_with("57P0") {
+        return unreached().detail(format!("Its leaseholder says: {words}."));
+    }
+    let more = answer.detail.map(|detail| format!(" {detail}")).unwrap_or_default();
+    let message = format!("shard \"{shard}\" refuses a session in database \"{database}\"");
+    let mut refusal = PgError::new(code, message).detail(format!("Its leaseholder says: {words}.{more}"));
+    refusal.hint = answer.hint;
+    refusal
 }
 
 pub(crate) fn literal(text: &Text) -> anyhow::Result<&str> {
@@ -446,4 +465,42 @@ fn finished(job: Job) -> anyhow::Result<Finished> {
         bytes: count("bytes"),
         notices,
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_shard_that_answers_is_not_taken_for_one_that_cannot_be_reached() {
+        let unreached = |detail: &str| ("08006", "shard \"s2\" cannot be reached".to_owned(), detail.to_owned());
+        let refused = |code: &'static str, detail: &str| {
+            (code, "shard \"s2\" refuses a session in database \"db\"".to_owned(), detail.to_owned())
+        };
+        for (answer, expected) in [
+            (None, unreached("Its leaseholder does not answer.")),
+            (Some(("57P01", "going", None)), unreached("Its leaseholder says: going.")),
+            (Some(("57P02", "crashed", None)), unreached("Its leaseholder says: crashed.")),
+            (Some(("57P03", "starting up", None)), unreached("Its leaseholder says: starting up.")),
+            (Some(("08006", "lost", None)), unreached("Its leaseholder says: lost.")),
+            (Some(("53300", "too many", None)), refused("53300", "Its leaseholder says: too many.")),
+            (
+                Some(("42501", "permission denied", Some("User lacks CONNECT."))),
+                refused("42501", "Its leaseholder says: permission denied. User lacks CONNECT."),
+            ),
+            (Some(("28000", "no entry", None)), refused("28000", "Its leaseholder says: no entry.")),
+            (Some(("28P01", "no secret", None)), refused("28P01", "Its leaseholder says: no secret.")),
+            (Some(("3D000", "it is gone", None)), refused("3D000", "Its leaseholder says: it is gone.")),
+            (Some(("XX000", "internal error", None)), refused("XX000", "Its leaseholder says: internal error.")),
+        ] {
+            let answer = answer.map(|(code, words, detail)| {
+                let said = PgError::new(SqlState::parse(code).unwrap(), words).hint("Look.");
+                detail.map_or_else(|| said.clone(), |detail: &str| said.clone().detail(detail))
+            });
+            let told = no_session("s2", "db", answer);
+            // What the server advises stays with what it says.
+            assert_eq!(told.hint.is_some(), expected.0 != "08006", "{told:?}");
+            assert_eq!((told.code.as_str(), told.message, told.detail.unwrap()), expected);
+        }
+    }
 }

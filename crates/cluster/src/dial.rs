@@ -6,6 +6,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context as _, anyhow};
+use pgerror::{PgError, SqlState};
 use sql::Verb;
 use tokio::sync::watch;
 use tokio::time::timeout;
@@ -164,4 +165,12 @@ pub fn spoken(error: tokio_postgres::Error) -> anyhow::Error {
         }
         None => anyhow::Error::new(error),
     }
+}
+
+/// What a server, or a node, has answered, where [`spoken`] has made the error of it.
+pub fn said_by_server(error: &anyhow::Error) -> Option<PgError> {
+    let said = error.chain().find_map(|cause| cause.downcast_ref::<tokio_postgres::Error>())?.as_db_error()?;
+    let mut answer = PgError::new(SqlState::parse(said.code().code())?, said.message());
+    (answer.detail, answer.hint) = (said.detail().map(str::to_owned), said.hint().map(str::to_owned));
+    Some(answer)
 }

@@ -32,7 +32,7 @@ pub mod socket;
 pub mod store;
 mod wary;
 
-pub use dial::{Dialer, PEER_OPTION, PEER_USER, PeerSession, Purpose, spoken};
+pub use dial::{Dialer, PEER_OPTION, PEER_USER, PeerSession, Purpose, said_by_server, spoken};
 pub use handle::{Cluster, Known, View};
 pub use locality::{Filter, Locality, LocalityError, Tier};
 pub use node::{Downstream, Lsn, NodeId, NodeInfo, Replay, Role, ServerInfo, ServerState, Upstream};

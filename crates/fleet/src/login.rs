@@ -3,6 +3,7 @@
 //! tokio-postgres keeps its sockets to itself. A node that lends a session to another node needs the bare one behind a
 //! finished authentication, and the open-door check needs to see what a server asks for before anybody is let in.
 
+use std::io;
 use std::time::Duration;
 
 use anyhow::{Context as _, anyhow, bail};
@@ -64,7 +65,9 @@ pub async fn login(server: &Server, database: &str, application_name: &str) -> a
         login.authenticate(server).await?;
         Ok(LoggedIn { socket: login.socket, received: login.received })
     };
-    timeout(LOGIN_DEADLINE, steps).await.map_err(|_| anyhow!("the server did not finish the login in time"))?
+    timeout(LOGIN_DEADLINE, steps)
+        .await
+        .map_err(|_| io::Error::new(io::ErrorKind::TimedOut, "the server did not finish the login in time"))?
 }
 
 /// Presents a startup packet without ever answering a demand for a proof.
@@ -104,7 +107,7 @@ impl Login {
                 return Ok(message);
             }
             if self.socket.read_buf(&mut self.received).await? == 0 {
-                bail!("the server closed the connection");
+                return Err(io::Error::new(io::ErrorKind::UnexpectedEof, "the server closed the connection").into());
             }
         }
     }

@@ -195,6 +195,12 @@ fn nothing_stays_paused_whatever_becomes_of_the_job() {
         }
         let (status, error) = fleet.end_of(&job);
         assert!(status == expected.0 && error.starts_with(expected.1), "{end}: {status}: {error}");
+        if status == "succeeded" {
+            let backup = LocalBackup::newest(&extern_dirs(&fleet.demo), "c");
+            let (made_by, shard) = (&backup.manifest["job"], &backup.manifest["shards"][0]);
+            // Whatever was lost, the statement lets nothing else be read.
+            assert_eq!((made_by.to_string(), &shard["read_from"]), (job, &3.into()), "{end}");
+        }
         until_on(&fleet.demo, 3, STATE, "not paused");
         let sessions = "SELECT count(*) FROM pg_stat_activity WHERE application_name LIKE 'backhaul job%'";
         until_on(&fleet.demo, 3, sessions, "0");
@@ -324,6 +330,47 @@ fn a_mode_that_cannot_be_had_is_refused_and_commits_never_wait_for_a_pause() {
     let errors = fleet.job(&job, "execution_errors::text");
     assert!(errors.contains("Commits may wait for the server now."), "{errors}");
     until_on(demo, 3, STATE, "not paused");
+}
+
+/// Where a later point cannot be had in the mode that was asked for, the primary is not read instead, though it may be.
+#[test]
+fn a_job_waits_for_a_standby_that_can_have_the_mode_it_was_begun_in() {
+    let fleet = Fleet::start(&["--rows", "500"]);
+    let demo = &fleet.demo;
+    let feedback = |number: usize, value: &str| {
+        on_server(demo, number, &format!("ALTER SYSTEM SET hot_standby_feedback = {value}"));
+        on_server(demo, number, "SELECT pg_reload_conf()");
+    };
+    let wanted = "SET backhaul.backup.standby_mode = 'feedback'";
+    let statement =
+        "BACKUP DATABASE movr INTO 'nodelocal://1/c' WITH EXECUTION LOCALITY = 'region=us-west-1', DETACHED";
+    let until_told = |words: &str| {
+        until(words, || {
+            let explain = format!("EXPLAIN {statement}");
+            let plan = both(&demo.psql(1).args(["-Atq", "-c", wanted, "-c", &explain]).output().unwrap());
+            if plan.contains(words) { Ok(()) } else { Err(plan) }
+        });
+    };
+    feedback(2, "off");
+    feedback(3, "on");
+    until_told("conflicts: feedback");
+    let job = fleet.held_after(wanted, statement, HELD);
+    feedback(3, "off");
+    until_told("the standby beside node 3 cannot be read in mode");
+    let own = format!("FROM pg_stat_activity WHERE application_name LIKE 'backhaul job {job}%'");
+    on_server(demo, 3, &format!("SELECT count(pg_terminate_backend(pid)) {own}"));
+    until_on(demo, 3, &format!("SELECT count(*) {own}"), "0");
+    fleet.let_go(&job, HELD);
+    until("the job to be tried again", || {
+        let told = fleet.job(&job, "concat_ws('|', status, num_runs > 1, execution_errors)");
+        assert!(told.starts_with("running|"), "{told}");
+        if told.starts_with("running|t|") && told.contains("cannot be read in mode") { Ok(()) } else { Err(told) }
+    });
+    feedback(3, "on");
+    assert_eq!(fleet.end_of(&job), ("succeeded".to_owned(), String::new()));
+    let backup = LocalBackup::newest(&extern_dirs(demo), "c");
+    let shard = &backup.manifest["shards"][0];
+    assert_eq!((&shard["read_from"], &shard["modes"]["3"]["mode"]), (&3.into(), &"feedback".into()));
 }
 
 #[test]

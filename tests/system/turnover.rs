@@ -34,6 +34,14 @@ fn writers_and_rides(manifest: &Value) -> (BTreeSet<u64>, u64) {
     (writers, of_rides.map(|file| file["rows"].as_u64().unwrap()).sum())
 }
 
+/// The files of the spans that a job has finished.
+#[track_caller]
+fn finished(fleet: &Fleet, job: &str) -> BTreeSet<String> {
+    let paths = "SELECT value #>> '{file,path}' FROM registry.job_info";
+    let told = fleet.registry(&format!("{paths} WHERE job_id = {job} AND key LIKE 'span/%'"));
+    told.lines().map(str::to_owned).collect()
+}
+
 /// Makes an attached job from node 1, which does not match, and waits until it is held where it has gone; gives the job and
 /// its coordinator.
 #[track_caller]
@@ -66,6 +74,7 @@ fn a_node_that_comes_is_given_spans_and_one_that_goes_is_done_without() {
         );
         let (job, coordinator) = moved_and_held(&fleet, &uri, WEST, "backup.after_first_span");
         assert_eq!(coordinator, "3");
+        let before = finished(&fleet, &job);
         // Node 5 comes. Node 4 goes with spans that it has begun and spans that it has not.
         fleet.start_node(5);
         fleet.until_all_live();
@@ -75,7 +84,13 @@ fn a_node_that_comes_is_given_spans_and_one_that_goes_is_done_without() {
         fleet.let_go(&job, "backup.after_first_span");
         assert_eq!(fleet.end_of(&job), ("succeeded".to_owned(), String::new()), "{collection}");
         matching.insert(fleet.pid(5).as_raw());
-        let (writers, rides) = writers_and_rides(&sealed(&s3, collection));
+        let manifest = sealed(&s3, collection);
+        // What was finished by then is in the backup as it was.
+        let paths =
+            manifest["shards"][0]["files"].as_array().unwrap().iter().map(|file| file["path"].as_str().unwrap());
+        let paths: BTreeSet<String> = paths.map(str::to_owned).collect();
+        assert!(!before.is_empty() && before.is_subset(&paths), "{collection}: {before:?} of {paths:?}");
+        let (writers, rides) = writers_and_rides(&manifest);
         assert!(writers.contains(&5) && writers.is_subset(&BTreeSet::from([3, 4, 5])), "{collection}: {writers:?}");
         // Whatever was begun twice is in the backup once, and the job was not begun anew for it.
         assert_eq!((rides.to_string().as_str(), fleet.job(&job, "num_runs").as_str()), (ONE_SHARD[7], "1"));

@@ -315,6 +315,42 @@ fn when_one_of_them_is_lost_the_other_carries_on_at_the_same_point() {
     }
 }
 
+/// What it is by then the statement does not let be read; the other one follows nobody for the moment, and holds the point.
+#[test]
+fn when_one_of_them_is_promoted_and_no_primary_may_be_read_the_other_carries_on_at_the_same_point() {
+    let fleet = Fleet::start(&TWIN);
+    bank(&fleet.demo);
+    let statement = format!("BACKUP DATABASE bank INTO 'nodelocal://1/b' WITH {WEST}, replica = 'standby', DETACHED");
+    until_explained(&fleet.demo, &statement, "read beside it: node");
+    let Job { id, first, .. } = held(&fleet, &statement, Lost::FirstServer);
+    let (lease, lsn) = (kept(&fleet, &id, "lease"), kept(&fleet, &id, "opened,point,lsn"));
+    let position = run(fleet.demo.psql_direct(1).args(["-Atc", "SELECT pg_current_wal_flush_lsn()"]));
+    until("the standby to have what the registry has", || {
+        let replayed = format!("SELECT pg_last_wal_replay_lsn() >= '{}'", position.trim());
+        let seen = both(&fleet.demo.psql_direct(first).args(["-Atc", &replayed]).output().unwrap());
+        if seen.trim() == "t" { Ok(()) } else { Err(seen) }
+    });
+    fleet.demo.promote(first);
+    until("every node to know the promoted one", || {
+        for number in 1..=fleet.demo.nodes.len() {
+            let nodes = fleet.demo.ask(number, "SHOW NODES");
+            let leads = |row: &str| row.starts_with(&format!("{first}|")) && row.contains("|leaseholder|t|t|");
+            if !nodes.lines().any(leads) {
+                return Err(format!("node {number}: {nodes}"));
+            }
+        }
+        Ok(())
+    });
+    fleet.let_go(&id, "backup.after_first_span");
+    assert_eq!(fleet.end_of(&id), ("succeeded".to_owned(), String::new()));
+    let noted = fleet.job(&id, "execution_errors::text");
+    assert!(noted.contains(&format!("the server beside node {first} may not be read any more")), "{noted}");
+    let backup = newest(&fleet.demo, "b");
+    let same = (kept(&fleet, &id, "lease"), backup.manifest["shards"][0]["point"]["lsn"].to_string());
+    assert_eq!(same, (lease, lsn), "{noted}");
+    assert_eq!(balances(&backup), TOTAL);
+}
+
 #[test]
 fn where_it_cannot_be_proven_one_server_is_read_and_the_plan_says_why() {
     let demo = Demo::start(&TWIN);

@@ -151,6 +151,35 @@ fn a_client_that_waits_on_a_stopped_node_is_told_how_to_go_on() {
     assert!(words.iter().any(|words| log.contains(words)), "{log}");
 }
 
+/// Their sessions lead to the leaseholder's server, through the node beside it.
+#[test]
+fn a_client_that_waits_and_loses_its_session_is_told_how_to_go_on() {
+    let mut fleet = Fleet::start(&["--voters", "1", "--rows", "500"]);
+    let statement = format!("BACKUP DATABASE movr INTO 'nodelocal://2/w' WITH {WEST}, DETACHED");
+    let job = fleet.held(&statement, "backup.after_export");
+    let waits = format!("SHOW JOB WHEN COMPLETE {job}");
+    let way_on = "A job goes on: find it with SHOW JOBS and wait with SHOW JOB WHEN COMPLETE.";
+    let client = waiting_at(&fleet, 3, "", "", &waits);
+    fleet.end_node(1, Signal::SIGTERM);
+    let said = told(client);
+    assert!(said.contains("FATAL:  08006: the connection to the server beside node 1 was lost"), "{said}");
+    let hint = "HINT:  Connect again; whether the last transaction was committed is not known.";
+    assert!(said.contains(&format!("{hint} {way_on}")), "{said}");
+    fleet.start_node(1);
+    fleet.until_all_live();
+
+    // Node 3 may hear of the new leaseholder from node 2, or see that node 1, which has, lets its session go.
+    let client = waiting_at(&fleet, 3, "", "", &waits);
+    fleet.demo.promote(2);
+    let said = told(client);
+    assert!(said.contains("FATAL:  57P01: ") || said.contains("FATAL:  08006: "), "{said}");
+    assert!(said.contains(way_on), "{said}");
+    fleet.let_go(&job, "backup.after_export");
+    assert_eq!(fleet.end_of(&job).0, "succeeded");
+    let waited = fleet.demo.ask(3, &waits);
+    assert!(waited.contains("|succeeded|"), "{waited}");
+}
+
 #[test]
 fn claims_of_the_dead_are_left_alone_until_a_new_registry_has_settled() {
     let fleet = Fleet::mortal(&["--rows", "2000"]);

@@ -202,7 +202,7 @@ impl Session {
                 // taken before anything is written, so that it goes on in larger pieces.
                 biased;
                 () = &mut stopped => break Err(shutting_down(self.running.is_some())),
-                () = &mut moved => break Err(leader_moved(follows.as_ref())),
+                () = &mut moved => break Err(leader_moved(follows.as_ref(), self.running.is_some())),
                 outcome = finished(&mut self.running), if self.outcome.is_none() => self.outcome = Some(outcome),
                 Some(question) = self.questions_heard.recv(), if self.question.is_none() => self.question = Some(question),
                 () = self.remarks.heard(), if self.to_client.len() < BUFFER_MAX => {}
@@ -284,8 +284,10 @@ impl Session {
             crate::route::Route::Own => self.gateway.cluster.me().name(),
             crate::route::Route::Through { name, .. } => name.clone(),
         };
+        // Whether its node is being stopped or has died, nobody can say from here.
+        let hint = "Connect again; whether the last transaction was committed is not known.";
         PgError::new(SqlState::CONNECTION_FAILURE, format!("the connection to the server beside {name} was lost"))
-            .hint("Connect again; whether the last transaction was committed is not known.")
+            .hint(with_way_on(hint, self.running.is_some()))
     }
 }
 
@@ -325,10 +327,17 @@ pub(crate) async fn moved(views: &mut watch::Receiver<Arc<View>>, follows: Optio
     std::future::pending().await
 }
 
-fn leader_moved(follows: Option<&Follows>) -> PgError {
+/// A hint to a client that loses its session, and how to go on where a statement of ours is at work: a job that it waits
+/// for does not depend on the session.
+fn with_way_on(hint: &str, waits_for_ours: bool) -> String {
+    let way_on = " A job goes on: find it with SHOW JOBS and wait with SHOW JOB WHEN COMPLETE.";
+    format!("{hint}{}", if waits_for_ours { way_on } else { "" })
+}
+
+fn leader_moved(follows: Option<&Follows>, waits_for_ours: bool) -> PgError {
     let shard = follows.map_or("", |follows| follows.shard.as_str());
     let message = format!("terminating connection because shard \"{shard}\" has another leaseholder");
-    PgError::new(SqlState::ADMIN_SHUTDOWN, message).hint("Connect again to reach it.")
+    PgError::new(SqlState::ADMIN_SHUTDOWN, message).hint(with_way_on("Connect again to reach it.", waits_for_ours))
 }
 
 fn shutting_down(waits_for_ours: bool) -> PgError {

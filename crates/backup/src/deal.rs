@@ -19,7 +19,7 @@ use tokio::time::{Instant, sleep, sleep_until};
 use crate::assign::Worker;
 use crate::away::{self, BLIP_MAX};
 use crate::busy::{Begun, Busy};
-use crate::patience::Patience;
+use crate::patience::{Patience, server_may_pass};
 use crate::point::leaseholder;
 use crate::queues::{Piece, Queues};
 use crate::rules::{Fleet, Rules, anchor, nearest, workers};
@@ -27,18 +27,8 @@ use crate::rules::{Fleet, Rules, anchor, nearest, workers};
 /// Who has come and who has gone is looked at no more often, however many nodes there are and pieces end.
 const LOOK_EVERY: Duration = Duration::from_millis(500);
 
-/// What may pass: a store or a lock that refuses, a conflict with recovery, a server that restarts.
-const PASSING: [SqlState; 9] = [
-    SqlState::IO_ERROR,
-    SqlState::TOO_MANY_CONNECTIONS,
-    SqlState::LOCK_NOT_AVAILABLE,
-    SqlState::OBJECT_IN_USE,
-    SqlState::SERIALIZATION_FAILURE,
-    SqlState::DEADLOCK_DETECTED,
-    SqlState::ADMIN_SHUTDOWN,
-    SqlState::CRASH_SHUTDOWN,
-    SqlState::CANNOT_CONNECT_NOW,
-];
+/// What may pass beside what a server says of itself: a store that refuses.
+pub(crate) const PASSING: [SqlState; 1] = [SqlState::IO_ERROR];
 
 /// Where pieces may go.
 pub(crate) struct Deal<'d> {
@@ -311,7 +301,7 @@ impl Deal<'_> {
             return Ok(None);
         }
         // What a store or a lock refuses now it may grant later; across nodes only the code tells.
-        let may_pass = connection || code.is_some_and(|code| PASSING.contains(&code)) || storage::is_transient(&error);
+        let may_pass = connection || server_may_pass(&error, &PASSING) || storage::is_transient(&error);
         match failures.patience.after_failure(Instant::now()).filter(|_| may_pass) {
             Some(rest) => Ok(Some(Failures { rest, ..failures })),
             // A store that stays away, which the job has come to before; a table that stays locked: it is begun again with
@@ -369,11 +359,20 @@ mod tests {
         let (state, rules, busy) = (tempfile::tempdir().unwrap(), rules(), Busy::default());
         let peers = peers(state.path());
         let deal = deal(&peers, &rules, &busy);
-        for (code, passes) in PASSING.map(|code| (code, true)).into_iter().chain([
+        for (code, passes) in [
+            (SqlState::IO_ERROR, true),
+            (SqlState::TOO_MANY_CONNECTIONS, true),
+            (SqlState::LOCK_NOT_AVAILABLE, true),
+            (SqlState::OBJECT_IN_USE, true),
+            (SqlState::SERIALIZATION_FAILURE, true),
+            (SqlState::DEADLOCK_DETECTED, true),
+            (SqlState::ADMIN_SHUTDOWN, true),
+            (SqlState::CRASH_SHUTDOWN, true),
+            (SqlState::CANNOT_CONNECT_NOW, true),
             (SqlState::UNDEFINED_TABLE, false),
             (SqlState::DISK_FULL, false),
             (SqlState::INTERNAL_ERROR, false),
-        ]) {
+        ] {
             let said = PgError::new(code, "not now").detail("It is somebody else's.").hint("Wait for them.");
             let judge = |failures| deal.judge(said.clone().into(), NodeId(1), failures);
             let last = match judge(Failures::default()) {

@@ -8,6 +8,7 @@
 use std::time::Duration;
 
 use jobs::Retryable;
+use pgerror::{PgError, SqlState};
 use tokio::time::{Instant, sleep};
 
 /// So long after its first failure something is tried again; what takes long to fail is tried a few times all the same.
@@ -17,6 +18,25 @@ const TRIES_MIN: u32 = 4;
 /// Waits between tries double up to the longest.
 const FIRST_WAIT: Duration = Duration::from_millis(200);
 const LONGEST_WAIT: Duration = Duration::from_secs(5);
+
+/// What a server refuses now and may grant later, whatever it is asked for: all its connections are taken, somebody has a
+/// lock, others are in the way for a moment, or it restarts.
+const SERVER_PASSING: [SqlState; 8] = [
+    SqlState::TOO_MANY_CONNECTIONS,
+    SqlState::LOCK_NOT_AVAILABLE,
+    SqlState::OBJECT_IN_USE,
+    SqlState::SERIALIZATION_FAILURE,
+    SqlState::DEADLOCK_DETECTED,
+    SqlState::ADMIN_SHUTDOWN,
+    SqlState::CRASH_SHUTDOWN,
+    SqlState::CANNOT_CONNECT_NOW,
+];
+
+/// Whether a server that has said this may be asked again: it passes for every server, or is one of `others`, which do
+/// for what was asked.
+pub(crate) fn server_may_pass(error: &anyhow::Error, others: &[SqlState]) -> bool {
+    PgError::of(error).is_some_and(|said| SERVER_PASSING.contains(&said.code) || others.contains(&said.code))
+}
 
 /// How often something has failed, and since when.
 #[derive(Clone, Copy, Debug, Default)]
@@ -78,6 +98,37 @@ mod tests {
         /// The next failure is the last one.
         pub(crate) fn exhausted() -> Self {
             Self { failing_since: Instant::now().checked_sub(PATIENCE), tries: TRIES_MIN }
+        }
+    }
+
+    /// And what passes for some of them only.
+    #[test]
+    fn what_a_server_may_grant_later_is_the_same_for_all_that_ask_it() {
+        use crate::point::may_pass as point;
+        use crate::restore::may_pass as restore;
+        let deal = |error: &anyhow::Error| server_may_pass(error, &crate::deal::PASSING);
+        for (code, [of_point, of_deal, of_restore]) in [
+            ("53300", [true; 3]),
+            ("55P03", [true; 3]),
+            ("55006", [true; 3]),
+            ("40001", [true; 3]),
+            ("40P01", [true; 3]),
+            ("57P01", [true; 3]),
+            ("57P02", [true; 3]),
+            ("57P03", [true; 3]),
+            // Too many leases, or a standby whose replay somebody else has paused.
+            ("53400", [true, false, false]),
+            ("55000", [true, false, false]),
+            // A store.
+            ("58030", [false, true, false]),
+            // A leader that has become a standby.
+            ("25006", [false, false, true]),
+            ("42501", [false; 3]),
+            ("53100", [false; 3]),
+            ("42P01", [false; 3]),
+        ] {
+            let error = PgError::new(SqlState::parse(code).unwrap(), "not now").into();
+            assert_eq!([point(&error), deal(&error), restore(&error)], [of_point, of_deal, of_restore], "{code}");
         }
     }
 

@@ -17,6 +17,7 @@ use tokio_util::task::AbortOnDropHandle;
 use uuid::Uuid;
 
 use crate::away::{self, BLIP_MAX};
+use crate::patience::server_may_pass;
 use crate::rules::{Apart, Chosen, Decision, Fleet, Mode, Rules, decide, modes, nothing_to_read};
 use crate::together::{self, Together};
 
@@ -40,14 +41,11 @@ pub(crate) fn readers(databases: usize) -> usize {
     (READERS_OF_ALL / databases.max(1)).clamp(1, READERS)
 }
 
-/// Refusals to take a point that may pass: too many leases or sessions, a pause or a lock of somebody else's.
-const PASSING: [SqlState; 5] = [
-    SqlState::CONFIGURATION_LIMIT_EXCEEDED,
-    SqlState::TOO_MANY_CONNECTIONS,
-    SqlState::OBJECT_NOT_IN_PREREQUISITE_STATE,
-    SqlState::LOCK_NOT_AVAILABLE,
-    SqlState::OBJECT_IN_USE,
-];
+/// Whether a refusal to take a point may pass: there are too many leases, somebody else has paused replay, or what a
+/// server says of itself.
+pub(crate) fn may_pass(error: &anyhow::Error) -> bool {
+    server_may_pass(error, &[SqlState::CONFIGURATION_LIMIT_EXCEEDED, SqlState::OBJECT_NOT_IN_PREREQUISITE_STATE])
+}
 
 /// The servers, by shard, of which this process has said in a job that a right is missing.
 static TOLD: Mutex<BTreeSet<(String, NodeId)>> = Mutex::new(BTreeSet::new());
@@ -262,8 +260,7 @@ impl Opening<'_> {
                     self.run.note(&error).await?;
                     // It may have been taken all the same.
                     close(self.peers, node, lease).await;
-                    let passes = PgError::of(&error).is_some_and(|said| PASSING.contains(&said.code));
-                    last = if passes { error.context(Retryable) } else { error };
+                    last = if may_pass(&error) { error.context(Retryable) } else { error };
                 }
             }
         }

@@ -25,4 +25,6 @@ pub use created::Created;
 pub use import::{IMPORT, Import};
 pub use show::{SHOW, Show, Shown};
 pub(crate) use source::places;
+#[cfg(test)]
+pub(crate) use story::may_pass;
 pub use story::{RESTORE_TYPE, ResumeRestore};

@@ -34,7 +34,7 @@ use crate::busy::Busy;
 use crate::deal::{AsyncDone, Deal, End};
 use crate::manifest::FileEntry;
 use crate::pace::Pace;
-use crate::patience::{later, patiently};
+use crate::patience::{later, patiently, server_may_pass};
 use crate::pausepoints;
 use crate::plan::{SealSource, in_time};
 use crate::targets::remark;
@@ -462,22 +462,18 @@ impl Story<'_> {
     }
 }
 
+/// Whether the target's server may grant later what it refuses now: a leader that has become a standby is followed by
+/// another one, or is one again; or what a server says of itself.
+pub(crate) fn may_pass(error: &anyhow::Error) -> bool {
+    server_may_pass(error, &[SqlState::READ_ONLY_SQL_TRANSACTION])
+}
+
 /// What the target's server refuses now it may grant later: it restarts, say, or an earlier run still holds something.
 pub(crate) fn passing(error: anyhow::Error) -> anyhow::Error {
-    const PASSING: [SqlState; 7] = [
-        SqlState::ADMIN_SHUTDOWN,
-        SqlState::CRASH_SHUTDOWN,
-        SqlState::CANNOT_CONNECT_NOW,
-        SqlState::OBJECT_IN_USE,
-        SqlState::LOCK_NOT_AVAILABLE,
-        SqlState::SERIALIZATION_FAILURE,
-        SqlState::DEADLOCK_DETECTED,
-    ];
     if PgError::of(&error).is_some_and(is_superseded) {
         return error.context(LostClaim);
     }
-    let passes = PgError::of(&error).is_some_and(|said| PASSING.contains(&said.code));
-    if passes { error.context(Retryable) } else { error }
+    if may_pass(&error) { error.context(Retryable) } else { error }
 }
 
 /// The number of a run that begins: kept through the claim, so no two runs have the same, and later ones have higher.

@@ -68,7 +68,8 @@ impl Acting {
         let row = acting.session.row("SELECT pg_catalog.pg_is_in_recovery()", &[]).await?;
         if row.get(0) {
             let message = format!("server {} is a standby, and databases are restored on a primary", server.address());
-            return Err(PgError::new(SqlState::OBJECT_NOT_IN_PREREQUISITE_STATE, message).into());
+            // As the server itself says of every write.
+            return Err(PgError::new(SqlState::READ_ONLY_SQL_TRANSACTION, message).into());
         }
         Ok(acting)
     }

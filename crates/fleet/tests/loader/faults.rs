@@ -117,6 +117,39 @@ async fn a_span_whose_commit_was_not_answered_is_there_once() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_server_that_has_no_connection_left_says_so_and_may_be_asked_again() {
+    let place = Place::start("CREATE TABLE t (i int)").await;
+    let (backup, loader) = (Backup::of(&place).await, place.loader());
+    let created: Created = answer(&loader, &backup.create(7, "new")).await.unwrap();
+    place.run("postgres", "ALTER ROLE svc CONNECTION LIMIT 0").await;
+    for request in [
+        backup.create(8, "other"),
+        Request::Publish(backup.publish(1, 7, created.oid, "new")),
+        Request::Release(backup.publish(1, 7, created.oid, "new")),
+        Request::Drop { job: 7.into(), run: 1 },
+    ] {
+        let error = said(call(&loader, &request).await);
+        assert_eq!(error.code, SqlState::TOO_MANY_CONNECTIONS, "{request:?}: {error:?}");
+    }
+    place.run("postgres", "ALTER ROLE svc CONNECTION LIMIT -1").await;
+    answer::<_, ()>(&loader, &Request::Drop { job: 7.into(), run: 1 }).await.unwrap();
+    assert_eq!(place.ask("postgres", OURS).await, [""; 0]);
+}
+
+/// Its node, which was beside the leader a moment ago, is asked still.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_standby_says_that_it_takes_no_writes() {
+    let mut place = Place::start("CREATE TABLE t (i int)").await;
+    let backup = Backup::of(&place).await;
+    place.become_standby().await;
+    let loader = place.loader();
+    for request in [backup.create(7, "new"), Request::Drop { job: 7.into(), run: 1 }] {
+        let error = said(call(&loader, &request).await);
+        assert_eq!(error.code, SqlState::READ_ONLY_SQL_TRANSACTION, "{request:?}: {error:?}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_database_keeps_what_it_was_made_with() {
     let place = Place::start("").await;
     let directory = place.dir.path().join("fast");

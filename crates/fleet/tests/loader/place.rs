@@ -53,6 +53,15 @@ impl Place {
         place
     }
 
+    /// Starts it again in recovery, as one that follows another.
+    pub(crate) async fn become_standby(&mut self) {
+        let child = self.instance.child().unwrap();
+        kill(Pid::from_raw(child.id().unwrap() as i32), Signal::SIGINT).unwrap();
+        child.wait().await.unwrap();
+        std::fs::write(self.instance.data().join("standby.signal"), "").unwrap();
+        self.instance.start("root", &self.dir.path().join("log")).await.unwrap();
+    }
+
     pub(crate) fn server(&self, role: &str) -> Server {
         self.instance.server(role).unwrap()
     }

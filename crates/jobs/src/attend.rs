@@ -21,7 +21,7 @@ use crate::run::{FRUITLESS, LostClaim, MINE, Retryable, Run};
 use crate::runner::{Claimed, Duty, Held, Jobs, Resumer, TICK};
 
 /// A job that fails in a way that may pass is begun again for so long after the first failure of a row, with waits that
-/// double up to the longest. A run that lasted for a while ends the row.
+/// double up to the longest. A run that brought something to its end or lasted for a while ends the row.
 const RETRY_FOR: Duration = Duration::from_secs(300);
 const A_WHILE: Duration = Duration::from_secs(60);
 
@@ -127,9 +127,7 @@ impl Jobs {
 
     async fn run_to_its_end(&self, claimed: &Claimed, resumer: Arc<dyn Resumer>) -> anyhow::Result<()> {
         let run = self.run_of(claimed);
-        let mut wait = FIRST_WAIT;
-        let mut failing_since: Option<Instant> = None;
-        let mut fruitless = 0;
+        let mut failures = Failures::default();
         loop {
             let (begun, fruits) = (Instant::now(), run.fruits());
             if !self.begin(claimed, &run).await? {
@@ -142,14 +140,10 @@ impl Jobs {
                 Err(error) if error.downcast_ref::<LostClaim>().is_some() => return Err(error),
                 Err(error) => error,
             };
-            if begun.elapsed() >= A_WHILE {
-                (failing_since, wait) = (None, FIRST_WAIT);
-                fruitless = if run.fruits() > fruits { 0 } else { fruitless + 1 };
-            }
-            let since = *failing_since.get_or_insert_with(Instant::now);
-            if !may_pass(&error) || since.elapsed() >= RETRY_FOR || fruitless >= FRUITLESS_MAX {
+            let again = failures.after(begun.elapsed(), run.fruits() > fruits, Instant::now());
+            let Some(wait) = again.filter(|_| may_pass(&error)) else {
                 return self.begin_to_revert(claimed, "failed", &error).await;
-            }
+            };
             tracing::warn!(job = %claimed.id, "job is tried again: {error:#}");
             if let Err(lost) = run.note(&error).await
                 && lost.downcast_ref::<LostClaim>().is_some()
@@ -157,7 +151,6 @@ impl Jobs {
                 return Err(lost);
             }
             sleep(wait).await;
-            wait = LONGEST_WAIT.min(wait * 2);
         }
     }
 
@@ -239,8 +232,90 @@ impl Jobs {
     }
 }
 
+/// The runs of a job under one claim that have failed in a way that may pass.
+#[derive(Debug, Default)]
+struct Failures {
+    /// Since when there are nothing but short ones that brought nothing.
+    since: Option<Instant>,
+    /// How many of these there are.
+    short: u32,
+    /// How many lasted for a while and brought nothing, since the last one that did.
+    fruitless: u32,
+}
+
+impl Failures {
+    /// Takes note of a run that has failed at `now`. Gives how long to wait before the next one, or nothing when this was the
+    /// last.
+    fn after(&mut self, lasted: Duration, bore_fruit: bool, now: Instant) -> Option<Duration> {
+        if bore_fruit {
+            *self = Self::default();
+        } else if lasted >= A_WHILE {
+            *self = Self { fruitless: self.fruitless + 1, ..Self::default() };
+        }
+        let since = *self.since.get_or_insert(now);
+        let wait = LONGEST_WAIT.min(FIRST_WAIT * 2_u32.pow(self.short.min(16)));
+        self.short += 1;
+        let is_over = now.duration_since(since) >= RETRY_FOR || self.fruitless >= FRUITLESS_MAX;
+        (!is_over).then_some(wait)
+    }
+}
+
 /// Whether what ended with this error is tried again.
 pub fn may_pass(error: &anyhow::Error) -> bool {
     let lost = PgError::of(error).is_some_and(|said| said.code == SqlState::CONNECTION_FAILURE);
     lost || error.downcast_ref::<Retryable>().is_some()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_job_is_begun_again_for_as_long_as_its_runs_bring_something_or_last() {
+        const SHORT: u64 = 10;
+        // Runs of so many seconds each, fruitful or not, and how many there are until the last one; none is without end.
+        for (what, runs, last) in [
+            ("short, and nothing is finished", &[(SHORT, false)][..], Some(18)),
+            ("short, and each finishes something", &[(SHORT, true)], None),
+            ("short, and one now and then finishes something", &[(SHORT, false), (SHORT, false), (SHORT, true)], None),
+            ("long, and nothing is finished", &[(60, false)], Some(5)),
+            ("long, and each finishes something", &[(60, true)], None),
+            ("one of them is long", &[(SHORT, false), (60, false)], Some(10)),
+            ("long, but something is finished in a short one", &[(60, false), (60, false), (SHORT, true)], None),
+            ("a little too short", &[(59, false)], Some(6)),
+        ] {
+            let (mut failures, mut now) = (Failures::default(), Instant::now());
+            let mut is_over = |(lasted, bore_fruit): &(u64, bool)| {
+                let lasted = Duration::from_secs(*lasted);
+                now += lasted;
+                let wait = failures.after(lasted, *bore_fruit, now);
+                now += wait.unwrap_or_default();
+                wait.is_none()
+            };
+            let ended = runs.iter().cycle().take(1000).position(&mut is_over).map(|before| before + 1);
+            assert_eq!(ended, last, "{what}");
+        }
+    }
+
+    #[test]
+    fn the_waits_between_runs_grow_until_one_brings_something_or_lasts() {
+        let (mut failures, now) = (Failures::default(), Instant::now());
+        for (lasted, bore_fruit, wait_ms) in [
+            (1, false, 500),
+            (1, false, 1000),
+            (1, false, 2000),
+            (1, true, 500),
+            (1, false, 1000),
+            (60, false, 500),
+            (1, false, 1000),
+            (1, false, 2000),
+            (1, false, 4000),
+            (1, false, 8000),
+            (1, false, 10_000),
+            (1, false, 10_000),
+        ] {
+            let wait = failures.after(Duration::from_secs(lasted), bore_fruit, now);
+            assert_eq!(wait, Some(Duration::from_millis(wait_ms)), "{lasted} {bore_fruit}");
+        }
+    }
 }

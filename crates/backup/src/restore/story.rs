@@ -69,6 +69,9 @@ const NAMED_AT: f64 = 0.99;
 /// Under which key it stands that all rows are in: its value has the OIDs of the databases, in the order of the parts.
 const FINISHING: &str = "finishing";
 
+/// Under which key it stands that all databases have been made whole.
+const WHOLE: &str = "whole";
+
 /// Under which key the directory of the backup stands, once it was found: the newest is the newest when the job began.
 const SUBDIR: &str = "subdir";
 
@@ -283,7 +286,11 @@ impl Story<'_> {
             anyhow::Ok(())
         });
         try_join_all(finished).await?;
-        self.run.bears_fruit().await?;
+        // Once: a run that only finds them whole brings nothing to its end.
+        if self.run.kept::<bool>(WHOLE).await?.is_none() {
+            self.run.keep(WHOLE, &true).await?;
+            self.run.bears_fruit().await?;
+        }
         self.run.pausepoint(pausepoints::AFTER_FINISH).await?;
         self.run.progress(NAMED_AT, "giving databases their names").await?;
         let named = parts.iter().zip(oids).map(|(part, oid)| {

@@ -196,6 +196,33 @@ fn a_directory_has_one_lock() {
     assert_eq!(demo.registry(&code), "42C01");
 }
 
+/// A removal is put off while its store is away, a job while no node matches; neither has a coordinator then.
+#[test]
+fn a_request_to_a_job_that_was_put_off_is_heeded_at_once() {
+    let fleet = Fleet::start(&["--rows", "100"]);
+    let put_off = |name: &str, as_if: &str| {
+        let statement = format!("BACKUP DATABASE movr INTO 'nodelocal://1/{name}' WITH DETACHED");
+        let job = fleet.held(&statement, "backup.after_lock");
+        fleet.registry(&format!(
+            "UPDATE registry.jobs SET {as_if}, claim_id = NULL, claim_session = NULL, coordinator_id = NULL,
+                    next_run = clock_timestamp() + interval '1 hour' WHERE id = {job}"
+        ));
+        job
+    };
+    let as_if = "status = 'reverting', ends_as = 'canceled', error = 'away', reverting_since = clock_timestamp()";
+    let reverting = put_off("reverting", as_if);
+    assert_eq!(tag(&fleet.demo, 2, &format!("PAUSE JOB {reverting}")), "PAUSE JOBS 1");
+    until_status(&fleet.demo, &reverting, "paused");
+    assert_eq!(tag(&fleet.demo, 2, &format!("RESUME JOB {reverting}")), "RESUME JOBS 1");
+    let running = put_off("running", "unmatched_since = clock_timestamp()");
+    assert_eq!(tag(&fleet.demo, 2, &format!("CANCEL JOB {running}")), "CANCEL JOBS 1");
+    for job in [&reverting, &running] {
+        assert_eq!(fleet.end_of(job).0, "canceled");
+    }
+    let left = files_in(&fleet.demo.node_dir(1).join("extern"));
+    assert!(left.is_empty(), "{left:?}");
+}
+
 #[test]
 fn a_backup_that_is_cancelled_leaves_nothing_unless_it_is_sealed() {
     let fleet = Fleet::start(&["--rows", "500"]);

@@ -64,7 +64,8 @@ impl Control {
     /// The part of an UPDATE that it is; `$5` is the reason.
     fn change(&self) -> &'static str {
         match self {
-            Self::Pause { .. } => "status = 'pause-requested', pause_reason = $5",
+            // A job that was put off is taken at once, so that somebody heeds it.
+            Self::Pause { .. } => "status = 'pause-requested', pause_reason = $5, next_run = NULL",
             // Everything that would keep a node from taking it at once is forgotten.
             Self::Resume => {
                 "status = CASE WHEN j.ends_as IS NULL THEN 'running' ELSE 'reverting' END, claim_id = NULL,
@@ -72,7 +73,7 @@ impl Control {
                  pause_reason = $5, running_status = NULL,
                  reverting_since = CASE WHEN j.ends_as IS NOT NULL THEN clock_timestamp() END"
             }
-            Self::Cancel { .. } => "status = 'cancel-requested', pause_reason = $5",
+            Self::Cancel { .. } => "status = 'cancel-requested', pause_reason = $5, next_run = NULL",
         }
     }
 

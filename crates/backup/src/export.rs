@@ -18,9 +18,10 @@ use jobs::Jobs;
 use pgerror::{PgError, SqlState};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest as _, Sha256};
-use storage::{Stores, Uri};
+use storage::{Store, Stores, Uri, Writer};
 use tokio::sync::watch;
 use tokio::time::timeout;
+use uuid::Uuid;
 
 use crate::limit::Limit;
 use crate::manifest::FileEntry;
@@ -107,26 +108,29 @@ pub(crate) struct Task {
     pub(crate) span: SpanRequest,
 }
 
+/// How many of something there are, by job.
+type Counts = Arc<watch::Sender<BTreeMap<i64, usize>>>;
+
 /// Exports spans for coordinators.
 pub struct Export {
     peers: Peers,
     stores: Stores,
     jobs: Jobs,
     /// How many spans are exported here, by job.
-    at_work: watch::Sender<BTreeMap<i64, usize>>,
+    at_work: Counts,
     /// Shared by all of them.
     limit: Limit,
 }
 
 /// A span that is being exported; dropping it says that it is not any more.
-struct AtWork<'e> {
-    export: &'e Export,
+struct AtWork {
+    all: Counts,
     job: i64,
 }
 
-impl Drop for AtWork<'_> {
+impl Drop for AtWork {
     fn drop(&mut self) {
-        self.export.at_work.send_modify(|at_work| {
+        self.all.send_modify(|at_work| {
             let left = at_work.remove(&self.job).unwrap_or_default().saturating_sub(1);
             if left > 0 {
                 at_work.insert(self.job, left);
@@ -138,12 +142,12 @@ impl Drop for AtWork<'_> {
 impl Export {
     /// A service to be offered as [`EXPORT`].
     pub fn new(peers: Peers, stores: Stores, jobs: Jobs) -> Arc<Self> {
-        Arc::new(Self { peers, stores, jobs, at_work: watch::Sender::default(), limit: Limit::default() })
+        Arc::new(Self { peers, stores, jobs, at_work: Arc::default(), limit: Limit::default() })
     }
 
-    fn begin(&self, job: i64) -> AtWork<'_> {
+    fn begin(&self, job: i64) -> AtWork {
         self.at_work.send_modify(|at_work| *at_work.entry(job).or_default() += 1);
-        AtWork { export: self, job }
+        AtWork { all: Arc::clone(&self.at_work), job }
     }
 
     async fn settle(&self, job: i64) -> anyhow::Result<()> {
@@ -163,7 +167,7 @@ impl Export {
         if let Some(tier) = me.locality.first_unmatched(&filter) {
             bail!("{} was given a span of a job for {tier}", me.name());
         }
-        let _at_work = self.begin(task.job);
+        let at_work = self.begin(task.job);
         let session = self.jobs.session()?.id;
         let store = self.stores.open(&Uri::parse(&task.uri)?).await?;
         let request = founders::Request::Span(task.span.clone());
@@ -199,12 +203,13 @@ impl Export {
         hash.update(&end);
         file_bytes += end.len() as u64;
         writer.write(Bytes::from(end)).await?;
-        // A node that stood still for longer than its session lives finishes nothing: the job may have ended since.
-        if self.jobs.session()?.id != session {
-            let message = "the node's session has ended while it worked";
-            return Err(PgError::new(SqlState::CONNECTION_FAILURE, message).into());
-        }
-        writer.finish().await?;
+        // A task of its own: if nobody waits for the file any more, it is looked behind all the same.
+        let (jobs, place, path) = (self.jobs.clone(), store.clone(), task.path.clone());
+        let finishing = tokio::spawn(async move {
+            let _at_work = at_work;
+            finish(&place, &path, writer, || is_still(&jobs, session)).await
+        });
+        finishing.await.context("finish a file of a backup")??;
         Ok(FileEntry {
             path: task.path,
             node: store.node(),
@@ -235,6 +240,31 @@ impl Service for Export {
     }
 }
 
+/// Whether this node's session is the one that it was.
+fn is_still(jobs: &Jobs, session: Uuid) -> Result<(), PgError> {
+    if jobs.session()?.id == session {
+        return Ok(());
+    }
+    Err(PgError::new(SqlState::CONNECTION_FAILURE, "the node's session has ended while it worked"))
+}
+
+/// Lets a file appear under its name, which is no other's, while the session `is_still` that in which it was begun. A node that stood still for longer than its session lives finishes nothing: the job may have ended since, and what it has made
+/// been removed. One that stood still just before its file appeared takes it back.
+async fn finish(
+    store: &Store,
+    path: &str,
+    writer: Writer,
+    is_still: impl Fn() -> Result<(), PgError>,
+) -> anyhow::Result<()> {
+    is_still()?;
+    let finished = writer.finish().await;
+    if let Err(ended) = is_still() {
+        store.delete(path).await?;
+        return Err(ended.into());
+    }
+    finished
+}
+
 fn stalled(node: NodeId) -> PgError {
     let message = format!("rows from node {node} have stopped coming");
     PgError::new(SqlState::CONNECTION_FAILURE, message)
@@ -253,13 +283,14 @@ pub(crate) fn sha256(bytes: &[u8]) -> String {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::atomic::{AtomicUsize, Ordering};
+
     use cluster::registry::Registry;
     use cluster::secret::ClusterSecret;
-    use cluster::store::Store;
+    use cluster::store;
     use cluster::{Cluster, Dialer};
     use jobs::Ledger;
     use serde_json::json;
-    use uuid::Uuid;
 
     use super::*;
 
@@ -270,7 +301,7 @@ mod tests {
             "locality": "region=west,zone=a", "shard": "s1", "build": "", "started_at": "2026-01-01T00:00:00Z",
             "server": null, "peers": [], "shards": {}, "revision": 0,
         });
-        let store = Arc::new(Store::open(state).unwrap());
+        let store = Arc::new(store::Store::open(state).unwrap());
         let cluster = Cluster::new(serde_json::from_value(me).unwrap(), &[], store).unwrap();
         let dialer = Dialer::new(ClusterSecret::Insecure, None, "test".to_owned());
         let peers = Peers::new(cluster.clone(), dialer.clone());
@@ -298,6 +329,28 @@ mod tests {
             let said = format!("{error:#}");
             assert_eq!(said.contains("was given a span"), refusal.is_some(), "{filter}: {said}");
             assert!(refusal.is_none_or(|refusal| said.ends_with(refusal)), "{filter}: {said}");
+        }
+    }
+
+    #[tokio::test]
+    async fn a_file_that_appears_after_its_node_s_session_is_taken_back() {
+        let state = tempfile::tempdir().unwrap();
+        let export = export(state.path());
+        let store = export.stores.open(&Uri::parse("nodelocal://1/b").unwrap()).await.unwrap();
+        // How often the session is found to be there still, and whether the file is in the end.
+        for (lasts, is_there) in [(0, false), (1, false), (2, true)] {
+            let path = format!("data/7-{lasts}.copy.zst");
+            let mut writer = store.writer(&path).await.unwrap();
+            writer.write(Bytes::from_static(b"rows")).await.unwrap();
+            let asked = AtomicUsize::new(0);
+            let is_still = || match asked.fetch_add(1, Ordering::Relaxed) < lasts {
+                true => Ok(()),
+                false => Err(PgError::new(SqlState::CONNECTION_FAILURE, "it has ended")),
+            };
+            let finished = finish(&store, &path, writer, is_still).await;
+            assert_eq!(finished.is_ok(), is_there, "{lasts}: {finished:?}");
+            let files = store.list("data/").await.unwrap();
+            assert_eq!(files.iter().any(|file| file.path == path), is_there, "{lasts}: {files:?}");
         }
     }
 }

@@ -2,7 +2,8 @@
 //!
 //! A job that fails or is canceled removes its files; one that has succeeded removes what its manifest does not name:
 //! files of tries that were lost, of claims that ended. Before anything is removed the workers are asked to stop, and
-//! of one that cannot be asked the session is waited for to end: without one it finishes no file ([`crate::export`]).
+//! of one that cannot be asked the session is waited for to end: without one it finishes no file, or takes it
+//! back ([`crate::export`]).
 //!
 //! A seal that is found before anything is removed wins: that backup is whole, and the job has succeeded whatever was
 //! asked of it. One that appears later, out of a request that was under way, is removed with the rest. A coordinator

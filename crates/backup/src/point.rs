@@ -27,8 +27,20 @@ const OPEN_DEADLINE: Duration = Duration::from_secs(180);
 /// A short question to the founders' node.
 const ASK_DEADLINE: Duration = Duration::from_secs(10);
 
-/// Founders live so long without a coordinator: longer than it takes to find another one for the job.
-const LEASE_LIFE: Duration = Duration::from_secs(60);
+/// Founders live at least so long without a coordinator.
+const LEASE_MIN: Duration = Duration::from_secs(60);
+
+/// What it takes to claim a job, find its point and renew it, at worst.
+const TAKE_OVER: Duration = Duration::from_secs(30);
+
+/// So often they are renewed, however long they live: the rest of a life that was renewed just now is the longest.
+const RENEW_EVERY: Duration = Duration::from_secs(10);
+
+/// How long founders live without a coordinator: longer than it takes to find another one for the job. The session of one
+/// that has died lives on for a while, and where the registry has moved meanwhile, its claim is left alone for as long again.
+fn lease_life(session_life: Duration) -> Duration {
+    LEASE_MIN.max(session_life * 2 + TAKE_OVER)
+}
 
 /// Sessions per database and server; more would not read faster, and the server has other clients.
 pub const READERS: usize = 4;
@@ -159,9 +171,10 @@ pub(crate) async fn open(
     rules: &Rules,
     tries: Tries,
 ) -> anyhow::Result<ShardPoint> {
-    let limits = run.settings().await?.holding();
+    let settings = run.settings().await?;
+    let (limits, life) = (settings.holding(), lease_life(settings.session_life()));
     let (fleet, decision) = readable(&peers.cluster().view(), shard, rules)?;
-    let opening = Opening { run, peers, shard, databases, rules, limits, fleet };
+    let opening = Opening { run, peers, shard, databases, rules, limits, life, fleet };
     opening.tell_apart(&decision).await?;
     if decision.together.len() > 1
         && let Some(point) = opening.of_several(&decision, tries).await?
@@ -185,6 +198,8 @@ struct Opening<'o> {
     databases: &'o [String],
     rules: &'o Rules,
     limits: Holding,
+    /// How long its founders live without a coordinator.
+    life: Duration,
     fleet: Fleet,
 }
 
@@ -281,7 +296,7 @@ impl Opening<'_> {
             databases: self.databases.to_vec(),
             readers: readers(self.databases.len()),
             voting,
-            life_ms: ms(LEASE_LIFE),
+            life_ms: ms(self.life),
             pause: is_kept.then(|| PauseLimits { longest_ms: ms(pause), wal_bytes: wal, free_bytes: free }),
             limits: PointLimits { age_ms: ms(age), xmin_age, wal_bytes: wal },
         }
@@ -345,7 +360,7 @@ pub(crate) fn keep_alive(run: Option<&Run>, peers: &Peers, point: &ShardPoint) -
     let (run, peers, point) = (run.cloned(), peers.clone(), point.clone());
     AbortOnDropHandle::new(tokio::spawn(async move {
         loop {
-            tokio::time::sleep(LEASE_LIFE / 6).await;
+            tokio::time::sleep(RENEW_EVERY).await;
             let alive = alive(run.as_ref(), &peers, &point).await;
             for node in point.nodes().iter().filter(|node| !alive.contains(node)) {
                 // Whoever reads there will be told; a node that was away for a moment is asked again.
@@ -369,6 +384,8 @@ pub(crate) async fn close(peers: &Peers, node: NodeId, lease: Uuid) {
 
 #[cfg(test)]
 mod tests {
+    use fleet::founders::LIFE_MAX;
+
     use super::*;
 
     #[test]
@@ -385,6 +402,19 @@ mod tests {
             tries = tries.lost();
         }
         assert!(tries.are_over());
+    }
+
+    #[test]
+    fn founders_outlive_the_search_for_another_coordinator() {
+        for (session_life_ms, seconds) in
+            [(300, 60), (10_000, 60), (15_000, 60), (16_000, 62), (60_000, 150), (600_000, 1230)]
+        {
+            let session_life = Duration::from_millis(session_life_ms);
+            let life = lease_life(session_life);
+            assert_eq!(life, Duration::from_secs(seconds), "{session_life:?}");
+            // The last renewal may lie so far back, and what a node grants has an end.
+            assert!(RENEW_EVERY + session_life * 2 < life && life <= LIFE_MAX, "{session_life:?}");
+        }
     }
 
     #[test]

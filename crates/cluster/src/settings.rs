@@ -352,6 +352,11 @@ impl FleetSettings {
         }
     }
 
+    /// How long a node that is not heard of keeps its jobs.
+    pub fn session_life(&self) -> Duration {
+        Duration::from_millis(u64::try_from(self.named("server.sqlliveness.ttl")).unwrap_or(0))
+    }
+
     /// How long a job that has ended is kept.
     pub fn retention(&self) -> Duration {
         Duration::from_millis(u64::try_from(self.named("jobs.retention_time")).unwrap_or(0))
@@ -424,6 +429,7 @@ mod tests {
         let settings = FleetSettings::of_rows(rows.map(|(name, value)| (name.to_owned(), value.to_owned())));
         assert_eq!(settings, FleetSettings::default());
         assert_eq!(settings.retention(), Duration::from_secs(14 * 24 * 3600));
+        assert_eq!(settings.session_life(), Duration::from_secs(10));
         assert_eq!(settings.backup_rate(), None);
         assert_eq!(settings.check_feature("backup", "BACKUP"), Ok(()));
         let off = FleetSettings::of_rows([("feature.backup.enabled".to_owned(), "false".to_owned())]);

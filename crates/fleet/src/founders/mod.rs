@@ -64,7 +64,7 @@ const OPEN_DEADLINE: Duration = Duration::from_secs(600);
 const LIFE_MIN: Duration = Duration::from_secs(1);
 
 /// Nor longer: a lease that nobody renews must end.
-const LIFE_MAX: Duration = Duration::from_secs(3600);
+pub const LIFE_MAX: Duration = Duration::from_secs(3600);
 
 /// The founders on the server beside this node. Dropped, all of them are closed.
 pub struct Founders {

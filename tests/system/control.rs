@@ -338,6 +338,14 @@ fn a_client_that_waits_is_told_how_far_its_job_is() {
     // I4
     let told = tag(&demo, 1, "CANCEL JOB 77");
     assert!(told.starts_with("ERROR:  XXUUU: job with status reverting cannot be requested to be canceled"), "{told}");
+    // It has been heard of for two seconds by now.
+    let doing = "exporting shard s1: 120 of 994 MB, 35 MB/s";
+    let goes_on = format!("status = 'running', fraction_completed = 0.6, running_status = '{doing}'");
+    write(&demo, &format!("UPDATE registry.jobs SET {goes_on} WHERE id = 77"));
+    let line = said.next().unwrap();
+    let left =
+        line.strip_prefix(&format!("NOTICE:  job 77: 60% done, {doing}, about ")).unwrap_or_else(|| panic!("{line}"));
+    assert!(left.ends_with(" left"), "{line}");
     write(&demo, ENDS);
     let mut row = String::new();
     client.0.stdout.take().unwrap().read_to_string(&mut row).unwrap();

@@ -3,13 +3,26 @@
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
-use crate::support::demo::{Demo, directory};
+use crate::support::demo::{Demo, directory, psql};
 use crate::support::faults::{DEATH_KNOWN, Fleet};
 use crate::support::fleet::{Node, Server};
 use crate::support::jobs::{WEST, extern_dirs};
 use crate::support::store::LocalBackup;
 use crate::support::wire::Wire;
 use crate::support::{backhaul, both, run, until};
+
+/// Waits until it is noted that the registry has begun on the server beside node `number` as that is now: on its timeline,
+/// since its start. From then on claims of the dead are left alone for a while.
+#[track_caller]
+fn until_incarnation_noted(demo: &Demo, number: usize) {
+    let registry = demo.direct_url(number).replace("/movr?", "/backhaul?");
+    until("the registry's beginning there to be noted", || {
+        let query = "SELECT count(*) FROM registry.incarnations WHERE started = pg_postmaster_start_time()
+                     AND timeline = left(pg_walfile_name(pg_current_wal_lsn()), 8)";
+        let seen = both(&psql(&registry).args(["-Atc", query]).output().unwrap());
+        if seen.trim() == "1" { Ok(()) } else { Err(seen) }
+    });
+}
 
 /// Waits until node `number` leads its clients to a server on this timeline.
 #[track_caller]
@@ -81,11 +94,12 @@ fn sessions_on_a_leaseholder_that_was_overtaken_are_ended() {
     until("the sessions to live in the new registry", || {
         let query = "SELECT count(*) FROM registry.sessions WHERE expires_at > clock_timestamp()";
         let registry = demo.direct_url(2).replace("/movr", "/backhaul");
-        let seen = run(crate::support::demo::psql(&registry).args(["-Atc", query]));
+        let seen = run(psql(&registry).args(["-Atc", query]));
         let moved = demo.node_dir(3).join("node.log");
         let moved = std::fs::read_to_string(moved).unwrap().contains("the registry has moved to another server");
         if seen.trim() == "4" && moved { Ok(()) } else { Err(seen) }
     });
+    until_incarnation_noted(&demo, 2);
 }
 
 #[test]
@@ -122,6 +136,7 @@ fn a_client_that_comes_right_after_its_server_has_crashed_is_given_its_job() {
         assert!(told.trim().parse::<i64>().is_ok(), "{told}");
         let row = demo.ask(number, backup);
         assert!(row.contains("|succeeded|"), "{row}");
+        until_incarnation_noted(&demo, 1);
     }
 }
 

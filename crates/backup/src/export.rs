@@ -248,8 +248,9 @@ fn is_still(jobs: &Jobs, session: Uuid) -> Result<(), PgError> {
     Err(PgError::new(SqlState::CONNECTION_FAILURE, "the node's session has ended while it worked"))
 }
 
-/// Lets a file appear under its name, which is no other's, while the session `is_still` that in which it was begun. A node that stood still for longer than its session lives finishes nothing: the job may have ended since, and what it has made
-/// been removed. One that stood still just before its file appeared takes it back.
+/// Lets a file appear under its name, which is no other's, while the session `is_still` that in which it was begun. A node
+/// that stood still for longer than its session lives finishes nothing: the job may have ended since, and what it has
+/// made been removed. One that stood still just before its file appeared takes it back.
 async fn finish(
     store: &Store,
     path: &str,

@@ -3,7 +3,8 @@
 //! Every shard that ever joined is asked, all at once: a database may be in some of them or in all, and only the shard
 //! itself knows. So one that cannot be reached is an error that names it, never a shorter backup, unless the statement
 //! says `skip_unreachable_shards`: then the job, the manifest, and everybody who asks for either are told that it is
-//! left out. One that answers and refuses is an error with the option, too. What is left out is decided once, when the statement is planned; a shard that is lost later is waited for.
+//! left out. One that answers and refuses is an error with the option, too. What is left out is decided once, when the
+//! statement is planned; a shard that is lost later is waited for.
 
 use std::collections::BTreeMap;
 use std::time::Duration;

@@ -283,7 +283,7 @@ pub(crate) fn sha256(bytes: &[u8]) -> String {
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use std::sync::atomic::{AtomicUsize, Ordering};
 
     use cluster::registry::Registry;
@@ -295,8 +295,8 @@ mod tests {
 
     use super::*;
 
-    /// A node in the west that has no session, and so exports nothing in the end.
-    fn export(state: &std::path::Path) -> Arc<Export> {
+    /// A node in the west that knows nobody.
+    pub(crate) fn west(state: &std::path::Path) -> (Cluster, Dialer, Peers, Stores) {
         let me = json!({
             "instance": Uuid::new_v4(), "node_id": 1, "cluster_id": null, "address": "127.0.0.1:1",
             "locality": "region=west,zone=a", "shard": "s1", "build": "", "started_at": "2026-01-01T00:00:00Z",
@@ -307,6 +307,12 @@ mod tests {
         let dialer = Dialer::new(ClusterSecret::Insecure, None, "test".to_owned());
         let peers = Peers::new(cluster.clone(), dialer.clone());
         let stores = Stores::new(peers.clone(), state.to_owned());
+        (cluster, dialer, peers, stores)
+    }
+
+    /// It has no session, and so exports nothing in the end.
+    fn export(state: &std::path::Path) -> Arc<Export> {
+        let (cluster, dialer, peers, stores) = west(state);
         Export::new(peers, stores, Jobs::new(cluster, Registry::default(), Ledger::default(), dialer))
     }
 

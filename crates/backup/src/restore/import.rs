@@ -153,3 +153,40 @@ impl Service for Import {
         })
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+    use crate::export::tests::west;
+
+    #[tokio::test]
+    async fn a_node_refuses_a_file_of_a_job_that_it_does_not_match() {
+        let state = tempfile::tempdir().unwrap();
+        let (_, _, peers, stores) = west(state.path());
+        let import = Import::new(peers, stores);
+        for (filter, refusal) in [
+            ("region=east", Some("was given a file of a job for region=east")),
+            ("region=west,zone=b", Some("was given a file of a job for zone=b")),
+            ("zone=a,region=west", None),
+            ("", None),
+        ] {
+            let task = json!({
+                "uri": "nodelocal://1/b", "filter": filter, "holds": "", "loader": 1,
+                "file": {
+                    "path": "data/x", "node": null, "database": "shop", "what": null, "encoding": "", "rows": 0,
+                    "bytes": 0, "file_bytes": 0, "sha256": "", "written_by": 1,
+                },
+                "load": {
+                    "job": 7, "database_oid": 1, "run": 1, "span": 0, "what": "LargeObjects",
+                },
+            });
+            let Err(error) = import.call(task).await else { panic!("{filter}: it was imported") };
+            let said = format!("{error:#}");
+            assert_eq!(said.contains("was given a file"), refusal.is_some(), "{filter}: {said}");
+            assert!(refusal.is_none_or(|refusal| said.ends_with(refusal)), "{filter}: {said}");
+            assert!(refusal.is_some() || said.contains("file \"data/x\" of the backup is missing"), "{filter}: {said}");
+        }
+    }
+}

@@ -7,7 +7,7 @@ use std::time::Duration;
 use nix::sys::signal::{Signal, kill};
 use serde_json::Value;
 
-use crate::support::demo::Demo;
+use crate::support::demo::{Demo, Holder};
 use crate::support::faults::{Fleet, slow_door};
 use crate::support::store::{LocalBackup, S3};
 use crate::support::{both, run, until};
@@ -179,6 +179,60 @@ fn a_standby_that_is_not_fit_is_passed_over_with_its_reason() {
         end.into_iter().for_each(on_n3);
         explained(&demo, 1, &statement, "read: node 3 (region=us-west-1,zone=a), non-voting replica");
     }
+}
+
+/// Its replay waits for a reader, and nothing else is amiss with it.
+#[test]
+fn a_standby_that_is_too_far_behind_is_passed_over_until_it_has_caught_up() {
+    let demo = Demo::start(&["--rows", "100"]);
+    let statement = format!("BACKUP DATABASE movr INTO 'nodelocal://self/b' WITH {WEST}");
+    let on = |number: usize, text: &str| {
+        run(demo.psql_direct(number).args(["-v", "ON_ERROR_STOP=1", "-Atqc", text])).trim().to_owned()
+    };
+    for (number, setting) in
+        [(2, "hot_standby_feedback = off"), (3, "hot_standby_feedback = off"), (3, "max_standby_streaming_delay = -1")]
+    {
+        on(number, &format!("ALTER SYSTEM SET {setting}"));
+        on(number, "SELECT pg_reload_conf()");
+    }
+    let is = |number: usize, query: &str, expected: &str| {
+        until(query, || {
+            let seen = on(number, query);
+            if seen == expected { Ok(()) } else { Err(seen) }
+        });
+    };
+    is(3, "SHOW max_standby_streaming_delay", "-1");
+    is(1, "SELECT count(*) FROM pg_replication_slots WHERE xmin IS NOT NULL", "0");
+    // What VACUUM removes is seen by the reader.
+    on(1, "CREATE TABLE spare AS SELECT generate_series(1, 1000) AS n");
+    is(3, "SELECT to_regclass('spare') IS NOT NULL", "t");
+    let reader =
+        Holder::start(demo.psql_direct(3), "BEGIN ISOLATION LEVEL REPEATABLE READ; SELECT count(*) FROM users");
+    on(1, "DELETE FROM spare");
+    on(1, "VACUUM spare");
+    on(1, "CREATE TABLE filler AS SELECT repeat('x', 1000) FROM generate_series(1, 10000)");
+    let read = |node: u64| {
+        let row = until("the node itself to know", || {
+            let row = demo.ask(3, &statement);
+            let read = manifest(&demo, "b")["shards"][0]["read_from"].clone();
+            if read == node { Ok(row) } else { Err(format!("{row}: {read}")) }
+        });
+        assert_eq!(row.split('|').nth(1), Some("succeeded"), "{row}");
+    };
+    // It is 10 MB behind, which is little as long as nothing else is set.
+    explained(&demo, 1, &statement, "read: node 3 (region=us-west-1,zone=a), non-voting replica");
+    demo.ask(1, "SET CLUSTER SETTING bulkio.backup.standby_lag_limit = '4MiB'");
+    let passed = "passed over: node 3 (region=us-west-1,zone=a), non-voting replica: it is ";
+    explained(&demo, 3, &statement, passed);
+    let plan = explained(&demo, 1, &statement, passed);
+    assert!(plan.contains(" bytes of WAL behind, more than bulkio.backup.standby_lag_limit = 4194304"), "{plan}");
+    assert!(plan.contains("read: node 1 (region=us-east-1,zone=a), leaseholder"), "{plan}");
+    let refused = demo.ask(3, &format!("{statement}, STRICT EXECUTION LOCALITY, DETACHED"));
+    assert!(refused.starts_with("ERROR:  55000: shard \"s1\" has no server that the backup may read"), "{refused}");
+    read(1);
+    drop(reader);
+    explained(&demo, 1, &statement, "read: node 3 (region=us-west-1,zone=a), non-voting replica");
+    read(3);
 }
 
 /// Of servers in the same tiers the one is read whose node answers soonest; by its number it would be the other one.

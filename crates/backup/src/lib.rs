@@ -62,7 +62,7 @@ pub use ranges::{Range, Region};
 pub use restore::{Created, IMPORT, Import, RESTORE_TYPE, ResumeRestore, SHOW, Show, Shown};
 pub use resume::{JOB_TYPE, Resume};
 pub use rules::{
-    Apart, Chosen, Decision, Exclusion, Fleet, Hindrance, LAG_MAX, Mode, Place, Reason, Replica, Replicas, Rules,
-    Standing, TOGETHER_MAX, Wanted, anchor, choose, decide, nearest, workers,
+    Apart, Chosen, Decision, Exclusion, Fleet, Hindrance, Mode, Place, Reason, Replica, Replicas, Rules, Standing,
+    TOGETHER_MAX, Wanted, anchor, choose, decide, nearest, workers,
 };
 pub use settings::Settings;

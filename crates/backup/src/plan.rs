@@ -184,10 +184,11 @@ impl Backups {
 
     /// Judges everything about a statement that does not depend on which nodes and servers are fit now.
     pub(crate) async fn judge(&self, statement: &Backup, requester: &Requester) -> anyhow::Result<Judged> {
-        let rules = rules_of(statement, requester)?;
+        let mut rules = rules_of(statement, requester)?;
         let pausepoints = requester.pausepoints()?;
         // Whoever cannot make a job need not plan one.
         let id = self.jobs.new_id().await?;
+        rules.lag_limit = self.jobs.settings().await?.holding().lag;
         let created = Utc::now();
         let targets = self.targets(&statement.targets, statement.options.skip_unreachable_shards, requester).await?;
         let uri = Uri::parse(literal(&statement.into)?)?;
@@ -435,6 +436,7 @@ fn rules_of(statement: &Backup, requester: &Requester) -> anyhow::Result<Rules> 
         },
         balanced: requester.settings.balanced()?,
         standby_mode: requester.settings.standby_mode()?,
+        ..Rules::default()
     })
 }
 

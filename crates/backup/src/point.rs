@@ -288,7 +288,7 @@ impl Opening<'_> {
 
     fn request(&self, lease: Uuid, voting: bool, chosen: Option<&Chosen>) -> Open {
         let ms = |time: Duration| u64::try_from(time.as_millis()).unwrap_or(u64::MAX);
-        let Holding { pause, wal, free, age, xmin_age } = self.limits;
+        let Holding { pause, wal, free, age, xmin_age, .. } = self.limits;
         let is_kept = chosen.is_some_and(|chosen| chosen.mode == Mode::Paused);
         Open {
             lease,

@@ -72,7 +72,7 @@ const XMIN_MIN: i64 = 10_000;
 const XMIN_MAX: i64 = 1_000_000_000;
 
 /// All of them, by name.
-pub const SETTINGS: [Setting; 10] = [
+pub const SETTINGS: [Setting; 11] = [
     Setting {
         name: "bulkio.backup.node_rate_limit",
         kind: Kind::Bytes(RATE_MIN, RATE_MAX),
@@ -93,6 +93,13 @@ pub const SETTINGS: [Setting; 10] = [
         description: "with less room on its disk a standby is not kept paused for a backup; 0 is no floor",
         row: "bulkio.backup.standby_free_space_floor",
         default: 2 * KIB * KIB * KIB,
+    },
+    Setting {
+        name: "bulkio.backup.standby_lag_limit",
+        kind: Kind::Bytes(ROOM_MIN, ROOM_MAX),
+        description: "a standby with more WAL between it and its primary is passed over by backups; 0 is no limit",
+        row: "bulkio.backup.standby_lag_limit",
+        default: KIB * KIB * KIB,
     },
     Setting {
         name: "bulkio.backup.standby_pause_limit",
@@ -278,6 +285,8 @@ fn truth(text: &str) -> Option<bool> {
 /// What a backup may cost a server that it reads, and that server's primary.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Holding {
+    /// How many bytes of WAL a standby may be behind its primary when it is chosen; 0 is any number.
+    pub lag: u64,
     /// How long replay of a standby is kept paused.
     pub pause: Duration,
     /// Bytes of WAL that may wait to be replayed meanwhile; 0 is any number.
@@ -344,6 +353,7 @@ impl FleetSettings {
     pub fn holding(&self) -> Holding {
         let number = |name: &str| u64::try_from(self.named(&format!("bulkio.backup.{name}"))).unwrap_or(0);
         Holding {
+            lag: number("standby_lag_limit"),
             pause: Duration::from_millis(number("standby_pause_limit")),
             wal: number("standby_wal_limit"),
             free: number("standby_free_space_floor"),

@@ -17,6 +17,7 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use anyhow::Context as _;
+use cluster::settings::FleetSettings;
 use cluster::{Dialer, Purpose};
 use fleet::Server;
 use fleet::readiness::{self, Seat};
@@ -58,7 +59,7 @@ async fn of_server(server: &Server, insecure: bool) -> Report {
     let seat = Seat {
         insecure,
         readers: backup::READERS,
-        lag_max: backup::LAG_MAX,
+        lag_max: FleetSettings::default().holding().lag,
         slot_name: "backhaul".to_owned(),
         ..Seat::default()
     };

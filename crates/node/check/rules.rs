@@ -67,6 +67,8 @@ pub(super) struct Fleet {
     pub(super) registry: Option<String>,
     /// Why the registry could not list its nodes.
     pub(super) listing_failed: Option<String>,
+    /// How many bytes of WAL a standby may be behind; 0 is any number.
+    pub(super) lag_max: u64,
 }
 
 impl Fleet {
@@ -87,7 +89,7 @@ impl Fleet {
             role: seen.role,
             insecure: own.insecure,
             lag: head.zip(replayed).map_or(0, |(head, replayed)| head.saturating_sub(replayed)),
-            lag_max: backup::LAG_MAX,
+            lag_max: self.lag_max,
             readers: backup::READERS,
             slot_name: seen.id.map_or("backhaul".to_owned(), |id| format!("backhaul_n{id}")),
             registry_sessions: if holds_registry { self.nodes.len() * REGISTRY_SESSIONS } else { 0 },

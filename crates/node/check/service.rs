@@ -162,7 +162,8 @@ impl Check {
         let mut nodes = asking.join_all().await;
         nodes.sort_by_key(|seen| (seen.id.map_or(i32::MAX, |id| id.0), seen.address.clone()));
         let registry = view.registry().map(|(node, _)| node.address.clone());
-        Fleet { nodes, floors: me.shards, is_initialized: me.cluster_id.is_some(), registry, listing_failed }
+        let lag_max = self.registry.settings().borrow().holding().lag;
+        Fleet { nodes, floors: me.shards, is_initialized: me.cluster_id.is_some(), registry, listing_failed, lag_max }
     }
 }
 

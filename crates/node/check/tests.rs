@@ -76,6 +76,7 @@ fn sound() -> Fleet {
         is_initialized: true,
         registry: Some("n1:26257".to_owned()),
         listing_failed: None,
+        lag_max: 1 << 30,
     }
 }
 

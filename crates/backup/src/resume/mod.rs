@@ -83,10 +83,10 @@ pub(crate) struct Payload {
 }
 
 impl Payload {
-    fn rules(&self) -> anyhow::Result<Rules> {
+    fn rules(&self, lag_limit: u64) -> anyhow::Result<Rules> {
         let filter = self.filter.parse().context("read the job's filter")?;
         let Self { strict, replicas, balanced, standby_mode, .. } = *self;
-        Ok(Rules { filter, strict, replicas, balanced, standby_mode })
+        Ok(Rules { filter, strict, replicas, balanced, standby_mode, lag_limit })
     }
 }
 
@@ -132,7 +132,7 @@ impl Resume {
         Ok(Story {
             run,
             peers: &self.peers,
-            rules: payload.rules()?,
+            rules: payload.rules(run.settings().await?.holding().lag)?,
             store: patiently(|| self.stores.open(&uri)).await?,
             holders: Holders::new(run, &uri),
             stores: &self.stores,

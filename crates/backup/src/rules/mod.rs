@@ -28,9 +28,6 @@ pub use self::modes::{Chosen, Hindrance, Mode, Wanted, choose};
 pub use self::together::{Apart, TOGETHER_MAX, nearest};
 use crate::assign::{Anchor, Worker};
 
-/// A standby that is this far behind its primary, in bytes of WAL, is passed over.
-pub const LAG_MAX: u64 = 1024 * 1024 * 1024;
-
 /// Which servers a statement lets its rows be read from.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
@@ -73,7 +70,7 @@ impl Replicas {
     }
 }
 
-/// What a statement allows.
+/// What a statement, and the fleet that it is for, allows.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Rules {
     /// The tiers that a node must have to take part.
@@ -86,6 +83,8 @@ pub struct Rules {
     pub balanced: bool,
     /// What is to keep standbys from taking away what is read.
     pub standby_mode: Wanted,
+    /// The fleet's limit for bytes of WAL that a standby may be behind its primary; 0 is any number.
+    pub lag_limit: u64,
 }
 
 impl Rules {
@@ -224,8 +223,8 @@ pub enum Reason {
     Detached,
     /// Its WAL receiver does something else.
     NotStreaming(String),
-    /// It is this many bytes of WAL behind.
-    Lags(u64),
+    /// It is this many bytes of WAL behind, and so many are allowed.
+    Lags(u64, u64),
     /// It replays late on purpose, by so much.
     Delayed(String),
     /// Somebody else has paused its replay.
@@ -244,7 +243,9 @@ impl fmt::Display for Reason {
             Self::Overtaken => f.write_str("it is a primary that does not lead its shard"),
             Self::Detached => f.write_str("it does not follow the shard's primary"),
             Self::NotStreaming(status) => write!(f, "it does not stream from its primary ({status})"),
-            Self::Lags(bytes) => write!(f, "it is {bytes} bytes of WAL behind, more than {LAG_MAX}"),
+            Self::Lags(bytes, most) => {
+                write!(f, "it is {bytes} bytes of WAL behind, more than bulkio.backup.standby_lag_limit = {most}")
+            }
             Self::Delayed(by) => write!(f, "its replay is late by recovery_min_apply_delay = {by}"),
             Self::Paused => f.write_str("its replay is paused by somebody else"),
             Self::NotAsked(Replicas::Standby) => f.write_str("the statement says replica = 'standby'"),
@@ -265,7 +266,7 @@ pub struct Replica {
     pub is_home: bool,
     /// Whether its node takes part.
     pub matches: bool,
-    /// The leading tiers that its node shares with the closest node that takes part.
+    /// The leading tiers that its node, if it does not take part itself, shares with the closest one that does.
     pub shared: usize,
 }
 
@@ -361,7 +362,9 @@ pub fn decide(fleet: &Fleet, rules: &Rules) -> Decision {
         };
         let matches = exclusion(place, rules).is_none();
         let is_home = !rules.balanced && matches && server.role == Role::Leaseholder;
-        let nearest = participants.iter().map(|near| near.distance(place)).min();
+        // Its own node is the nearest to it; that one has more tiers than others have is no merit.
+        let others = || participants.iter().map(|near| near.distance(place)).min();
+        let nearest = if matches { None } else { others() };
         let (shared, round_trip) = nearest.unwrap_or((Reverse(0), 0));
         let rank = (!is_home, !matches, shared, kind, round_trip, place.id);
         ranked.push((rank, Replica { node: place.id, role: server.role, is_home, matches, shared: shared.0 }));
@@ -410,7 +413,8 @@ fn unfit(place: &Place, server: &Standing, rules: &Rules) -> Option<Reason> {
     if server.paused {
         return Some(Reason::Paused);
     }
-    (server.behind > LAG_MAX).then_some(Reason::Lags(server.behind))
+    let most = rules.lag_limit;
+    (most > 0 && server.behind > most).then_some(Reason::Lags(server.behind, most))
 }
 
 /// The nodes that take part, as those that export what is read from the servers beside `servers`.

@@ -6,6 +6,9 @@ use cluster::{Downstream, Lsn, NodeInfo, Replay, ServerInfo, ServerState, Upstre
 
 use super::*;
 
+/// Bytes of WAL that a standby may be behind.
+const LAG: u64 = 1000;
+
 /// Nodes one a line: number, locality, and what their server is, with what is amiss.
 fn fleet(lines: &str) -> Fleet {
     let lines: Vec<&str> = lines.lines().map(str::trim).filter(|line| !line.is_empty()).collect();
@@ -29,7 +32,7 @@ fn fleet(lines: &str) -> Fleet {
         };
         let server = role.map(|role| Standing {
             role,
-            behind: if has("lags") { LAG_MAX + 1 } else { 17 },
+            behind: if has("lags") { LAG + 1 } else { 17 },
             not_streaming: has("waiting").then(|| "waiting".to_owned()),
             delay: has("delayed").then(|| "5min".to_owned()),
             paused: has("paused"),
@@ -44,12 +47,13 @@ fn fleet(lines: &str) -> Fleet {
 }
 
 fn rules(text: &str) -> Rules {
-    let mut rules = Rules::default();
+    let mut rules = Rules { lag_limit: LAG, ..Rules::default() };
     for word in text.split_ascii_whitespace() {
         match word {
             "strict" => rules.strict = true,
             "standby" | "nonvoting" => rules.replicas = Replicas::parse(word).unwrap(),
             "balanced" => rules.balanced = true,
+            "patient" => rules.lag_limit = 0,
             filter => rules.filter = filter.parse().unwrap(),
         }
     }
@@ -144,11 +148,11 @@ fn a_server_is_withdrawn_for_what_it_is_known_to_have_become() {
 #[test]
 fn an_unfit_server_is_passed_over_with_its_reason() {
     for (server, reason) in [
-        ("async lags", "Lags(1073741825)"),
+        ("async lags", "Lags(1001, 1000)"),
         ("async delayed", "Delayed(\"5min\")"),
         ("async paused", "Paused"),
         ("async waiting", "NotStreaming(\"waiting\")"),
-        ("sync lags", "Lags(1073741825)"),
+        ("sync lags", "Lags(1001, 1000)"),
         ("detached", "Detached"),
         ("overtaken", "Overtaken"),
         ("down", "Down"),
@@ -158,6 +162,8 @@ fn an_unfit_server_is_passed_over_with_its_reason() {
         let told = told(&lines, "region=west");
         assert!(told.starts_with(&format!("read 1; over 2 {reason}; ")), "{server}: {told}");
     }
+    // Where the fleet has no limit, no lag is too much.
+    assert!(told("1 region=east primary\n2 region=west async lags", "patient region=west").starts_with("read 2,1; "));
     // Nothing of this is asked of a primary, and a little lag is no matter.
     assert!(told("1 a=b primary lags delayed paused waiting\n2 a=c async", "").starts_with("read 1,2; work"));
     // Several reasons: the one that another would not mend away first.
@@ -221,15 +227,15 @@ pub(crate) fn info(number: i32, lsn: u64, status: Option<&str>) -> NodeInfo {
 
 #[test]
 fn what_a_view_knows_of_lag_and_streaming_counts() {
-    const HEAD: u64 = 3 * LAG_MAX;
+    const HEAD: u64 = 3 * LAG;
     let dir = tempfile::tempdir().unwrap();
     let store = std::sync::Arc::new(cluster::store::Store::open(dir.path()).unwrap());
     let leader = cluster::Cluster::new(info(1, HEAD, None), &[], store).unwrap();
     let mut view = (*leader.view()).clone();
     for (number, lsn, status) in [
         (2, HEAD, "streaming"),
-        (3, HEAD - LAG_MAX, "streaming"),
-        (4, HEAD - LAG_MAX - 1, "streaming"),
+        (3, HEAD - LAG, "streaming"),
+        (4, HEAD - LAG - 1, "streaming"),
         (5, HEAD, "waiting"),
         // It has replayed more than the leaseholder's last answer says.
         (6, HEAD + 1, "streaming"),
@@ -245,12 +251,12 @@ fn what_a_view_knows_of_lag_and_streaming_counts() {
         fleet.places.iter().filter_map(|place| place.round_trips.get(&NodeId(2)).copied()).collect();
     assert_eq!((measured, fleet.places[3].id), (vec![7], NodeId(4)));
     let behind: Vec<u64> = fleet.places.iter().map(|place| place.server.as_ref().unwrap().behind).collect();
-    assert_eq!(behind, [0, 0, LAG_MAX, LAG_MAX + 1, 0, 0]);
+    assert_eq!(behind, [0, 0, LAG, LAG + 1, 0, 0]);
     let decision = decide(&fleet, &rules(""));
     let reads: Vec<i32> = decision.reads.iter().map(|replica| replica.node.0).collect();
     assert_eq!(reads, [1, 2, 3, 6]);
     let over: Vec<(i32, Reason)> = decision.passed_over.into_iter().map(|(node, _, reason)| (node.0, reason)).collect();
-    assert_eq!(over, [(4, Reason::Lags(LAG_MAX + 1)), (5, Reason::NotStreaming("waiting".to_owned()))]);
+    assert_eq!(over, [(4, Reason::Lags(LAG + 1, LAG)), (5, Reason::NotStreaming("waiting".to_owned()))]);
     // Another shard's servers are not read, and its nodes may take part.
     assert!(Fleet::of(&view, "s2").places.iter().all(|place| place.server.is_none()));
 }
@@ -270,6 +276,15 @@ fn the_closest_is_by_tiers_then_kind_then_distance_then_number() {
         "read 6,4,5,1,3,2; work 9; out 1 lacks region=c,2 lacks cloud=x,3 lacks region=c,4 lacks region=c,\
          5 lacks region=c,6 lacks region=c"
     );
+}
+
+/// How far a node is from itself says nothing of its server.
+#[test]
+fn a_server_of_a_node_that_takes_part_gains_nothing_by_a_longer_locality() {
+    let lines =
+        "1 region=east primary\n2 region=west,zone=a sync\n3 region=west async\n4 region=west,zone=b,rack=1 async";
+    assert_eq!(told(lines, "region=west"), "read 3,4,2,1; work 2,3,4; out 1 lacks region=west");
+    assert_eq!(decide(&fleet(lines), &rules("region=west")).together, [NodeId(3), NodeId(4)]);
 }
 
 #[test]
@@ -304,7 +319,7 @@ fn every_reason_reads_as_the_end_of_a_sentence() {
         Reason::Overtaken,
         Reason::Detached,
         Reason::NotStreaming("waiting".to_owned()),
-        Reason::Lags(5),
+        Reason::Lags(5, 4),
         Reason::Delayed("5min".to_owned()),
         Reason::Paused,
         Reason::NotAsked(Replicas::Standby),
@@ -399,8 +414,9 @@ fn a_worker_reads_its_own_server_else_the_closest() {
 #[test]
 fn the_mode_of_a_standby_is_chosen_with_its_reason() {
     let limits = cluster::settings::Holding {
+        lag: 0,
         pause: Duration::from_secs(60),
-        wal: LAG_MAX,
+        wal: LAG,
         free: 100,
         age: Duration::ZERO,
         xmin_age: 0,
@@ -414,7 +430,7 @@ fn the_mode_of_a_standby_is_chosen_with_its_reason() {
         ("async powerless feedback", "feedback", "no: the role of its node may not", "feedback"),
         ("async delayed", "retry", "no: its replay is late by", "no: hot"),
         ("async paused", "retry", "no: its replay is paused by somebody else", "no: hot"),
-        ("async lags", "retry", "no: it has 1073741825 bytes of WAL to replay, more than", "no: hot"),
+        ("async lags", "retry", "no: it has 1001 bytes of WAL to replay, more than", "no: hot"),
         ("async full", "retry", "no: its disk has 99 bytes free, less than", "no: hot"),
         // What is not known is no reason to risk it, and none against whoever asks for it.
         ("async unknown", "retry", "paused", "no: hot"),

@@ -45,7 +45,7 @@ pub(super) fn findings(facts: &ServerFacts, seat: &Seat) -> Vec<Finding> {
         found.push(Finding::advice(what).reloaded(facts, "recovery_min_apply_delay", "0"));
     }
     let follows = matches!(seat.role, None | Some(Role::Voting | Role::NonVoting));
-    if seat.lag > seat.lag_max && follows {
+    if seat.lag_max > 0 && seat.lag > seat.lag_max && follows {
         let (lag, max) = (mebibytes(seat.lag), mebibytes(seat.lag_max));
         found.push(Finding::advice(format!(
             "it is {lag} MiB behind its primary, and passed over while that is more than {max} MiB"

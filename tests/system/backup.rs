@@ -197,6 +197,17 @@ fn whoever_is_asked_looks_into_the_store(demo: &Demo, s3: &S3, through: &dyn Fn(
     let rides = run(psql(&rides).args(["-Atc", "SELECT count(*) FROM rides"]));
     assert_eq!(rides.trim(), "1000");
     demo.ask(2, "DROP DATABASE elsewhere");
+    // Whoever runs the job of one that is DETACHED, here the leaseholder's node, the gateway is the first to look.
+    for is_refused in [false, true] {
+        let door = s3.watched();
+        let [leaseholder, gateway] = [1, 4].map(|number: usize| demo.nodes[number - 1].pid);
+        door.refuse(Some(gateway).filter(|_| is_refused));
+        let uri = through(&door.address);
+        let restore = format!("RESTORE DATABASE movr FROM LATEST IN '{uri}' WITH new_db_name = 'detached', DETACHED");
+        assert_eq!(succeeded(demo, 2, &detached(demo, 4, &restore))[13], "1");
+        assert_eq!(door.visitors(), BTreeSet::from([leaseholder, gateway]), "refused: {is_refused}");
+        demo.ask(2, "DROP DATABASE detached");
+    }
     // With a filter nobody else comes to the store, whatever it says to those who may.
     let door = s3.watched();
     let west: BTreeSet<i32> = demo.nodes[2..].iter().map(|node| node.pid).collect();
@@ -463,17 +474,30 @@ fn what_a_sequence_gives_out_while_a_primary_is_read_is_not_given_out_again() {
     let fleet = Fleet::start(&["--rows", "100"]);
     let make = "CREATE SEQUENCE up; CREATE SEQUENCE down INCREMENT BY -5; SELECT nextval('up'), nextval('down')";
     fleet.on(1, "movr", make);
-    // Its rows are not read yet.
-    let point = "backup.after_schemas";
-    let job = fleet.held("BACKUP DATABASE movr INTO 'nodelocal://1/b' WITH DETACHED", point);
-    fleet.on(1, "movr", "SELECT nextval('up'), nextval('up'), nextval('down')");
-    fleet.let_go(&job, point);
-    assert_eq!(fleet.end_of(&job), ("succeeded".to_owned(), String::new()));
-    let shard = LocalBackup::newest(&extern_dirs(&fleet.demo), "b").manifest["shards"][0].clone();
-    assert_eq!(shard["point"]["mode"], "Exported");
-    let sequences = shard["databases"][0]["sequences"].as_array().unwrap().clone();
-    for (name, value) in [("up", 3), ("down", -6)] {
-        let found = sequences.iter().find(|sequence| sequence["name"] == name).unwrap();
-        assert_eq!((&found["last_value"], &found["is_called"]), (&value.into(), &true.into()), "{name}");
+    // Of a primary's they are read again when all rows are; those of a standby are what they were at its point.
+    let point = "backup.after_first_span";
+    let west = format!("{WEST}, DETACHED");
+    for (options, mode, up, down) in [("DETACHED", "Exported", 3..=3, -6..=-6), (&*west, "Paused", 3..=100, -500..=-6)]
+    {
+        let job = fleet.held(&format!("BACKUP DATABASE movr INTO 'nodelocal://1/b' WITH {options}"), point);
+        fleet.on(1, "movr", "SELECT nextval('up'), nextval('up'), nextval('down')");
+        if mode == "Paused" {
+            // In WAL a sequence is ahead of itself, by 32 values.
+            fleet.on(1, "movr", "SELECT nextval('up'), nextval('down') FROM generate_series(1, 200)");
+            until("the standby to have them", || {
+                let seen = run(fleet.demo.psql_direct(3).args(["-Atc", "SELECT last_value > 200 FROM up"]));
+                if seen.trim() == "t" { Ok(()) } else { Err(seen) }
+            });
+        }
+        fleet.let_go(&job, point);
+        assert_eq!(fleet.end_of(&job), ("succeeded".to_owned(), String::new()));
+        let shard = LocalBackup::newest(&extern_dirs(&fleet.demo), "b").manifest["shards"][0].clone();
+        assert_eq!(shard["point"]["mode"], mode);
+        let sequences = shard["databases"][0]["sequences"].as_array().unwrap().clone();
+        for (name, values) in [("up", up), ("down", down)] {
+            let found = sequences.iter().find(|sequence| sequence["name"] == name).unwrap();
+            assert_eq!(found["is_called"], true, "{name}");
+            assert!(values.contains(&found["last_value"].as_i64().unwrap()), "{found}");
+        }
     }
 }

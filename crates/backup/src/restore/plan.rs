@@ -76,6 +76,7 @@ impl Backups {
             description: around,
             shard_map,
             fleet,
+            gateway: self.peers.cluster().me().node_id,
         };
         Ok(NewJob {
             id,

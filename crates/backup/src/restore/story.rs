@@ -28,7 +28,7 @@ use super::import::{IMPORT, Task};
 use super::parts::{self, Part};
 use super::plan::superuser_of;
 use super::shard_map::ShardMap;
-use super::source::Source;
+use super::source::{Source, may_be_read_elsewhere};
 use super::target;
 use crate::busy::Busy;
 use crate::deal::{AsyncDone, Deal, End};
@@ -97,6 +97,9 @@ pub(crate) struct Payload {
     /// The fleet's shards when the job was made.
     #[serde(default)]
     pub(crate) fleet: Vec<String>,
+    /// The node that the statement was sent to, if it had a number.
+    #[serde(default)]
+    pub(crate) gateway: Option<NodeId>,
 }
 
 /// Runs restore jobs.
@@ -209,10 +212,19 @@ impl Story<'_> {
         self.restore(&source, &parts).await
     }
 
-    /// Without a filter also where only another node reads the store; that is tried once, before it is waited for.
+    /// Without a filter by way of the gateway first, which finds what its client sees there, and also where only another
+    /// node reads the store; each is tried once, before it is waited for.
     async fn find(&self, subdir: Option<&str>) -> anyhow::Result<Source> {
         let (stores, peers, collection) = (self.stores, self.peers, &self.collection);
         let find = || Source::find(stores, peers, collection, subdir, &self.filter);
+        if let Some(gateway) = self.gateway_elsewhere() {
+            match Source::find(&stores.through(gateway), peers, collection, subdir, &self.filter).await {
+                Err(error) if may_be_read_elsewhere(&error) => {
+                    tracing::info!(%gateway, "the backup is not read by way of the gateway: {error:#}");
+                }
+                found => return found,
+            }
+        }
         let here = match find().await {
             Err(error) => error,
             found => return found,
@@ -223,6 +235,14 @@ impl Story<'_> {
             return Ok(source);
         }
         if storage::is_transient(&here) { patiently(find).await } else { Err(here) }
+    }
+
+    /// The gateway, if it is another node that answers, and any node may come to the store.
+    fn gateway_elsewhere(&self) -> Option<NodeId> {
+        let gateway = self.payload.gateway.filter(|_| self.filter.is_empty() && self.collection.is_shared())?;
+        let cluster = self.peers.cluster();
+        let answers = cluster.view().node(gateway).is_some_and(|known| known.reachable);
+        (answers && cluster.me().node_id != Some(gateway)).then_some(gateway)
     }
 
     /// Of a node's own directory nothing is seen while it is away: a backup that was found there before is there still.

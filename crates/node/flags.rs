@@ -49,8 +49,8 @@ pub(crate) enum NodeCommand {
 #[derive(Debug, Args)]
 pub(crate) struct Start {
     /// Where this node is, from the most to the least inclusive tier: region=us-west-1,zone=a
-    #[arg(long, default_value = "", value_name = "TIERS")]
-    pub(crate) locality: cluster::Locality,
+    #[arg(long, value_parser = tiers, value_name = "TIERS")]
+    pub(crate) locality: Option<cluster::Locality>,
 
     /// Address to listen on for clients and nodes.
     #[arg(long, default_value = "127.0.0.1:26257", value_name = "HOST:PORT")]
@@ -216,4 +216,12 @@ pub(crate) struct Demo {
     /// Run this on the first node, print the result as psql does, and exit with psql's status. Can be repeated.
     #[arg(short, long = "execute", value_name = "SQL")]
     pub(crate) execute: Vec<String>,
+}
+
+/// A locality that somebody gives has a tier, as CockroachDB's has.
+fn tiers(text: &str) -> Result<cluster::Locality, String> {
+    match text.parse() {
+        Ok(locality) if cluster::Locality::is_empty(&locality) => Err("can't have empty locality".to_owned()),
+        read => read.map_err(|error| error.to_string()),
+    }
 }

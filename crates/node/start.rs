@@ -196,7 +196,7 @@ fn describe(flags: &Start, listener: &TcpListener, store: &Store, has_server: bo
         node_id: identity.node_id,
         cluster_id: identity.cluster_id,
         address,
-        locality: flags.locality.clone(),
+        locality: flags.locality.clone().unwrap_or_default(),
         shard: flags.shard.clone(),
         build: env!("CARGO_PKG_VERSION").to_owned(),
         started_at: chrono::Utc::now(),

@@ -239,6 +239,47 @@ fn beyond_a_limit_replay_goes_on_and_so_does_the_job() {
     }
 }
 
+/// What is set for the fleet comes to the server that is read: how long it stands, what is left of its disk, and for how
+/// many transactions its primary keeps dead rows.
+#[test]
+fn every_limit_of_the_fleet_holds_where_a_point_is_kept() {
+    let fleet = pausing();
+    let demo = &fleet.demo;
+    // Below and above what may be set.
+    let limit = |name: &str, value: u64| {
+        fleet.registry(&format!(
+            "INSERT INTO registry.settings (name, value) VALUES ('bulkio.backup.{name}', '{value}')
+             ON CONFLICT (name) DO UPDATE SET value = excluded.value"
+        ))
+    };
+    limit("standby_pause_limit", 1500);
+    let job = fleet.held(&statement(), HELD);
+    until_on(demo, 3, STATE, "not paused");
+    fleet.let_go(&job, HELD);
+    assert_eq!(fleet.end_of(&job), ("succeeded".to_owned(), String::new()));
+    let errors = fleet.job(&job, "execution_errors::text");
+    assert!(errors.contains("bulkio.backup.standby_pause_limit"), "{errors}");
+
+    // No disk has so much.
+    limit("standby_pause_limit", 1_800_000);
+    limit("standby_free_space_floor", 1 << 60);
+    until_explained(&fleet, "", "conflicts: retry");
+
+    limit("xmin_age_limit", 50);
+    let primary = format!(
+        "BACKUP DATABASE movr INTO 'nodelocal://1/c' WITH {}, DETACHED",
+        "EXECUTION LOCALITY = 'zone=a,region=us-east-1'"
+    );
+    let job = fleet.held(&primary, HELD);
+    let burn = "DO 'BEGIN FOR n IN 1..200 LOOP PERFORM txid_current(); COMMIT; END LOOP; END'";
+    on_server(demo, 1, burn);
+    let own = format!("SELECT count(*) FROM pg_stat_activity WHERE application_name LIKE 'backhaul job {job}%'");
+    until_on(demo, 1, &own, "0");
+    fleet.let_go(&job, HELD);
+    let (status, error) = fleet.end_of(&job);
+    assert!(status == "failed" && error.starts_with("the backup's point keeps too much"), "{status}: {error}");
+}
+
 #[test]
 fn a_standby_that_would_wait_for_ever_for_a_backup_goes_on_when_too_much_waits() {
     let fleet = pausing();

@@ -88,6 +88,12 @@ fn files_are_written_where_the_filter_says_and_each_shard_s_by_its_own_closest_n
     assert_eq!(columns[13], "4");
     assert_eq!(rides(&demo, "restored"), rows);
 
+    // Its index is on n4 alone, and only n2, which looks into no other node's directory, may take part.
+    let nowhere = restore.replace("tier=1,region=east'", "tier=1,region=west'").replace("restored", "nowhere");
+    let columns = completed(&demo, 1, &detached(&demo, 4, &nowhere));
+    assert_eq!((&*columns[5], &*columns[13]), ("failed", "2"), "{columns:?}");
+    assert!(columns[12].contains("path does not contain a completed latest backup"), "{columns:?}");
+
     // Asked of a node that does not match, attached: told where the job is, and it goes on there.
     let told =
         demo.ask(1, "BACKUP DATABASE movr INTO 'nodelocal://self/moved' WITH EXECUTION LOCALITY = 'region=east'");

@@ -178,3 +178,17 @@ fn a_registry_of_a_newer_program_is_left_alone() {
     let said = both(&node.psql("root", "postgres").args(["-Atc", "SELECT 1"]).output().unwrap());
     assert_eq!(said.trim(), "1", "clients are relayed all the same");
 }
+
+#[test]
+fn a_locality_that_is_none_is_refused_at_the_start() {
+    let dir = directory();
+    for (locality, told) in [
+        ("", "can't have empty locality"),
+        ("region", "tier must be in the form \"key=value\" not \"region\""),
+        ("region=a,", "tier must be in the form \"key=value\" not \"\""),
+    ] {
+        let log = Node::try_start(dir.path(), "n1", &["--insecure", "--locality", locality]).err();
+        let log = log.unwrap_or_else(|| panic!("a node at \"{locality}\""));
+        assert!(log.contains(told), "{log}");
+    }
+}

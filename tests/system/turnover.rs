@@ -3,6 +3,7 @@
 
 use std::collections::BTreeSet;
 use std::process::Stdio;
+use std::time::Duration;
 
 use nix::sys::signal::Signal;
 use serde_json::Value;
@@ -117,6 +118,28 @@ fn the_coordinator_holds_a_replica_and_among_equals_has_the_fewest_jobs() {
         fleet.let_go(&job, "backup.after_lock");
         assert_eq!(fleet.end_of(&job), ("succeeded".to_owned(), String::new()));
     }
+}
+
+/// Its session lives on, for as long as nobody may take over from it.
+#[test]
+fn a_node_that_is_gone_coordinates_nothing_though_its_session_lives() {
+    let mut fleet = Fleet::start(&[&ONE_SHARD[..6], &["--rows", "100"]].concat());
+    fleet.demo.set_session_life(Duration::from_secs(300));
+    fleet.end_node(4, Signal::SIGKILL);
+    until("node 1 to know", || {
+        let nodes = fleet.demo.ask(1, "SHOW NODES");
+        let gone = nodes.lines().find(|row| row.starts_with("4|")).is_some_and(|row| row.contains("|t|f|"));
+        if gone { Ok(()) } else { Err(nodes) }
+    });
+    let statement = format!("BACKUP DATABASE movr INTO 'nodelocal://1/b' WITH {FILTER}");
+    let plan = fleet.demo.ask(1, &format!("EXPLAIN {statement}"));
+    assert!(plan.starts_with("coordinator: node 5 ") && plan.contains("left out: node 4 "), "{plan}");
+    let told = fleet.demo.ask(1, &statement);
+    let (job, to) = relocated(&told);
+    assert_eq!(to, "5", "{told}");
+    // A job ends when none of its filter's nodes can be at work for it any more.
+    fleet.start_node(4);
+    assert_eq!(fleet.end_of(job), ("succeeded".to_owned(), String::new()));
 }
 
 /// The node that a plan names as the coordinator, and why.

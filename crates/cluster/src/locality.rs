@@ -22,7 +22,7 @@ impl fmt::Display for Tier {
 
 /// A piece of a locality text that is not one key and one value.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("tier must be in the form \"key=value\" not \"{}\"", .0.escape_debug())]
+#[error("tier must be in the form \"key=value\" not {0:?}")]
 pub struct LocalityError(String);
 
 /// A node's tiers, from the most to the least inclusive.
@@ -117,13 +117,20 @@ mod tests {
 
     #[test]
     fn a_piece_that_is_no_tier_is_named() {
-        for (text, piece) in
-            [("abc", "abc"), ("a=b,", ""), ("=b", "=b"), ("a=", "a="), ("a=b=c", "a=b=c"), ("a=\"", "")]
-        {
-            let message = match text.parse::<Locality>() {
-                Ok(_) => continue,
-                Err(error) => error.to_string(),
-            };
+        for (text, piece) in [
+            ("abc", "abc"),
+            ("a=b,", ""),
+            ("a=b,,c=d", ""),
+            ("=b", "=b"),
+            ("a=", "a="),
+            ("=", "="),
+            ("a=b=c", "a=b=c"),
+            // As Go's %q prints it.
+            ("it's", "it's"),
+            ("a\"b", "a\\\"b"),
+            ("a\tb", "a\\tb"),
+        ] {
+            let message = text.parse::<Locality>().expect_err(text).to_string();
             assert_eq!(message, format!("tier must be in the form \"key=value\" not \"{piece}\""));
         }
     }

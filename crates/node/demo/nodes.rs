@@ -91,7 +91,10 @@ pub(super) async fn start(
     let _ = fs::remove_file(&url_file);
     let output = fs::OpenOptions::new().create(true).append(true).open(&log)?;
     let mut command = Command::new(std::env::current_exe()?);
-    command.args(["start", "--insecure", "--locality", &planned.locality.to_string(), "--shard", &planned.shard]);
+    command.args(["start", "--insecure", "--shard", &planned.shard]);
+    if !planned.locality.is_empty() {
+        command.args(["--locality", &planned.locality.to_string()]);
+    }
     command.args(["--listen-addr", &listen.sql, "--http-addr", &listen.http]);
     command.args(["--node-id", &planned.number.to_string()]);
     command.arg("--store").arg(&home).arg("--external-io-dir").arg(home.join("extern"));

@@ -168,8 +168,14 @@ impl Demo {
     /// Starts the server beside node `number` again, after it was killed.
     #[track_caller]
     pub fn restart_server(&self, number: usize) {
+        self.begin_server(number, "-w");
+    }
+
+    /// The same; `wait` is pg_ctl's word for whether it returns before the server lets anybody in.
+    #[track_caller]
+    pub fn begin_server(&self, number: usize, wait: &str) {
         let mut start = postgres_program("pg_ctl");
-        start.args(["start", "-w", "-s", "-l", "/dev/null", "-D"]).arg(self.node_dir(number).join("pg"));
+        start.args(["start", wait, "-s", "-l", "/dev/null", "-D"]).arg(self.node_dir(number).join("pg"));
         if nix::unistd::Uid::effective().is_root() {
             let mut as_postgres = Command::new("runuser");
             as_postgres.args(["-u", "postgres", "--"]).arg(start.get_program()).args(start.get_args());

@@ -235,6 +235,56 @@ fn a_standby_that_is_too_far_behind_is_passed_over_until_it_has_caught_up() {
     read(3);
 }
 
+/// A standby that begins while somebody has more subtransactions open than a snapshot lists lets nobody in.
+#[test]
+fn a_standby_that_refuses_everybody_until_a_transaction_has_ended_is_passed_over_until_then() {
+    let demo = Demo::start(&["--rows", "100"]);
+    let statement = format!("BACKUP DATABASE movr INTO 'nodelocal://self/b' WITH {WEST}");
+    let on = |number: usize, text: &str| {
+        run(demo.psql_direct(number).args(["-v", "ON_ERROR_STOP=1", "-Atqc", text])).trim().to_owned()
+    };
+    on(1, "CREATE TABLE spare (n int)");
+    let many = "BEGIN; DO $$ BEGIN FOR i IN 1..100 LOOP
+                    BEGIN INSERT INTO spare VALUES (i); EXCEPTION WHEN division_by_zero THEN NULL; END;
+                END LOOP; END $$";
+    let holder = Holder::start(demo.psql_direct(1), many);
+    // It begins behind a checkpoint, which is after the transaction's beginning.
+    on(1, "CHECKPOINT");
+    let position = on(1, "SELECT pg_current_wal_flush_lsn()");
+    until("the standby to have it", || {
+        let seen = on(3, &format!("SELECT pg_last_wal_replay_lsn() >= '{position}'"));
+        if seen == "t" { Ok(()) } else { Err(seen) }
+    });
+    on(3, "CHECKPOINT");
+    let server = demo.server_pid(3);
+    kill(server, Signal::SIGQUIT).unwrap();
+    until("the server to be gone", || if kill(server, None).is_err() { Ok(()) } else { Err("it is there".to_owned()) });
+    demo.begin_server(3, "-W");
+    until("the server to refuse", || {
+        let said = both(&demo.psql_direct(3).args(["-Atc", "SELECT 1"]).output().unwrap());
+        if said.contains("not yet accepting connections") { Ok(()) } else { Err(said) }
+    });
+    for number in [3, 1] {
+        explained(
+            &demo,
+            number,
+            &statement,
+            "passed over: node 3 (region=us-west-1,zone=a), server down: it does not answer",
+        );
+    }
+    let read = |node: u64| {
+        let row = demo.ask(3, &statement);
+        assert_eq!(row.split('|').nth(1), Some("succeeded"), "{row}");
+        assert_eq!(manifest(&demo, "b")["shards"][0]["read_from"], node);
+    };
+    read(1);
+    drop(holder);
+    // What it waits for is logged with the next checkpoint.
+    on(1, "CHECKPOINT");
+    explained(&demo, 3, &statement, "read: node 3 (region=us-west-1,zone=a), non-voting replica");
+    read(3);
+}
+
 /// Of servers in the same tiers the one is read whose node answers soonest; by its number it would be the other one.
 #[test]
 fn a_node_without_a_server_reads_the_one_that_answers_soonest() {

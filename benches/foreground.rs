@@ -1,8 +1,9 @@
 //! What users feel of a backup: pgbench on the leaseholder while nothing is backed up, while backups run that are pinned to a
-//! region with an asynchronous standby, and while backups run without a filter, which read the leaseholder itself. The
-//! three take turns in one go, and every figure is a ratio within its round, so it holds when the machine's speed drifts.
+//! region with an asynchronous standby, in each of its modes, and while backups run without a filter, which read the
+//! leaseholder itself. They take turns in one go, and every figure is a ratio within its round, so it holds when the
+//! machine's speed drifts.
 //!
-//! `cargo bench --bench foreground`, about three minutes. It judges nothing: in a fleet the standby and the nodes have
+//! `cargo bench --bench foreground`, about four minutes. It judges nothing: in a fleet the standby and the nodes have
 //! machines of their own, and here all of it shares this one's cores, so that what a pinned backup costs is mostly what
 //! the same work costs anywhere on this machine.
 
@@ -25,11 +26,15 @@ const CLIENTS: &str = "4";
 /// Rides in the database that is backed up.
 const ROWS: &str = "400000";
 
-/// Without a backup, and with the options of one.
-const WAYS: [(&str, Option<&str>); 3] = [
+const PINNED: &str = "EXECUTION LOCALITY = 'region=us-west-1', DETACHED";
+
+/// Without a backup, and with the options of one and the mode of a standby that it reads.
+const WAYS: [(&str, Option<(&str, &str)>); 5] = [
     ("no backup", None),
-    ("pinned to the standby's region", Some("EXECUTION LOCALITY = 'region=us-west-1', DETACHED")),
-    ("unpinned, read from the leaseholder", Some("DETACHED")),
+    ("pinned to the standby's region, mode feedback", Some((PINNED, "feedback"))),
+    ("pinned to the standby's region, mode paused", Some((PINNED, "paused"))),
+    ("pinned to the standby's region, mode retry", Some((PINNED, "retry"))),
+    ("unpinned, read from the leaseholder", Some(("DETACHED", "auto"))),
 ];
 
 /// What pgbench's clients had in one turn.
@@ -73,15 +78,18 @@ fn main() {
 }
 
 /// One turn of pgbench, with one backup after the other beside it.
-fn turn(demo: &Demo, bench: &str, options: Option<&str>) -> Felt {
+fn turn(demo: &Demo, bench: &str, options: Option<(&str, &str)>) -> Felt {
     let (over, backups) = (AtomicBool::new(false), AtomicU32::new(0));
     let begun = AtomicBool::new(options.is_none());
     let logs = tempfile::tempdir().unwrap();
     let (tps, p99_ms) = std::thread::scope(|scope| {
         scope.spawn(|| {
-            let Some(options) = options else { return };
+            let Some((options, mode)) = options else { return };
+            let set = format!("SET backhaul.backup.standby_mode = '{mode}'");
             while !over.load(Ordering::Relaxed) {
-                let job = demo.ask(2, &format!("BACKUP DATABASE movr INTO 'nodelocal://self/f' WITH {options}"));
+                let backup = format!("BACKUP DATABASE movr INTO 'nodelocal://self/f' WITH {options}");
+                let job = run(demo.psql(2).args(["-v", "ON_ERROR_STOP=1", "-Atqc", &set, "-c", &backup]));
+                let job = job.trim();
                 begun.store(true, Ordering::Relaxed);
                 let row = demo.ask(2, &format!("SHOW JOB WHEN COMPLETE {job}"));
                 assert!(row.contains("|succeeded|"), "{row}");

@@ -424,14 +424,18 @@ fn the_document_on_locality_is_true() {
     let demo = Demo::start(&["--rows", "100"]);
     let text = include_str!("../../docs/locality.md");
     let blocks: Vec<&str> = text.split("```sql\n").skip(1).collect();
-    assert!(blocks.len() >= 3);
+    assert!(blocks.len() >= 4);
     for block in blocks {
         let (statements, rest) = block.split_once("```").unwrap();
         let shown = rest.split_once("```text\n").unwrap().1.split("```").next().unwrap();
         let (changes, questions): (Vec<&str>, Vec<&str>) =
             statements.lines().partition(|statement| !statement.starts_with("SHOW "));
         assert!(!changes.is_empty() && !questions.is_empty(), "{statements}");
-        let answer = session(&demo, 1, &changes);
+        let directly = changes[0].split_once(" -- on the server beside n").map(|(_, number)| number.parse().unwrap());
+        let answer = match directly {
+            Some(number) => both(&demo.psql_direct(number).args(["-c", changes[0]]).output().unwrap()),
+            None => session(&demo, 1, &changes),
+        };
         assert!(!answer.contains("ERROR"), "{answer}");
         let words = |line: &str| line.split_ascii_whitespace().collect::<Vec<_>>().join(" ");
         until(shown, || {

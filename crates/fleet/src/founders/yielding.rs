@@ -1,9 +1,10 @@
 //! Spans of a primary give way to changes of the schema.
 //!
 //! A span holds ACCESS SHARE on its table for as long as its rows are taken, which a limit of the rate or a slow store may
-//! draw out to minutes. An ALTER that waits for it has everybody who comes after it waiting, too. So while a span of a
-//! primary is read, the guard looks each second who waits for the table; then the read is ended at once, whether its
-//! rows are taken or not, and the span may be asked for again.
+//! draw out to minutes. An ALTER that waits for it has everybody who comes after it waiting, too; and so has a REINDEX,
+//! which waits for an index, because planning locks all those of the table. So while a span of a primary is read, the
+//! guard looks each second who waits for the table or an index of it; then the read is ended at once, whether its rows
+//! are taken or not, and the span may be asked for again.
 //!
 //! An ALTER has its lock only when the last span has ended. So all spans of a table give way to the same few who wait
 //! for it ([`Given`]), and to nobody else, or changes in a loop would keep a backup from ever ending. Whoever gives up,
@@ -42,13 +43,16 @@ const END_DEADLINE: Duration = Duration::from_secs(30);
 /// Pieces that are read ahead of whoever takes them; beyond that the server waits.
 const AHEAD: usize = 2;
 
-/// Who waits, as their queue stands, for what reading is in the way of: nothing weaker is. A transaction that waits twice
-/// is two of them; one that tries over and over would else be given way to without end. Who has just begun to wait has no
-/// start yet, and is seen with the next look.
+/// Who waits, in the order in which they came, for what reading is in the way of: nothing weaker is, and what is stored
+/// out of line is locked for no longer than it takes to fetch a value. A transaction that waits twice is two of them;
+/// one that tries over and over would else be given way to without end. Who has just begun to wait has no start yet,
+/// and is seen with the next look.
 const WANTED: &str = "
     SELECT ARRAY(SELECT pg_catalog.concat_ws(' ', l.virtualtransaction, l.waitstart)
                  FROM pg_catalog.pg_locks l JOIN pg_catalog.pg_database d ON d.oid = l.database
-                 WHERE l.locktype = 'relation' AND l.relation = $1 AND l.mode = 'AccessExclusiveLock' AND NOT l.granted
+                 WHERE l.locktype = 'relation' AND l.mode = 'AccessExclusiveLock' AND NOT l.granted
+                   AND (l.relation = $1
+                        OR l.relation IN (SELECT indexrelid FROM pg_catalog.pg_index WHERE indrelid = $1))
                    AND l.waitstart IS NOT NULL AND d.datname = pg_catalog.current_database()
                  ORDER BY l.waitstart)";
 
@@ -150,7 +154,7 @@ impl Yielding {
                 let name = self.pool.tables.get(&self.table).map(|table| format!("{}.{}", table.schema, table.name));
                 let message = format!("table \"{}\" is wanted by somebody else", name.unwrap_or_default());
                 PgError::new(SqlState::LOCK_NOT_AVAILABLE, message)
-                    .detail("Reading it gave way to a change of the schema that waited for it.")
+                    .detail("Reading it gave way to a change of the schema that waited for it, or for an index of it.")
                     .into()
             }
         }

@@ -112,6 +112,29 @@ async fn a_span_of_a_primary_gives_way_to_ddl_and_not_for_ever() {
     timeout(DEADLINE, locking).await.unwrap().unwrap();
 }
 
+/// Planning has a span hold the indexes of its table with it. What waits for one of them has the table's writers, or
+/// everybody, waiting behind it.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_span_of_a_primary_gives_way_to_who_waits_for_an_index_of_its_table() {
+    let fleet = Fleet::start(
+        false,
+        "CREATE TABLE big AS SELECT n, repeat('x', 500) FROM generate_series(1, 60000) n; CREATE INDEX by_n ON big (n)",
+    )
+    .await;
+    let (founders, lease) = (Founders::new(fleet.primary()), Uuid::new_v4());
+    let opened = opened(&founders, open(lease, 3)).await;
+    let big = whole(table(&opened, "big"));
+    for change in ["REINDEX INDEX by_n", "REINDEX TABLE big"] {
+        let halves = three_halves(&founders, lease, &big).await;
+        timeout(DEADLINE, fleet.in_database("shop", change)).await.unwrap();
+        for half in halves {
+            given_way(half).await;
+        }
+        // The table is the same as before.
+        assert_eq!(rows(&founders, lease, big.clone()).await.len(), 60000, "{change}");
+    }
+}
+
 /// Founders outlive the promotion of their standby, and from then on there are changes that wait for them.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_span_of_a_standby_that_was_promoted_gives_way_to_ddl() {

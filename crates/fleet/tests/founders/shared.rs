@@ -212,3 +212,25 @@ async fn a_catalog_that_replay_has_locked_keeps_no_pause() {
     let opened = opened(&founders, open(Uuid::new_v4(), 2)).await;
     assert_eq!(opened.point.mode, Mode::Paused);
 }
+
+/// What is prepared stands idle outside of a transaction until the other servers have come to their turn.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_prepared_outlives_the_time_that_a_session_may_stand_idle() {
+    let fleet = Fleet::start(true, ACCOUNTS).await;
+    fleet.on_primary("ALTER ROLE root SET idle_session_timeout = '1s'").await;
+    fleet.caught_up().await;
+    let (founders, lease) = (Founders::new(fleet.standby()), Uuid::new_v4());
+    answer::<()>(&founders, &Request::Prepare(open(lease, 2))).await;
+    // Somebody else who stands idle from now on is ended: so the timeout is in force.
+    let (idle, _connection) = fleet.standby().session_in("shop").await.unwrap();
+    let ended = async {
+        while !idle.is_closed() {
+            sleep(Duration::from_millis(20)).await;
+        }
+    };
+    timeout(DEADLINE, ended).await.unwrap();
+    let at = step(&founders, lease, None).await;
+    let taken: Opened = answer(&founders, &Request::Take { lease, at: at.clone(), with_schema: true }).await;
+    assert_eq!((taken.point.lsn, taken.point.readers), (at.lsn, 2));
+    assert_eq!(rows(&founders, lease, whole(table(&taken, "account"))).await.len(), 20000);
+}

@@ -77,6 +77,25 @@ async fn replay_stands_until_the_last_lease_that_shares_it_has_ended() {
     until(&fleet.standby(), PAUSE_STATE, "not paused").await;
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn a_pause_is_watched_for_longer_than_a_statement_of_the_node_s_role_may_last() {
+    let fleet = Fleet::start(true, ACCOUNTS).await;
+    fleet.on_primary("ALTER ROLE root SET statement_timeout = '2s'").await;
+    fleet.caught_up().await;
+    let (founders, standby) = (Founders::new(fleet.standby()), fleet.standby());
+    let lease = keeping(7, limits());
+    opened(&founders, lease.clone()).await;
+    // A statement that begins now is ended: so the timeout is in force, and is over for those that began before.
+    let (sleeper, _connection) = standby.session_in("postgres").await.unwrap();
+    let ended = timeout(DEADLINE, sleeper.batch_execute("SELECT pg_sleep(60)")).await.unwrap().unwrap_err();
+    assert_eq!(ended.code().map(tokio_postgres::error::SqlState::code), Some("57014"), "{ended:?}");
+    let watching = "SELECT count(*) FROM pg_stat_activity
+                    WHERE application_name LIKE '%watching its pause' AND state = 'active'";
+    assert_eq!(ask(&standby, "postgres", watching).await, "1");
+    assert_eq!(renewed(&founders, lease.lease).await, None);
+    assert_eq!(ask(&standby, "postgres", PAUSE_STATE).await, "paused");
+}
+
 /// What is known of a standby's vote.
 struct Voting(Arc<Mutex<Option<bool>>>);
 

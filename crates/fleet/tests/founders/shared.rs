@@ -71,11 +71,11 @@ async fn to_one_position(pair: &[Arc<Founders>; 2], lease: Uuid) -> Option<Stand
 }
 
 /// Prepares both and brings them to one position. Where other tests keep all processors busy that may take several tries.
-async fn both_stand(pair: &[Arc<Founders>; 2]) -> (Uuid, Standstill) {
+async fn both_stand(pair: &[Arc<Founders>; 2], pause: Option<PauseLimits>) -> (Uuid, Standstill) {
     for _ in 0..10 {
         let lease = Uuid::new_v4();
         for founders in pair {
-            answer::<()>(founders, &Request::Prepare(open(lease, 2))).await;
+            answer::<()>(founders, &Request::Prepare(Open { pause: pause.clone(), ..open(lease, 2) })).await;
         }
         if let Some(at) = to_one_position(pair, lease).await {
             return (lease, at);
@@ -93,12 +93,15 @@ async fn two_standbys_are_stepped_to_one_point_and_show_the_same() {
     let writing = writer(&twin.fleet.primary(), 1);
     let (big, _connection) = twin.fleet.primary().session_in("shop").await.unwrap();
     let pair = twin.servers().map(Founders::new);
-    for round in 0..5 {
+    for round in 0..6 {
+        // In the last of them replay stays paused for as long as the point is read.
+        let pause = (round == 5).then(standing::limits);
+        let state = if pause.is_some() { "paused" } else { "not paused" };
         // Open while the snapshots are taken, and committed before they are read.
         big.batch_execute(&MANY_SUBTRANSACTIONS.replace("100000", &format!("{}", 100_000 + 1000 * round)))
             .await
             .unwrap();
-        let (lease, at) = both_stand(&pair).await;
+        let (lease, at) = both_stand(&pair, pause).await;
         let mut seen = Vec::new();
         let mut taken: Vec<Opened> = Vec::new();
         for (founders, with_schema) in pair.iter().zip([true, false]) {
@@ -118,8 +121,10 @@ async fn two_standbys_are_stepped_to_one_point_and_show_the_same() {
         assert!(seen[0] == seen[1], "the servers differ");
         assert_eq!(sum(&seen[0]), 2_000_000 + 150_000 * i64::from(round));
         for (founders, server) in pair.iter().zip(twin.servers()) {
-            assert_eq!(ask(&server, "postgres", PAUSE_STATE).await, "not paused");
+            assert_eq!(ask(&server, "postgres", PAUSE_STATE).await, state);
+            assert_eq!(answer::<Option<String>>(founders, &Request::Renew { lease }).await, None);
             answer::<()>(founders, &Request::Close { lease }).await;
+            until(&server, PAUSE_STATE, "not paused").await;
         }
     }
     writing.abort();
@@ -233,4 +238,26 @@ async fn what_is_prepared_outlives_the_time_that_a_session_may_stand_idle() {
     let taken: Opened = answer(&founders, &Request::Take { lease, at: at.clone(), with_schema: true }).await;
     assert_eq!((taken.point.lsn, taken.point.readers), (at.lsn, 2));
     assert_eq!(rows(&founders, lease, whole(table(&taken, "account"))).await.len(), 20000);
+}
+
+/// Another backup reads where it stands.
+#[tokio::test(flavor = "multi_thread")]
+async fn replay_that_stands_for_another_backup_is_shared_and_not_stepped() {
+    let fleet = Fleet::start(true, ACCOUNTS).await;
+    let (founders, [reading, lease]) = (Founders::new(fleet.standby()), [Uuid::new_v4(), Uuid::new_v4()]);
+    let pause = Some(standing::limits());
+    let point = opened(&founders, Open { pause, ..open(reading, 2) }).await.point;
+    answer::<()>(&founders, &Request::Prepare(Open { job: 8, ..open(lease, 2) })).await;
+    let at = step(&founders, lease, None).await;
+    assert_eq!((at.lsn, at.timeline), (point.lsn, point.timeline));
+    // There is something to step over.
+    fleet.in_database("shop", "UPDATE account SET balance = balance + 1").await;
+    let request = Request::Step { lease, until: Some(cluster::Lsn(at.lsn.0 + 8)) };
+    let error = refused(&founders, &request).await;
+    assert_eq!(error.message, "the server does not stand at the point that others share");
+    assert_eq!(error.detail.as_deref(), Some("Its replay stands for another backup, which reads it."));
+    assert_eq!(answer::<Option<String>>(&founders, &Request::Renew { lease: reading }).await, None);
+    assert_eq!(ask(&fleet.standby(), "postgres", PAUSE_STATE).await, "paused");
+    let replayed = ask(&fleet.standby(), "postgres", "SELECT pg_last_wal_replay_lsn()").await;
+    assert_eq!(replayed.parse::<cluster::Lsn>().unwrap(), point.lsn);
 }

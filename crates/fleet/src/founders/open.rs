@@ -273,7 +273,8 @@ impl Taking {
             let work = self.while_it_may(&halt, true, PAUSE_WORK).await;
             // Before replay goes on, or it could meet what the founders still hold.
             let stood_down = if matches!(work, Some(Ok(_))) { Ok(()) } else { self.stand_down().await };
-            let kept = self.after(halt, matches!(work, Some(Ok(_)))).await;
+            let taken = work.as_ref().and_then(|work| Some(&work.as_ref().ok()?.0));
+            let kept = self.after(halt, taken).await;
             let Some(work) = work else {
                 tracing::info!("the point could not be taken within one pause of replay; it is sought without one");
                 stood_down?;
@@ -312,10 +313,10 @@ impl Taking {
     }
 
     /// Lets replay go on, or keeps it paused where that is wanted of a point that was taken.
-    pub(super) async fn after(&self, halt: Halt, is_taken: bool) -> Option<Kept> {
-        match self.request.pause.as_ref().filter(|_| is_taken) {
-            Some(limits) => Some(halt.keep(&self.standing, limits).await),
-            None => {
+    pub(super) async fn after(&self, halt: Halt, taken: Option<&Moment>) -> Option<Kept> {
+        match (&self.request.pause, taken) {
+            (Some(limits), Some(moment)) => Some(halt.keep(&self.standing, limits, moment.position.time).await),
+            _ => {
                 halt.end().await;
                 None
             }
@@ -325,7 +326,9 @@ impl Taking {
     /// Everything that is done while replay is paused; the schema is dumped if it is wanted.
     async fn in_pause(&self, halt: &Halt, with_schema: bool) -> Result<(Moment, Plans), Disturbance> {
         try_join_all(self.teams.iter().map(|team| is_free(&team.guard))).await?;
-        let position = self.position().await?;
+        let mut position = self.position().await?;
+        // Where it stands is as old as the pause.
+        position.time = halt.since().unwrap_or(position.time);
         if !halt.still_stands(&self.control).await? {
             return Err(Disturbance::Moved);
         }

@@ -91,7 +91,7 @@ impl Preparation {
             // Before replay goes on, or it could meet what the founders still hold.
             drop(taking.stand_down().await);
         }
-        let kept = taking.after(pause, work.is_ok()).await;
+        let kept = taking.after(pause, work.as_ref().ok().map(|(moment, _)| moment)).await;
         let (moment, plans) = work?;
         let request = taking.request.clone();
         Ok((request, Taken { kept, ..taking.taken(Mode::Paused, moment, plans) }, guard))

@@ -12,6 +12,7 @@
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::time::Duration;
 
+use chrono::{DateTime, Utc};
 use cluster::Lsn;
 use pgerror::PgError;
 use tokio::sync::watch;
@@ -72,6 +73,8 @@ enum State {
 
 /// A pause that stands, for those who share it. With the last of them it ends.
 pub(super) struct Held {
+    /// The time of the point that it was begun for, by the server's clock.
+    since: DateTime<Utc>,
     state: watch::Receiver<State>,
     /// Why it ended before its time.
     why: Arc<Mutex<Option<String>>>,
@@ -151,8 +154,8 @@ impl Standing {
         None
     }
 
-    /// Lets a pause stand.
-    async fn begin(&self, mut pause: Pause, limits: &PauseLimits) -> Kept {
+    /// Lets a pause stand in which a point was taken at the time `since`.
+    async fn begin(&self, mut pause: Pause, limits: &PauseLimits, since: DateTime<Utc>) -> Kept {
         let longest = Duration::from_millis(limits.longest_ms);
         if let Err(error) = pause.watched(longest).await {
             tracing::warn!("replay is not kept paused: {error:#}");
@@ -162,7 +165,8 @@ impl Standing {
         }
         let (tell, state) = watch::channel(State::Stands);
         let (why, end) = (Arc::default(), CancellationToken::new());
-        let held = Arc::new(Held { state: state.clone(), why: Arc::clone(&why), _end: end.clone().drop_guard() });
+        let held = Held { since, state: state.clone(), why: Arc::clone(&why), _end: end.clone().drop_guard() };
+        let held = Arc::new(held);
         *self.now.lock().unwrap_or_else(PoisonError::into_inner) = Some((Arc::downgrade(&held), state));
         let watching = Watching { pause, limits: limits.clone(), is_voting: Arc::clone(&self.is_voting), end };
         tokio::spawn(async move {
@@ -293,10 +297,18 @@ impl Halt {
         }
     }
 
-    /// Lets it stand while the point is read.
-    pub(super) async fn keep(self, standing: &Standing, limits: &PauseLimits) -> Kept {
+    /// The time of the point that was taken first where replay stands, by the server's clock, if that is another one.
+    pub(super) fn since(&self) -> Option<DateTime<Utc>> {
         match self {
-            Self::Own(pause) => standing.begin(*pause, limits).await,
+            Self::Own(_) => None,
+            Self::Shared(held) => Some(held.since),
+        }
+    }
+
+    /// Lets it stand while the point is read, which was taken at the time `since`.
+    pub(super) async fn keep(self, standing: &Standing, limits: &PauseLimits, since: DateTime<Utc>) -> Kept {
+        match self {
+            Self::Own(pause) => standing.begin(*pause, limits, since).await,
             Self::Shared(held) => Kept::Held(held),
         }
     }

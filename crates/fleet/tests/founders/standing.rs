@@ -55,7 +55,7 @@ async fn replay_stands_until_the_last_lease_that_shares_it_has_ended() {
     // Whoever comes while it stands takes its point where it stands.
     for request in [&second, &passing] {
         let beside = opened(&founders, request.clone()).await;
-        assert_eq!(beside.point.lsn, point.point.lsn);
+        assert_eq!((beside.point.lsn, beside.point.time), (point.point.lsn, point.point.time));
         assert_eq!(table(&beside, "account").columns, ["id", "balance"]);
     }
     close(&founders, first.lease).await;

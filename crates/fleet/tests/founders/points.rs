@@ -183,6 +183,14 @@ async fn what_was_written_to_one_database_after_another_is_read_in_that_order() 
     writing.abort();
 }
 
+/// All that `pg_dump` said is between the last statement that paused and the last that resumed.
+fn schema_in_pause(log: &str) {
+    let paused = log.rfind("statement: SELECT pg_catalog.pg_wal_replay_pause(), pg_catalog.pg_sleep(").unwrap();
+    let resumed = log.rfind("statement: SELECT pg_catalog.pg_wal_replay_resume()\n").unwrap();
+    assert!(log[paused..resumed].contains("statement: SET DATESTYLE = ISO"), "the schema is not of the pause");
+    assert!(!log[resumed..].contains("backhaul schema"), "the schema is not of the pause alone");
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn no_snapshot_is_imported_on_a_standby() {
     let fleet = Fleet::start(true, ACCOUNTS).await;
@@ -190,7 +198,7 @@ async fn no_snapshot_is_imported_on_a_standby() {
     ask(&standby, "postgres", "ALTER SYSTEM SET log_statement = 'all'").await;
     ask(&standby, "postgres", "SELECT pg_reload_conf()").await;
     until(&standby, "SHOW log_statement", "all").await;
-    let founders = Founders::new(standby.clone());
+    let (founders, log) = (Founders::new(standby.clone()), fleet._dir.path().join("standby.log"));
     let mut modes = Vec::new();
     // In a pause, and without one: a voting standby is never paused.
     for voting in [false, true] {
@@ -201,9 +209,12 @@ async fn no_snapshot_is_imported_on_a_standby() {
             assert_eq!(rows(&founders, lease, whole(table(&opened, "account"))).await.len(), 20000);
         }
         call(&founders, &Request::Close { lease }).await.unwrap();
+        if !voting {
+            schema_in_pause(&std::fs::read_to_string(&log).unwrap());
+        }
     }
     assert!(modes[0] == Mode::Paused && matches!(modes[1], Mode::Still | Mode::Single), "{modes:?}");
-    let log = std::fs::read_to_string(fleet._dir.path().join("standby.log")).unwrap().to_uppercase();
+    let log = std::fs::read_to_string(&log).unwrap().to_uppercase();
     // All of it is in the log: founders, their rows, and pg_dump.
     for there in ["REPEATABLE READ", "COPY (SELECT", "PG_WAL_REPLAY_PAUSE", "SET DATESTYLE = ISO"] {
         assert!(log.contains(there), "{there} is not in the log");

@@ -159,28 +159,59 @@ async fn what_was_written_to_one_database_after_another_is_read_in_that_order() 
             }
         }
     });
-    let founders = Founders::new(fleet.standby());
+    for (server, mode) in [(fleet.standby(), Mode::Paused), (fleet.primary(), Mode::Exported)] {
+        in_that_order(&Founders::new(server), mode).await;
+    }
+    writing.abort();
+}
+
+/// Several points: where one is said to be that of both databases, what it shows was there at one moment.
+async fn in_that_order(founders: &Arc<Founders>, mode: Mode) {
     let mut last = 0;
     for _ in 0..5 {
         let lease = Uuid::new_v4();
         let request = Open { databases: vec!["shop".to_owned(), "other".to_owned()], ..open(lease, 2) };
-        let opened = opened(&founders, request).await;
-        assert!(opened.point.mode == Mode::Paused && opened.point.databases_at_one_point);
+        let opened = opened(founders, request).await;
+        assert_eq!(opened.point.mode, mode);
+        assert!(mode == Mode::Exported || opened.point.databases_at_one_point);
         let mut seen = Vec::new();
         for plan in &opened.databases {
             let what = whole(plan.tables.iter().find(|table| table.name == "t").unwrap());
             let request = Request::Span(SpanRequest { lease, database: plan.name.clone(), what });
-            let text = drain(stream(&founders, &request).await).await.unwrap();
+            let text = drain(stream(founders, &request).await).await.unwrap();
             seen.push(String::from_utf8(text).unwrap().trim().parse::<i64>().unwrap());
         }
         let [shop, other] = seen[..] else { panic!("{seen:?}") };
-        assert!(other <= shop && shop <= other + 1, "shop {shop}, other {other}");
+        let is_one = other <= shop && shop <= other + 1;
+        assert!(is_one || !opened.point.databases_at_one_point, "shop {shop}, other {other}");
         assert!(shop >= last);
         last = shop;
-        call(&founders, &Request::Close { lease }).await.unwrap();
+        call(founders, &Request::Close { lease }).await.unwrap();
     }
     assert!(last > 0, "nothing was written meanwhile");
-    writing.abort();
+}
+
+/// A snapshot of one database and another one of the next are not one point, however near they are.
+#[tokio::test(flavor = "multi_thread")]
+async fn databases_of_a_primary_whose_snapshots_differ_are_not_said_to_be_at_one_point() {
+    let fleet = Fleet::start(false, ACCOUNTS).await;
+    fleet.on_primary("CREATE DATABASE other").await;
+    let founders = Founders::new(fleet.primary());
+    let taken = async |databases: &[&str]| {
+        let databases = databases.iter().map(|name| (*name).to_owned()).collect();
+        let opened = opened(&founders, Open { databases, ..open(Uuid::new_v4(), 2) }).await;
+        assert_eq!(opened.point.mode, Mode::Exported);
+        opened.point.databases_at_one_point
+    };
+    assert!(taken(&["shop", "other"]).await, "nothing is written, and the snapshots are equal");
+    // From now on one database tells of a snapshot that no other one has, as if somebody wrote between any two.
+    let differing = "ALTER FUNCTION pg_catalog.pg_current_snapshot() RENAME TO pg_true_snapshot;
+        CREATE FUNCTION pg_catalog.pg_current_snapshot() RETURNS pg_snapshot LANGUAGE sql
+        AS $$ SELECT '7:7:'::pg_snapshot $$";
+    fleet.in_database("other", differing).await;
+    for (databases, expected) in [(&["shop", "other"][..], false), (&["other", "shop"], false), (&["other"], true)] {
+        assert_eq!(taken(databases).await, expected, "{databases:?}");
+    }
 }
 
 /// All that `pg_dump` said is between the last statement that paused and the last that resumed.
@@ -235,12 +266,17 @@ async fn replay_that_stands_for_another_reason_than_having_nothing_to_do_gives_o
         ask(&fleet.standby(), "postgres", &format!("ALTER SYSTEM SET {setting}")).await;
         ask(&fleet.standby(), "postgres", "SELECT pg_reload_conf()").await;
     };
+    // Of one database, and of two: each founder that reads alone has a snapshot of its own.
     let taken = async || {
-        let opened = opened(&Founders::new(reader.clone()), open(Uuid::new_v4(), 3)).await;
-        (opened.point.mode, opened.point.readers)
+        let founders = Founders::new(reader.clone());
+        let one = opened(&founders, open(Uuid::new_v4(), 3)).await.point;
+        let databases = vec!["shop".to_owned(), "postgres".to_owned()];
+        let two = opened(&founders, Open { databases, ..open(Uuid::new_v4(), 3) }).await.point;
+        assert_eq!((one.mode, one.readers, one.databases_at_one_point), (two.mode, two.readers, true));
+        (one.mode, one.readers, two.databases_at_one_point)
     };
     fleet.caught_up().await;
-    assert_eq!(taken().await, (Mode::Still, 3));
+    assert_eq!(taken().await, (Mode::Still, 3, true));
     // It waits for somebody who reads what was removed.
     for setting in ["hot_standby_feedback = off", "max_standby_streaming_delay = -1"] {
         reload(setting).await;
@@ -255,11 +291,11 @@ async fn replay_that_stands_for_another_reason_than_having_nothing_to_do_gives_o
                  AND EXISTS (SELECT FROM pg_stat_activity WHERE backend_type = 'startup'
                              AND wait_event LIKE 'RecoveryConflict%')";
     until(&fleet.standby(), waits, "t").await;
-    assert_eq!(taken().await, (Mode::Single, 1));
+    assert_eq!(taken().await, (Mode::Single, 1, false));
     old.batch_execute("COMMIT").await.unwrap();
     fleet.caught_up().await;
     // It has nobody to stream from.
     reload("primary_conninfo = ''").await;
     until(&fleet.standby(), "SELECT count(*) FROM pg_stat_wal_receiver", "0").await;
-    assert_eq!(taken().await, (Mode::Single, 1));
+    assert_eq!(taken().await, (Mode::Single, 1, false));
 }

@@ -115,7 +115,8 @@ async fn dump(mut command: Command, database: &str) -> anyhow::Result<Schema> {
     let (bytes, said) = tokio::join!(keep(out, keeping), listen(err));
     let bytes = bytes?;
     if bytes > SCHEMA_BYTES_MAX {
-        return Err(failed(database, "The schema is longer than 1 GiB.").into());
+        let most = SCHEMA_BYTES_MAX / (1024 * 1024);
+        return Err(failed(database, &format!("The schema is longer than {most} MiB.")).into());
     }
     let status = child.wait().await.context("wait for pg_dump")?;
     if !status.success() {

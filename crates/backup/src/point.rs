@@ -7,12 +7,13 @@ use std::time::Duration;
 use anyhow::{Context as _, anyhow};
 use cluster::settings::Holding;
 use cluster::{NodeId, NodeInfo, Peers, Role, View};
-use fleet::founders::{FOUNDERS, Open, Opened, PauseLimits, PointLimits, Request};
+use fleet::founders::{FOUNDERS, Open, Opened, PauseLimits, PointLimits, Request, is_point_lost};
 use futures_util::future::join_all;
 use jobs::{Retryable, Run};
 use pgerror::{PgError, SqlState};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
+use tokio::time::{Instant, sleep};
 use tokio_util::task::AbortOnDropHandle;
 use uuid::Uuid;
 
@@ -26,6 +27,9 @@ const OPEN_DEADLINE: Duration = Duration::from_secs(180);
 
 /// A short question to the founders' node.
 const ASK_DEADLINE: Duration = Duration::from_secs(10);
+
+/// How often it is asked by somebody who cannot go on before it has answered.
+const ASK_AGAIN: Duration = Duration::from_millis(200);
 
 /// Founders live at least so long without a coordinator.
 const LEASE_MIN: Duration = Duration::from_secs(60);
@@ -329,18 +333,40 @@ pub(crate) async fn ask<T: DeserializeOwned>(
 /// The nodes whose founders still live; renews them. Where replay was to stay paused and goes on before everything is read,
 /// `run` is told, once.
 pub(crate) async fn alive(run: Option<&Run>, peers: &Peers, point: &ShardPoint) -> Vec<NodeId> {
+    renewed(run, peers, point).await.0
+}
+
+/// The same before a point is given up. Only its node can say that it is lost: one that does not say so may be away for a
+/// moment, or unknown here as yet, as all are to a process that has just begun. It is asked again for a whole `moment`.
+pub(crate) async fn alive_in_a_moment(peers: &Peers, point: &ShardPoint, moment: Duration) -> Vec<NodeId> {
+    let begun = Instant::now();
+    loop {
+        let (alive, unsaid) = renewed(None, peers, point).await;
+        if unsaid.is_empty() || begun.elapsed() >= moment {
+            return alive;
+        }
+        sleep(ASK_AGAIN).await;
+    }
+}
+
+/// As [`alive`]; and the nodes that have not said whether theirs do.
+async fn renewed(run: Option<&Run>, peers: &Peers, point: &ShardPoint) -> (Vec<NodeId>, Vec<NodeId>) {
     let request = &Request::Renew { lease: point.lease };
-    let renew = |node| async move {
-        let renewed = peers.call::<Option<String>>(node, FOUNDERS, request, ASK_DEADLINE).await;
-        renewed.ok().map(|over| (node, over))
-    };
-    let renewed: Vec<_> = join_all(point.nodes().into_iter().map(renew)).await.into_iter().flatten().collect();
+    let renew = |node| async move { (node, peers.call::<Option<String>>(node, FOUNDERS, request, ASK_DEADLINE).await) };
+    let (mut renewed, mut unsaid) = (Vec::new(), Vec::new());
+    for (node, outcome) in join_all(point.nodes().into_iter().map(renew)).await {
+        match outcome {
+            Ok(over) => renewed.push((node, over)),
+            Err(error) if PgError::of(&error).is_some_and(is_point_lost) => {}
+            Err(_) => unsaid.push(node),
+        }
+    }
     for (run, node, why) in renewed.iter().filter_map(|(node, over)| Some((run?, *node, over.as_ref()?))) {
         if let Err(error) = tell_over(run, point, node, why).await {
             tracing::info!(%node, "that its replay goes on could not be told: {error:#}");
         }
     }
-    renewed.into_iter().map(|(node, _)| node).collect()
+    (renewed.into_iter().map(|(node, _)| node).collect(), unsaid)
 }
 
 /// Says in the job that a standby's replay goes on.
@@ -360,7 +386,7 @@ pub(crate) fn keep_alive(run: Option<&Run>, peers: &Peers, point: &ShardPoint) -
     let (run, peers, point) = (run.cloned(), peers.clone(), point.clone());
     AbortOnDropHandle::new(tokio::spawn(async move {
         loop {
-            tokio::time::sleep(RENEW_EVERY).await;
+            sleep(RENEW_EVERY).await;
             let alive = alive(run.as_ref(), &peers, &point).await;
             for node in point.nodes().iter().filter(|node| !alive.contains(node)) {
                 // Whoever reads there will be told; a node that was away for a moment is asked again.
@@ -384,9 +410,60 @@ pub(crate) async fn close(peers: &Peers, node: NodeId, lease: Uuid) {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Arc;
+
+    use cluster::service::{Boxed, Reply, Service};
     use fleet::founders::LIFE_MAX;
+    use serde_json::{Value, json};
+    use tokio::task::yield_now;
 
     use super::*;
+    use crate::export;
+    use crate::manifest::tests;
+
+    /// Has founders, or has lost them; and what was asked of it.
+    struct Held {
+        is_lost: bool,
+        asked: Mutex<Vec<Request>>,
+    }
+
+    impl Service for Held {
+        fn call(&self, request: Value) -> Boxed<'_, Reply> {
+            self.asked.lock().unwrap().push(serde_json::from_value(request).unwrap());
+            let lost =
+                PgError::new(SqlState::OBJECT_NOT_IN_PREREQUISITE_STATE, "the backup's point on db1:5432 is lost");
+            let answer = if self.is_lost { Err(lost.into()) } else { Ok(Reply::Answer(Value::Null)) };
+            Box::pin(std::future::ready(answer))
+        }
+    }
+
+    #[tokio::test]
+    async fn a_node_that_is_unknown_for_a_moment_has_not_lost_its_founders() {
+        let opened = json!({ "point": tests::point(), "databases": [] });
+        let point = json!({ "shard": "s1", "node": 2, "lease": Uuid::new_v4(), "opened": opened });
+        let point: ShardPoint = serde_json::from_value(point).unwrap();
+        for (what, is_found, is_lost, moment, alive, times) in [
+            ("it is found", true, false, Duration::MAX, vec![NodeId(2)], 1),
+            ("it says that they are lost", true, true, Duration::MAX, vec![], 1),
+            ("it stays unknown", false, false, Duration::ZERO, vec![], 0),
+        ] {
+            let state = tempfile::tempdir().unwrap();
+            let (cluster, _, peers, _) = export::tests::west(state.path());
+            let held = Arc::new(Held { is_lost, asked: Mutex::default() });
+            peers.offer(FOUNDERS, held.clone());
+            let found = async {
+                // It has been asked for by then, in vain.
+                yield_now().await;
+                cluster.update_me(|me| {
+                    me.node_id = is_found.then_some(NodeId(2));
+                    true
+                });
+            };
+            let (answered, ()) = tokio::join!(alive_in_a_moment(&peers, &point, moment), found);
+            let renewals = vec![Request::Renew { lease: point.lease }; times];
+            assert_eq!((answered, &*held.asked.lock().unwrap()), (alive, &renewals), "{what}");
+        }
+    }
 
     #[test]
     fn points_are_taken_anew_a_bounded_number_of_times() {

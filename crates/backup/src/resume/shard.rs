@@ -13,7 +13,7 @@ use tokio::time::timeout;
 use tokio_util::task::AbortOnDropHandle;
 
 use super::Story;
-use crate::away;
+use crate::away::{self, BLIP_MAX};
 use crate::drive::{self, Finished, Invalidated, Shard};
 use crate::export::sha256;
 use crate::hold::{self, Held, Spoilt};
@@ -70,7 +70,7 @@ impl Story<'_> {
     /// Why nothing can be read at the point any more, unless a server still holds it that may be read. The schema is on the
     /// first server alone until it has been moved.
     async fn unusable(&self, point: &ShardPoint) -> anyhow::Result<Option<PgError>> {
-        let mut alive = point::alive(None, self.peers, point).await;
+        let mut alive = point::alive_in_a_moment(self.peers, point, BLIP_MAX).await;
         let view = self.peers.cluster().view();
         let withdrawn = |node: &NodeId| away::withdrawn(&view, &self.rules, *node);
         let why = alive.iter().find_map(withdrawn);

@@ -337,6 +337,25 @@ fn a_cancelled_restore_leaves_no_database_unless_it_is_its_user_s_already() {
     }
 }
 
+/// As in a registry that goes on with what an asynchronous standby had received of it.
+#[test]
+fn a_cancelled_restore_leaves_no_database_where_the_registry_has_lost_count_of_its_runs() {
+    let fleet = Fleet::start(&["--rows", "500"]);
+    let demo = &fleet.demo;
+    succeeded(demo, 1, &format!("BACKUP DATABASE movr INTO 'nodelocal://1/b' WITH {WEST}, DETACHED"));
+    let restore =
+        format!("RESTORE DATABASE movr FROM LATEST IN 'nodelocal://1/b' WITH new_db_name = 'again', {WEST}, DETACHED");
+    let job = fleet.held(&restore, "restore.after_create");
+    let runs = format!("FROM registry.job_info WHERE job_id = {job} AND key = 'run'");
+    assert_eq!(demo.registry(&format!("SELECT value {runs}")), "1");
+    demo.registry(&format!("UPDATE registry.job_info SET value = '-3' WHERE job_id = {job} AND key = 'run'"));
+    assert_eq!(demo.ask(2, &format!("CANCEL JOB {job}")), "CANCEL JOBS 1");
+    let (status, error) = fleet.end_of(&job);
+    assert_eq!((status.as_str(), error.as_str()), ("canceled", "job canceled by user"));
+    assert_eq!(on(demo, "postgres", "SELECT datname FROM pg_database WHERE datname LIKE '\\_backhaul%'"), "");
+    assert_eq!(demo.registry(&format!("SELECT value {runs}")), "1");
+}
+
 const LOADING: &str = "query LIKE 'COPY %FROM STDIN%' AND datname LIKE '\\_backhaul%'";
 const BUILDING: &str = "application_name LIKE 'backhaul post-data%' AND query LIKE 'CREATE INDEX%'";
 

@@ -12,7 +12,7 @@ use super::finish::QUIET;
 use super::found::{Found, Stage};
 use super::publish::take_back;
 use super::turns::Order;
-use super::{JobDatabase, Loader};
+use super::{JobDatabase, Loader, superseded};
 use crate::founders::session::{has_code, quoted};
 
 /// A job that is being worked on is waited for this long before its database is removed all the same.
@@ -47,12 +47,15 @@ pub(super) async fn remove_unmarked(
     outside.run_long(&format!("DROP DATABASE {} WITH (FORCE)", quoted(&found.name))).await.context("drop the database")
 }
 
-/// Removes the job's database with all that is in it, and whoever works in it, unless a newer run does.
+/// Removes the job's database with all that is in it, and whoever works in it.
+///
+/// # Errors
+///
+/// A newer run works on it, or did: nothing is removed, and whoever has the job still asks again with a higher number. Or the
+/// server.
 pub(super) async fn remove(loader: &Loader, job: JobDatabase, run: i64) -> anyhow::Result<()> {
     let turn = loader.turns.of(job);
-    if turn.admit(Order(run, true)).is_err() {
-        return Ok(());
-    }
+    turn.admit(Order(run, true))?;
     loader.turns.remember(turn.clone());
     // Whoever has it ends now, but for one who makes the database, and must come to know it.
     let _held = tokio::time::timeout(DROP_WAIT, turn.hold(Order(run, true))).await;
@@ -61,14 +64,18 @@ pub(super) async fn remove(loader: &Loader, job: JobDatabase, run: i64) -> anyho
     end_others(&outside.session, job).await?;
     if let Some(named) = Found::named(&outside.session, job).await? {
         if !named.admits(run) {
-            return Ok(());
+            return Err(superseded(job).into());
         }
         take_back(&outside.session, &named, job, run).await?;
     }
     let found = Found::by_name(&outside.session, &job.own_name()).await?;
-    let Some(found) = found.filter(|found| found.admits(run)) else { return Ok(()) };
+    let Some(found) = found else { return Ok(()) };
     let stage = found.stage(job);
+    // What somebody else has marked is not the job's, whatever it says.
     if stage.is_some() {
+        if !found.admits(run) {
+            return Err(superseded(job).into());
+        }
         remove_subscriptions(loader, &found, job).await?;
     } else if !is_unmarked(loader, &found, job).await? {
         return Ok(());

@@ -46,8 +46,7 @@ pub enum Request {
     Publish(Box<Publish>),
     /// Give it to its user: owner, privileges, settings. Answered with null. From then on it is not the job's any more.
     Release(Box<Publish>),
-    /// Remove what the job made, unless its user has it already. Answered with null, also when there is nothing, or a
-    /// newer run works on it.
+    /// Remove what the job made, unless its user has it already. Answered with null, also when there is nothing.
     Drop {
         /// Which of a job's databases.
         job: JobDatabase,

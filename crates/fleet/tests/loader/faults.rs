@@ -55,11 +55,10 @@ async fn a_coordinator_that_comes_too_late_is_refused() {
     };
     // Also by a node that was started anew: the database itself remembers.
     for loader in [&loader, &place.loader()] {
-        for request in late(1) {
+        for request in late(1).into_iter().chain([Request::Drop { job: 7.into(), run: 1 }]) {
             let error = said(call(loader, &request).await);
             assert!(is_superseded(&error), "{request:?}: {error:?}");
         }
-        answer::<_, ()>(loader, &Request::Drop { job: 7.into(), run: 1 }).await.unwrap();
         assert_eq!(place.ask("postgres", OURS).await, ["1"]);
     }
     // Whoever is at work when a newer one comes ends; what it has made is taken up.
@@ -76,8 +75,10 @@ async fn a_coordinator_that_comes_too_late_is_refused() {
     assert!(is_superseded(&said(older)));
     newer.unwrap();
     answer::<_, ()>(&loader, &Request::Publish(backup.publish(3, 7, oid, "new"))).await.unwrap();
-    let error = said(call(&place.loader(), &Request::Release(backup.publish(2, 7, oid, "new"))).await);
-    assert!(is_superseded(&error), "{error:?}");
+    for request in [Request::Release(backup.publish(2, 7, oid, "new")), Request::Drop { job: 7.into(), run: 2 }] {
+        let error = said(call(&place.loader(), &request).await);
+        assert!(is_superseded(&error), "{request:?}: {error:?}");
+    }
     answer::<_, ()>(&loader, &Request::Drop { job: 7.into(), run: 4 }).await.unwrap();
     assert_eq!(place.ask("postgres", "SELECT 1 FROM pg_database WHERE datname ~ '^(_backhaul|new)'").await, [""; 0]);
     let error = said(call(&loader, &backup.create_by(4, 7, "new")).await);

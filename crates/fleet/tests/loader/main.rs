@@ -203,9 +203,9 @@ async fn nothing_is_made_where_something_is_missing_or_in_the_way() {
     place.run("_backhaul_7", "DROP TABLE kept").await;
     removed(&place, 7).await;
     assert_eq!(place.ask("postgres", OURS).await, [""; 0]);
-    // The mark alone makes it nobody's.
+    // The mark alone makes it nobody's, whichever run it names.
     place.run("postgres", "CREATE DATABASE _backhaul_7 OWNER nobody").await;
-    place.run("postgres", "COMMENT ON DATABASE _backhaul_7 IS 'backhaul restore of job 7, run 1'").await;
+    place.run("postgres", "COMMENT ON DATABASE _backhaul_7 IS 'backhaul restore of job 7, run 9'").await;
     assert_eq!(said(call(&loader, &backup.create(7, "new")).await).code, SqlState::DUPLICATE_DATABASE);
     removed(&place, 7).await;
     place.run("postgres", "COMMENT ON DATABASE _backhaul_7 IS NULL").await;

@@ -223,6 +223,31 @@ fn a_request_to_a_job_that_was_put_off_is_heeded_at_once() {
     assert!(left.is_empty(), "{left:?}");
 }
 
+/// Nobody matches a job, its claim is to be given back for a while, and just before that is written it is canceled. By then
+/// a node that matches is there again, to remove what it made.
+const CANCELED_BETWEEN: &str = "
+    CREATE FUNCTION registry.cancel() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN
+        UPDATE registry.jobs SET status = 'cancel-requested', filter = '' WHERE id = OLD.id;
+        RETURN NULL;
+    END $$;
+    CREATE TRIGGER cancel BEFORE UPDATE ON registry.jobs FOR EACH ROW
+        WHEN (OLD.status = 'running' AND OLD.unmatched_since IS NULL AND NEW.unmatched_since IS NOT NULL)
+        EXECUTE FUNCTION registry.cancel()";
+
+#[test]
+fn a_job_that_is_cancelled_while_it_is_put_off_is_canceled_and_has_not_failed() {
+    let fleet = Fleet::start(&["--rows", "100"]);
+    fleet.registry(CANCELED_BETWEEN);
+    let job = fleet.held("BACKUP DATABASE movr INTO 'nodelocal://1/b' WITH DETACHED", "backup.after_lock");
+    fleet.registry(&format!(
+        "UPDATE registry.jobs SET filter = 'region=mars', claim_id = NULL, claim_session = NULL, coordinator_id = NULL
+         WHERE id = {job}"
+    ));
+    assert_eq!(fleet.end_of(&job), ("canceled".to_owned(), "job canceled by user".to_owned()));
+    let left = files_in(&fleet.demo.node_dir(1).join("extern"));
+    assert!(left.is_empty(), "{left:?}");
+}
+
 #[test]
 fn a_backup_that_is_cancelled_leaves_nothing_unless_it_is_sealed() {
     let fleet = Fleet::start(&["--rows", "500"]);

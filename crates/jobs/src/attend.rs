@@ -106,7 +106,8 @@ impl Jobs {
                AND coalesce(unmatched_since > clock_timestamp() - interval '{UNMATCHED_MAX}', true) RETURNING id"
         );
         match self.ledger().query(&release, &[&claimed.id.0, &claimed.claim]).await?.is_empty() {
-            true => self.begin_to_revert(claimed, "failed", &nobody).await,
+            // Or something has been asked of it meanwhile: then that is done.
+            true => self.begin_to_revert_of(&["running"], claimed, "failed", &nobody).await,
             false => Ok(()),
         }
     }

@@ -42,14 +42,25 @@ impl Jobs {
         ends_as: &str,
         error: &anyhow::Error,
     ) -> anyhow::Result<()> {
+        self.begin_to_revert_of(&["running", "cancel-requested"], claimed, ends_as, error).await
+    }
+
+    /// The same of a job that has one of these statuses; the claim on any other is lost.
+    pub(crate) async fn begin_to_revert_of(
+        &self,
+        statuses: &[&str],
+        claimed: &Claimed,
+        ends_as: &str,
+        error: &anyhow::Error,
+    ) -> anyhow::Result<()> {
         let write = "
             UPDATE registry.jobs SET status = 'reverting', ends_as = $3, error = $4, result = $5, claim_id = gen_random_uuid(),
                    reverting_since = clock_timestamp(), running_status = 'removing what the job has made', next_run = NULL,
                    unmatched_since = NULL, modified = clock_timestamp()
-            WHERE id = $1 AND claim_id = $2 AND status IN ('running', 'cancel-requested') RETURNING id";
+            WHERE id = $1 AND claim_id = $2 AND status = ANY($6) RETURNING id";
         let (words, parts) = words(error);
         tracing::warn!(job = %claimed.id, "job is {ends_as}: {words}");
-        self.last_word(write, &[&claimed.id.0, &claimed.claim, &ends_as, &words, &parts]).await?;
+        self.last_word(write, &[&claimed.id.0, &claimed.claim, &ends_as, &words, &parts, &statuses]).await?;
         Ok(())
     }
 

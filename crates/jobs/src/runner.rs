@@ -21,7 +21,7 @@ use crate::birth::{Birth, Transaction};
 use crate::gate::{self, Unplaced};
 use crate::job::{Job, JobId, NewJob};
 use crate::ledger::{CONNECTION_DEADLINE, Ledger};
-use crate::run::{FRUITLESS, Run};
+use crate::run::{FRUITLESS, LostClaim, Run};
 use crate::settle::UNDECIDED;
 
 /// Without a bell, rows are looked at this often: claims of the dead are found by it.
@@ -270,8 +270,9 @@ impl Jobs {
             told => told,
         };
         match to {
-            // The job is there all the same. Whoever holds its claim when the registry is back hands it over.
-            Err(error) if may_pass(&error) => {
+            // The job is there all the same. Whoever holds its claim when the registry is back hands it over, or does what
+            // has been asked of it.
+            Err(error) if may_pass(&error) || error.downcast_ref::<LostClaim>().is_some() => {
                 tracing::info!(job = %claimed.id, "job is handed over later: {error:#}");
                 Ok(None)
             }

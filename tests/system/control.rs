@@ -223,6 +223,29 @@ fn a_request_to_a_job_that_was_put_off_is_heeded_at_once() {
     assert!(left.is_empty(), "{left:?}");
 }
 
+/// As one that a coordinator that has just begun has not heard of yet: it may be finishing a file.
+#[test]
+fn nothing_is_removed_while_a_matching_node_that_is_not_known_here_has_a_session() {
+    let fleet = Fleet::start(&["--rows", "100"]);
+    let job = fleet.held("BACKUP DATABASE movr INTO 'nodelocal://1/b' WITH DETACHED", "backup.after_lock");
+    fleet.registry(
+        "INSERT INTO registry.nodes SELECT 99, gen_random_uuid(), 'host:1', locality, shard, build, started_at
+         FROM registry.nodes WHERE id = 2;
+         INSERT INTO registry.sessions SELECT 99, gen_random_uuid(), 1, gen_random_uuid(), 'host:1', 'infinity'",
+    );
+    assert_eq!(tag(&fleet.demo, 2, &format!("CANCEL JOB {job}")), "CANCEL JOBS 1");
+    let waiting = "reverting|what the job has made is not removed yet: node 99 cannot be reached, and has a session";
+    until("the removal to wait for the session", || {
+        let seen = fleet.job(&job, "concat_ws('|', status, running_status)");
+        if seen == waiting { Ok(()) } else { Err(seen) }
+    });
+    let files = || files_in(&fleet.demo.node_dir(1).join("extern"));
+    assert_eq!(files().len(), 1);
+    fleet.registry("DELETE FROM registry.sessions WHERE node_id = 99");
+    assert_eq!(fleet.end_of(&job).0, "canceled");
+    assert!(files().is_empty(), "{:?}", files());
+}
+
 /// Nobody matches a job, its claim is to be given back for a while, and just before that is written it is canceled. By then
 /// a node that matches is there again, to remove what it made.
 const CANCELED_BETWEEN: &str = "

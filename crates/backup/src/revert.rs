@@ -12,12 +12,14 @@
 use std::collections::BTreeSet;
 use std::time::Duration;
 
-use cluster::{Filter, NodeId, Peers};
+use cluster::{Filter, Locality, NodeId, Peers};
 use futures_util::stream::{self, StreamExt as _, TryStreamExt as _};
 use jobs::{JobId, Run};
 use pgerror::{PgError, SqlState};
 use storage::{Entry, Store, Stores, Uri};
+use tokio::time::timeout;
 
+use crate::away::{self, BLIP_MAX};
 use crate::drive::Finished;
 use crate::export::{self, EXPORT};
 use crate::manifest::Manifest;
@@ -67,16 +69,22 @@ impl Trace<'_> {
     /// Returns when no node works on the job any more: those that answer say so, and the sessions of the others have
     /// ended, after which they finish no file.
     async fn settle(&self) -> anyhow::Result<()> {
+        let matches = |locality: &Locality| locality.first_unmatched(self.filter).is_none();
+        let live = self.run.live().await?.into_iter().filter(|(_, locality)| matches(locality));
+        let mut nodes: BTreeSet<NodeId> = live.map(|(node, _)| node).collect();
+        // A process that has just begun does not know all of them yet.
+        let mut views = self.peers.cluster().subscribe();
+        let known = views.wait_for(|view| nodes.iter().all(|node| away::has_node(view, *node)));
+        drop(timeout(BLIP_MAX, known).await);
         let view = self.peers.cluster().view();
-        let matching = view.nodes.values().filter(|known| known.info.locality.first_unmatched(self.filter).is_none());
+        let matching = view.nodes.values().filter(|known| matches(&known.info.locality));
+        nodes.extend(matching.filter_map(|known| known.info.node_id));
         let request = export::Request::Settle { job: self.run.id.0 };
         let mut silent = Vec::new();
-        for known in matching {
-            match known.info.node_id {
-                Some(node) if known.reachable => {
-                    self.peers.call::<()>(node, EXPORT, &request, SETTLE_DEADLINE).await?;
-                }
-                node => silent.extend(node),
+        for node in nodes {
+            match away::has_node(&view, node) {
+                true => self.peers.call::<()>(node, EXPORT, &request, SETTLE_DEADLINE).await?,
+                false => silent.push(node),
             }
         }
         self.run.sessions_have_ended(&silent).await

@@ -4,7 +4,7 @@
 //! them: [`targets`], [`whole`]), rights, URI. A job is made, and on whichever node coordinates it, [`resume`] tells the story step by step: the lock, a point for each
 //! shard ([`point`]) on a server that the rules choose ([`rules`]), spans cut from tables ([`spans`]) and dealt to
 //! workers ([`mod@assign`], [`queues`], [`deal`], [`busy`]) that may be [`away`] for a moment, their export watched ([`drive`]), tables that keep changing held still
-//! ([`hold`]), the manifest written and sealed ([`manifest`], [`seal`]), and what is left over removed ([`revert`]) wherever it is ([`holders`]). What a worker does with one span is [`export`], and how fast [`limit`];
+//! ([`hold`]), the manifest written and sealed ([`manifest`], [`seal`], [`written`]), and what is left over removed ([`revert`]) wherever it is ([`holders`]). What a worker does with one span is [`export`], and how fast [`limit`];
 //! how far a job is [`pace`] says, what it read outside of its locality [`elsewhere`], and which value of a sequence counts [`sequences`]. The way back is
 //! [`restore`]. What is in a backup, and under which names, is [`layout`]; how it opens without us is [`restore_text`];
 //! what a plan looks like before it is carried out is [`explain`], and the spans by themselves are [`ranges`];
@@ -50,6 +50,7 @@ mod spans;
 mod targets;
 mod together;
 mod whole;
+mod written;
 
 pub use assign::{Anchor, Share, Worker, assign, sharers};
 pub use export::{EXPORT, Export, PROBE, Probe};

@@ -7,7 +7,7 @@
 //!
 //! A seal that is found before anything is removed wins: that backup is whole, and the job has succeeded whatever was
 //! asked of it. One that appears later, out of a request that was under way, is removed with the rest. A coordinator
-//! that slept through all of this looks once more behind its seal ([`crate::seal`]).
+//! that slept through all of this, or whose run was dropped, looks once more behind what it wrote ([`crate::written`]).
 
 use std::collections::BTreeSet;
 use std::time::Duration;

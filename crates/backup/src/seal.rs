@@ -8,8 +8,6 @@
 //! a backup that is sealed can be restored. Without a seal these files mean nothing, and go with the others. Behind the
 //! seal comes only the pointer to it, LATEST.
 
-use std::time::Duration;
-
 use anyhow::{Context as _, bail};
 use bytes::Bytes;
 use chrono::{DateTime, Utc};
@@ -18,21 +16,16 @@ use jobs::Run;
 use pgerror::{PgError, SqlState};
 use serde::{Deserialize, Serialize};
 use storage::{Created, Store};
-use tokio::time::timeout;
 
 use crate::export::sha256;
 use crate::layout;
 use crate::manifest::{FORMAT, Manifest};
 use crate::patience::later;
 use crate::pausepoints::{AFTER_CHECKSUM, AFTER_SEAL};
-use crate::restore_text;
+use crate::{restore_text, written};
 
 /// Under which key the recorded body stands.
 const RECORDED: &str = "seal";
-
-/// A job that is being reverted has ended by then, or removes later whatever it finds; and how often it is looked at.
-const WITHDRAW_DEADLINE: Duration = Duration::from_secs(120);
-const WITHDRAW_LOOK: Duration = Duration::from_millis(200);
 
 /// A body that has been written and may be sealed. From when it is recorded, nothing else is, and nowhere else.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -72,10 +65,10 @@ pub(crate) async fn recorded(run: &Run) -> anyhow::Result<Option<Recorded>> {
 pub(crate) async fn record(run: &Run, store: &Store, manifest: &Manifest) -> anyhow::Result<Recorded> {
     let body = Bytes::from(serde_json::to_vec_pretty(manifest)?);
     let mut path = layout::body(run.claim);
-    if let Created::Exists(_) = store.create(&path, body.clone()).await? {
+    if let Created::Exists(_) = written::create(run, store, &path, &body).await? {
         // An earlier try under this very claim wrote another one, and came no further.
         path = format!("{path}-{}", uuid::Uuid::new_v4().simple());
-        store.create(&path, body.clone()).await?;
+        written::create(run, store, &path, &body).await?;
     }
     let recorded = Recorded { path, sha256: sha256(&body), node: store.node() };
     run.keep(RECORDED, &recorded).await?;
@@ -101,13 +94,10 @@ pub(crate) async fn seal(
             let text = restore_text::text(&read(&body)?, when.0);
             let checksum = format!("{}\n", recorded.sha256);
             let beside = vec![(layout::CHECKSUM, checksum.into()), (layout::RESTORE_TEXT, text.into())];
-            // Tasks of their own: if the run is dropped in the middle, they look behind what they wrote all the same.
-            tokio::spawn(put(run.clone(), place.store.clone(), beside))
-                .await
-                .context("write what belongs to a seal")??;
+            written::replace(run, &place.store, beside).await.context("write what belongs to a seal")?;
             run.pausepoint(AFTER_CHECKSUM).await?;
-            let seal = vec![(layout::SEAL, body)];
-            tokio::spawn(put(run.clone(), place.store.clone(), seal)).await.context("seal the backup")??;
+            // Written once: one that was there before is looked at by whoever comes behind it.
+            written::create(run, &place.store, layout::SEAL, &body).await.context("seal the backup")?;
             run.pausepoint(AFTER_SEAL).await?;
         }
         finish(run, place, when).await
@@ -136,54 +126,6 @@ pub(crate) async fn sealed(run: &Run, place: &Place) -> anyhow::Result<Option<By
 #[derive(Deserialize)]
 struct Owner {
     job: i64,
-}
-
-/// Files at the end of the story, by name.
-type Files = Vec<(&'static str, Bytes)>;
-
-async fn put(run: Run, store: Store, files: Files) -> anyhow::Result<()> {
-    // The last look: from here to the seal is one request.
-    run.check().await?;
-    let made = write(&store, &files).await;
-    // Whoever stood still between the last look and the write may have written what others have removed meanwhile.
-    if let Err(error) = run.check().await {
-        withdraw(&run, &store, &files).await?;
-        return Err(error);
-    }
-    made
-}
-
-/// The seal is written once: one that was there before is looked at by whoever comes behind it.
-async fn write(store: &Store, files: &Files) -> anyhow::Result<()> {
-    for (path, bytes) in files {
-        if *path == layout::SEAL {
-            store.create(path, bytes.clone()).await?;
-            continue;
-        }
-        let mut writer = store.writer(path).await?;
-        writer.write(bytes.clone()).await?;
-        writer.finish().await?;
-    }
-    Ok(())
-}
-
-/// Takes files back if the job has failed or was canceled. If it has not, somebody else goes on behind them, or removes
-/// them with the others.
-async fn withdraw(run: &Run, store: &Store, files: &Files) -> anyhow::Result<()> {
-    let decided = async {
-        loop {
-            match run.status().await?.as_deref() {
-                Some("failed" | "canceled") => break,
-                Some("reverting" | "cancel-requested") => tokio::time::sleep(WITHDRAW_LOOK).await,
-                _ => return Ok(()),
-            }
-        }
-        for (path, _) in files {
-            store.delete(path).await?;
-        }
-        Ok(())
-    };
-    timeout(WITHDRAW_DEADLINE, decided).await.unwrap_or(Ok(()))
 }
 
 /// A body as a manifest.

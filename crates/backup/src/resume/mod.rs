@@ -32,7 +32,7 @@ use crate::point::{self, ShardPoint};
 use crate::revert::Trace;
 use crate::rules::{Replicas, Rules, Wanted};
 use crate::seal::{Place, Recorded, When};
-use crate::{elsewhere, layout, seal, spans};
+use crate::{elsewhere, layout, seal, spans, written};
 
 use self::shard::Taken;
 
@@ -331,7 +331,7 @@ impl Story<'_> {
 
     /// Writes a file, if the store does so within some seconds.
     async fn create(&self, path: &str, bytes: &Bytes) -> anyhow::Result<()> {
-        patiently(|| self.store.create(path, bytes.clone())).await.map(drop)
+        patiently(|| written::create(self.run, &self.store, path, bytes)).await.map(drop)
     }
 
     /// What each node read and wrote.

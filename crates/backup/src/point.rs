@@ -13,6 +13,7 @@ use jobs::{Retryable, Run};
 use pgerror::{PgError, SqlState};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
+use tokio::runtime::Handle;
 use tokio::time::{Instant, sleep};
 use tokio_util::task::AbortOnDropHandle;
 use uuid::Uuid;
@@ -267,7 +268,9 @@ impl Opening<'_> {
             };
             let lease = Uuid::new_v4();
             let request = Request::Open(self.request(lease, candidate.role == Role::Voting, modes.get(&node)));
-            match ask::<Opened>(self.peers, node, &request, OPEN_DEADLINE).await {
+            let asked = ask::<Opened>(self.peers, node, &request, OPEN_DEADLINE);
+            // It may have been taken all the same.
+            match or_close(self.peers, &[node], lease, asked).await {
                 Ok(opened) => {
                     let point = &opened.point;
                     tracing::info!(job, shard, %node, lsn = %point.lsn, mode = ?point.mode, "point taken");
@@ -277,8 +280,6 @@ impl Opening<'_> {
                 Err(error) => {
                     tracing::warn!(job, shard, %node, "no point on this server: {error:#}");
                     self.run.note(&error).await?;
-                    // It may have been taken all the same.
-                    close(self.peers, node, lease).await;
                     last = if may_pass(&error) { error.context(Retryable) } else { error };
                 }
             }
@@ -398,7 +399,51 @@ pub(crate) fn keep_alive(run: Option<&Run>, peers: &Peers, point: &ShardPoint) -
 
 /// Lets all founders of a point go.
 pub(crate) async fn close_all(peers: &Peers, point: &ShardPoint) {
-    join_all(point.nodes().into_iter().map(|node| close(peers, node, point.lease))).await;
+    close_each(peers, &point.nodes(), point.lease).await;
+}
+
+async fn close_each(peers: &Peers, nodes: &[NodeId], lease: Uuid) {
+    join_all(nodes.iter().map(|node| close(peers, *node, lease))).await;
+}
+
+/// Does what comes before the job knows of a lease on these nodes. Where that fails, or is dropped, nobody else can let its
+/// founders go.
+///
+/// # Errors
+///
+/// As `work` does; the founders are gone then, or end by themselves.
+pub(crate) async fn or_close<T>(
+    peers: &Peers,
+    nodes: &[NodeId],
+    lease: Uuid,
+    work: impl Future<Output = anyhow::Result<T>>,
+) -> anyhow::Result<T> {
+    let unknown = Unknown(Some((peers.clone(), nodes.to_vec(), lease)));
+    let done = work.await;
+    if done.is_err() {
+        close_each(peers, nodes, lease).await;
+    }
+    unknown.settled();
+    done
+}
+
+/// A lease of which the job does not know; dropped, its founders are let go.
+struct Unknown(Option<(Peers, Vec<NodeId>, Uuid)>);
+
+impl Unknown {
+    /// The job knows of it, or it is gone.
+    fn settled(mut self) {
+        self.0 = None;
+    }
+}
+
+impl Drop for Unknown {
+    fn drop(&mut self) {
+        // Where the whole process ends nobody is left to say it.
+        if let (Some((peers, nodes, lease)), Ok(here)) = (self.0.take(), Handle::try_current()) {
+            here.spawn(async move { close_each(&peers, &nodes, lease).await });
+        }
+    }
 }
 
 /// Lets the founders of one node go. If that cannot be said, their lease runs out.
@@ -410,26 +455,29 @@ pub(crate) async fn close(peers: &Peers, node: NodeId, lease: Uuid) {
 
 #[cfg(test)]
 mod tests {
+    use std::future::pending;
     use std::sync::Arc;
 
     use cluster::service::{Boxed, Reply, Service};
     use fleet::founders::LIFE_MAX;
+    use jobs::LostClaim;
     use serde_json::{Value, json};
+    use tokio::sync::{mpsc, oneshot};
     use tokio::task::yield_now;
 
     use super::*;
-    use crate::export;
+    use crate::export::tests::west;
     use crate::manifest::tests;
 
-    /// Has founders, or has lost them; and what was asked of it.
+    /// Has founders, or has lost them; and tells what is asked of it.
     struct Held {
         is_lost: bool,
-        asked: Mutex<Vec<Request>>,
+        asked: mpsc::UnboundedSender<Request>,
     }
 
     impl Service for Held {
         fn call(&self, request: Value) -> Boxed<'_, Reply> {
-            self.asked.lock().unwrap().push(serde_json::from_value(request).unwrap());
+            self.asked.send(serde_json::from_value(request).unwrap()).unwrap();
             let lost =
                 PgError::new(SqlState::OBJECT_NOT_IN_PREREQUISITE_STATE, "the backup's point on db1:5432 is lost");
             let answer = if self.is_lost { Err(lost.into()) } else { Ok(Reply::Answer(Value::Null)) };
@@ -448,9 +496,9 @@ mod tests {
             ("it stays unknown", false, false, Duration::ZERO, vec![], 0),
         ] {
             let state = tempfile::tempdir().unwrap();
-            let (cluster, _, peers, _) = export::tests::west(state.path());
-            let held = Arc::new(Held { is_lost, asked: Mutex::default() });
-            peers.offer(FOUNDERS, held.clone());
+            let (cluster, _, peers, _) = west(state.path());
+            let (asked, mut heard) = mpsc::unbounded_channel();
+            peers.offer(FOUNDERS, Arc::new(Held { is_lost, asked }));
             let found = async {
                 // It has been asked for by then, in vain.
                 yield_now().await;
@@ -460,9 +508,35 @@ mod tests {
                 });
             };
             let (answered, ()) = tokio::join!(alive_in_a_moment(&peers, &point, moment), found);
-            let renewals = vec![Request::Renew { lease: point.lease }; times];
-            assert_eq!((answered, &*held.asked.lock().unwrap()), (alive, &renewals), "{what}");
+            let heard: Vec<Request> = std::iter::from_fn(|| heard.try_recv().ok()).collect();
+            assert_eq!((answered, heard), (alive, vec![Request::Renew { lease: point.lease }; times]), "{what}");
         }
+    }
+
+    #[tokio::test]
+    async fn founders_that_no_row_names_yet_are_let_go_with_the_run() {
+        let state = tempfile::tempdir().unwrap();
+        let (_, _, peers, _) = west(state.path());
+        let (asked, mut heard) = mpsc::unbounded_channel();
+        peers.offer(FOUNDERS, Arc::new(Held { is_lost: false, asked }));
+        let nodes = [NodeId(1)];
+        // The job knows of this one: it is not the first that is closed.
+        or_close(&peers, &nodes, Uuid::new_v4(), async { Ok(()) }).await.unwrap();
+        let refused = Uuid::new_v4();
+        let error = or_close(&peers, &nodes, refused, async { Err::<(), _>(LostClaim.into()) }).await.unwrap_err();
+        assert!(error.downcast_ref::<LostClaim>().is_some(), "{error:#}");
+        assert_eq!(heard.try_recv(), Ok(Request::Close { lease: refused }));
+        let dropped = Uuid::new_v4();
+        let (begun, has_begun) = oneshot::channel();
+        let keeping = async move {
+            begun.send(()).unwrap();
+            pending::<anyhow::Result<()>>().await
+        };
+        let keeping = tokio::spawn(async move { or_close(&peers, &nodes, dropped, keeping).await });
+        has_begun.await.unwrap();
+        keeping.abort();
+        assert!(keeping.await.unwrap_err().is_cancelled());
+        assert_eq!(heard.recv().await, Some(Request::Close { lease: dropped }));
     }
 
     #[test]

@@ -17,7 +17,7 @@ use pgerror::{PgError, SqlState};
 use tokio::time::{Instant, sleep};
 use uuid::Uuid;
 
-use crate::point::{ask, close};
+use crate::point::{ask, close, or_close};
 
 /// A server on which others take a point for longer is left out.
 const PREPARE_DEADLINE: Duration = Duration::from_secs(25);
@@ -63,11 +63,10 @@ pub(crate) async fn open(
     let mut tries = 0;
     loop {
         let lease = Uuid::new_v4();
-        let error = match attempt(peers, nodes, lease, &request).await {
+        let error = match or_close(peers, nodes, lease, attempt(peers, nodes, lease, &request)).await {
             Ok(together) => return Ok(together),
             Err(error) => error,
         };
-        join_all(nodes.iter().map(|node| close(peers, *node, lease))).await;
         tries += 1;
         let is_locked = PgError::of(&error).is_some_and(|said| said.code == SqlState::LOCK_NOT_AVAILABLE);
         if !is_locked || tries >= LOCK_TRIES {

@@ -102,17 +102,22 @@ impl Story<'_> {
         }
         self.run.progress(self.pace.fraction(), &format!("taking a point of shard {shard}")).await?;
         let point = point::open(self.run, self.peers, (shard, databases), &self.rules, tries).await?;
+        point::or_close(self.peers, &point.nodes(), point.lease, self.keep(&point)).await?;
+        Ok(point)
+    }
+
+    /// Kept before anything is read at it: two points are never mixed.
+    async fn keep(&self, point: &ShardPoint) -> anyhow::Result<()> {
+        let shard = &point.shard;
         let modes: Vec<String> = point.modes.iter().map(told).collect();
         if !modes.is_empty() {
             self.run
                 .progress(self.pace.fraction(), &format!("a point of shard {shard} is taken: {}", modes.join("; ")))
                 .await?;
         }
-        // Kept before anything is read at it: two points are never mixed.
         self.run.forget(&format!("span/{shard}/")).await?;
         self.run.forget(&format!("schema/{shard}/")).await?;
-        self.run.keep(&format!("point/{shard}"), &point).await?;
-        Ok(point)
+        self.run.keep(&format!("point/{shard}"), point).await
     }
 
     /// Exports one shard, at another point when the first one is spoilt.

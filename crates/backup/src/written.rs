@@ -96,24 +96,21 @@ async fn looked_behind<T: Send + 'static>(
     tokio::spawn(looking).await.context("write a file of a backup")?
 }
 
-/// Takes files back if the job has ended without them. If it has not ended, somebody else goes on behind them, or
-/// removes them with the others.
-async fn withdraw(run: &impl Asked, store: &Store, mut paths: Vec<String>) -> anyhow::Result<()> {
+/// Takes files back if the job has ended without them. While the registry is away, that is not known yet.
+async fn withdraw(run: &impl Asked, store: &Store, paths: Vec<String>) -> anyhow::Result<()> {
     let decided = async {
-        loop {
-            match run.status().await?.as_deref() {
-                Some("failed" | "canceled") => break,
-                Some("succeeded") => {
-                    let schemas = run.schemas().await?;
-                    let is_named = |path: &str| schemas.iter().any(|it| it.path == path && it.node == store.node());
-                    paths.retain(|path| layout::is_part(path) && !is_named(path));
-                    break;
+        let late = loop {
+            match too_late(run, store, &paths).await {
+                Ok(Some(late)) => break late,
+                Ok(None) => {}
+                Err(error) if jobs::may_pass(&error) => {
+                    tracing::info!("what was written late is not judged yet: {error:#}");
                 }
-                Some("reverting" | "cancel-requested") => tokio::time::sleep(WITHDRAW_LOOK).await,
-                _ => return Ok(()),
+                Err(error) => return Err(error),
             }
-        }
-        for path in &paths {
+            tokio::time::sleep(WITHDRAW_LOOK).await;
+        };
+        for path in late {
             store.delete(path).await?;
         }
         Ok(())
@@ -121,13 +118,30 @@ async fn withdraw(run: &impl Asked, store: &Store, mut paths: Vec<String>) -> an
     timeout(WITHDRAW_DEADLINE, decided).await.unwrap_or(Ok(()))
 }
 
+/// Those of the files that the job has ended without; nothing before it is decided how it ends. If it goes on, somebody
+/// else goes on behind them, or removes them with the others.
+async fn too_late<'p>(run: &impl Asked, store: &Store, paths: &'p [String]) -> anyhow::Result<Option<Vec<&'p String>>> {
+    Ok(match run.status().await?.as_deref() {
+        Some("failed" | "canceled") => Some(paths.iter().collect()),
+        Some("succeeded") => {
+            let schemas = run.schemas().await?;
+            let is_named = |path: &str| schemas.iter().any(|it| it.path == path && it.node == store.node());
+            Some(paths.iter().filter(|path| layout::is_part(path) && !is_named(path)).collect())
+        }
+        Some("reverting" | "cancel-requested") => None,
+        _ => Some(Vec::new()),
+    })
+}
+
 #[cfg(test)]
 mod tests {
     use std::sync::Arc;
+    use std::sync::atomic::{AtomicUsize, Ordering};
 
     use cluster::NodeId;
     use cluster::service::{Reply, Service, Upload};
     use jobs::{JobId, LostClaim};
+    use pgerror::{PgError, SqlState};
     use serde_json::{Value, json};
     use storage::{FILES, Files, Uri};
     use tokio::sync::{Semaphore, watch};
@@ -189,17 +203,30 @@ mod tests {
     /// The status of a job whose claim is lost; while there is none, the claim is this run's. The sender knows when
     /// nobody asks any more.
     #[derive(Clone)]
-    struct Told(watch::Receiver<Option<&'static str>>);
+    struct Told {
+        status: watch::Receiver<Option<&'static str>>,
+        /// How often the registry is away before it is told, and how often it was asked for.
+        away: usize,
+        asked: Arc<AtomicUsize>,
+    }
+
+    impl Told {
+        fn of(status: watch::Receiver<Option<&'static str>>, away: usize) -> Self {
+            Self { status, away, asked: Arc::default() }
+        }
+    }
 
     impl Asked for Told {
         fn check(&self) -> Boxed<'_, ()> {
-            let is_mine = self.0.borrow().is_none();
+            let is_mine = self.status.borrow().is_none();
             Box::pin(async move { if is_mine { Ok(()) } else { Err(LostClaim.into()) } })
         }
 
         fn status(&self) -> Boxed<'_, Option<String>> {
-            let status = self.0.borrow().map(str::to_owned);
-            Box::pin(async move { Ok(status) })
+            let status = self.status.borrow().map(str::to_owned);
+            let is_away = self.asked.fetch_add(1, Ordering::Relaxed) < self.away;
+            let away = || PgError::new(SqlState::CONNECTION_FAILURE, "the registry cannot be reached");
+            Box::pin(async move { if is_away { Err(away().into()) } else { Ok(status) } })
         }
 
         fn schemas(&self) -> Boxed<'_, Vec<FileEntry>> {
@@ -247,7 +274,7 @@ mod tests {
             let (status, told) = watch::channel(None);
             let (place, name) = (store.clone(), path.clone());
             let run = tokio::spawn(async move {
-                create(&Told(told), &place, &name, &Bytes::from_static(b"a file")).await.map(drop)
+                create(&Told::of(told, 0), &place, &name, &Bytes::from_static(b"a file")).await.map(drop)
             });
             passes(&steps.asked_for).await;
             run.abort();
@@ -262,6 +289,20 @@ mod tests {
             let left: Vec<String> = store.list("").await.unwrap().into_iter().map(|entry| entry.path).collect();
             assert_eq!(left.contains(path), stays, "{path} {statuses:?}: {left:?}");
             store.delete(path).await.unwrap();
+        }
+    }
+
+    #[tokio::test]
+    async fn a_file_is_taken_back_also_when_the_registry_is_away_for_a_moment() {
+        let state = tempfile::tempdir().unwrap();
+        let (_, _, _, stores) = west(state.path());
+        let store = stores.open(&Uri::parse("nodelocal://1/b").unwrap()).await.unwrap();
+        let path = layout::SEAL.to_owned();
+        for away in 0..3 {
+            store.create(&path, Bytes::from_static(b"a manifest")).await.unwrap();
+            let (_status, told) = watch::channel(Some("canceled"));
+            withdraw(&Told::of(told, away), &store, vec![path.clone()]).await.unwrap();
+            assert_eq!(store.list("").await.unwrap(), [], "{away}");
         }
     }
 }

@@ -14,7 +14,7 @@ use std::fs::{self, DirBuilder, File, OpenOptions};
 use std::io::{self, Write as _};
 use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _, PermissionsExt as _};
 use std::path::{Path, PathBuf};
-use std::time::{Duration, SystemTime};
+use std::time::{Duration, Instant, SystemTime};
 
 use anyhow::Context as _;
 use bytes::{Bytes, BytesMut};
@@ -69,7 +69,8 @@ impl Directory {
         Ok(self.external.join(whole))
     }
 
-    /// Does blocking work with a deadline. Work that is late goes on by itself and its outcome is dropped.
+    /// Does blocking work with a deadline. Work that is late goes on by itself and its outcome is dropped; a file is given no
+    /// name by it.
     async fn blocking<T: Send + 'static>(
         &self,
         work: impl FnOnce() -> io::Result<T> + Send + 'static,
@@ -199,8 +200,12 @@ impl Part {
     }
 
     /// Gives the file its name. False when `once` and the name is taken.
-    fn land(self, target: &Path, external: &Path, once: bool) -> io::Result<bool> {
+    fn land(self, target: &Path, external: &Path, once: bool, by: Instant) -> io::Result<bool> {
         self.file.sync_all()?;
+        if Instant::now() >= by {
+            // Whoever asked for the file has been told that it failed, and may have removed all that there was.
+            return Err(io::ErrorKind::TimedOut.into());
+        }
         let above = target.parent().unwrap_or(external);
         let is_new = match self.name(above, target, once) {
             Err(error) if once && error.kind() == io::ErrorKind::AlreadyExists => {
@@ -318,7 +323,8 @@ impl Upload for Landing {
         Box::pin(async move {
             let part = self.part.take().context("finish a file after it failed")?;
             let (target, external, once) = (self.target.clone(), self.directory.external.clone(), self.once);
-            match self.directory.blocking(move || part.land(&target, &external, once)).await? {
+            let by = Instant::now() + REQUEST_DEADLINE;
+            match self.directory.blocking(move || part.land(&target, &external, once, by)).await? {
                 true => Ok(()),
                 false => Err(self.directory.place.exists(&self.path).into()),
             }
@@ -354,13 +360,17 @@ mod tests {
         part
     }
 
+    fn land(part: Part, target: &Path, external: &Path, once: bool) -> io::Result<bool> {
+        part.land(target, external, once, Instant::now() + REQUEST_DEADLINE)
+    }
+
     #[test]
     fn what_is_made_is_for_the_node_only() {
         let dir = tempfile::tempdir().unwrap();
         let external = dir.path().join("not/there");
         let target = external.join("a/b/file");
         for (once, is_new) in [(true, true), (true, false), (false, true)] {
-            assert_eq!(part(&external, "rows").land(&target, &external, once).unwrap(), is_new);
+            assert_eq!(land(part(&external, "rows"), &target, &external, once).unwrap(), is_new);
         }
         assert_eq!(mode(&target), FILE_MODE);
         for directory in ["not", "not/there", "not/there/.part", "not/there/a", "not/there/a/b"] {
@@ -398,13 +408,25 @@ mod tests {
         fs::set_permissions(&theirs, fs::Permissions::from_mode(0o755)).unwrap();
         let [first, second] = ["a/b/data/1", "a/b/2"].map(|path| theirs.join(path));
         for file in [&first, &second] {
-            part(dir.path(), "rows").land(file, dir.path(), true).unwrap();
+            land(part(dir.path(), "rows"), file, dir.path(), true).unwrap();
         }
         for (file, gone, there) in [(&first, "a/b/data", "a/b"), (&second, "a", "")] {
             fs::remove_file(file).unwrap();
             remove_empty(file, dir.path());
             assert!(!theirs.join(gone).exists() && theirs.join(there).exists(), "{gone}");
         }
+    }
+
+    #[test]
+    fn a_file_that_is_durable_too_late_gets_no_name() {
+        let dir = tempfile::tempdir().unwrap();
+        let target = dir.path().join("a/file");
+        for once in [true, false] {
+            let late = part(dir.path(), "rows").land(&target, dir.path(), once, Instant::now());
+            assert_eq!(late.unwrap_err().kind(), io::ErrorKind::TimedOut);
+            assert!(!target.exists());
+        }
+        assert_eq!(fs::read_dir(dir.path().join(PARTS)).unwrap().count(), 0);
     }
 
     #[test]
@@ -416,7 +438,7 @@ mod tests {
                 scope.spawn(move || {
                     for number in 0..200 {
                         let target = external.join(format!("a/b/{writer}-{number}"));
-                        assert!(part(external, "rows").land(&target, external, true).unwrap());
+                        assert!(land(part(external, "rows"), &target, external, true).unwrap());
                         fs::remove_file(&target).unwrap();
                         remove_empty(&target, external);
                     }

@@ -3,7 +3,7 @@
 //! leaseholder itself. They take turns in one go, and every figure is a ratio within its round, so it holds when the
 //! machine's speed drifts.
 //!
-//! `cargo bench --bench foreground`, about four minutes. It judges nothing: in a fleet the standby and the nodes have
+//! `cargo bench --bench foreground`, about five minutes. It judges nothing: in a fleet the standby and the nodes have
 //! machines of their own, and here all of it shares this one's cores, so that what a pinned backup costs is mostly what
 //! the same work costs anywhere on this machine.
 

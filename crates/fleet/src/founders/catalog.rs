@@ -441,6 +441,9 @@ const VERSIONED: &[(&str, &str, &str)] = &[
     ("pg_ts_template", "oid", "true"),
 ];
 
+/// The same of those that are there since release 15.
+const VERSIONED_15: &[(&str, &str, &str)] = &[("pg_publication_namespace", "oid", "true")];
+
 /// `pg_class` by what shows in a schema: its rows are also written anew by TRUNCATE, REINDEX and the like.
 const CLASS: &str = "SELECT 'pg_class', count(*), sum(pg_catalog.hashtextextended(
         (c.oid, c.relname, c.relnamespace, c.reltype, c.reloftype, c.relowner, c.relam, c.relkind, c.relpersistence,
@@ -455,7 +458,9 @@ pub(super) async fn fingerprint(session: &Session) -> anyhow::Result<Vec<String>
               passing AS (SELECT oid FROM pg_catalog.pg_namespace WHERE nspname ~ '^pg_(toast_)?temp_')
          SELECT pg_catalog.concat_ws(' ', name, rows, digest) FROM ({CLASS}"
     );
-    for (catalog, key, filter) in VERSIONED {
+    let has_later = "SELECT pg_catalog.current_setting('server_version_num')::int >= 150000";
+    let has_later = session.rows(has_later, &[]).await?.iter().any(|row| row.get(0));
+    for (catalog, key, filter) in VERSIONED.iter().chain(VERSIONED_15.iter().filter(|_| has_later)) {
         write!(
             query,
             " UNION ALL SELECT '{catalog}', count(*), sum(pg_catalog.hashtextextended((xmin, {key})::text, 0))
@@ -525,6 +530,7 @@ mod tests {
         ("CREATE POLICY few ON t USING (a > 1)", "pg_policy"),
         ("ALTER PUBLICATION p0 SET (publish = 'insert')", "pg_publication"),
         ("ALTER PUBLICATION p0 ADD TABLE u", "pg_publication_rel"),
+        ("ALTER PUBLICATION p0 ADD TABLES IN SCHEMA public", "pg_publication_namespace"),
         ("CREATE TYPE range AS RANGE (SUBTYPE = int)", "pg_range"),
         ("CREATE STATISTICS ab ON a, b FROM u", "pg_statistic_ext"),
         (
@@ -606,7 +612,7 @@ mod tests {
         }
         assert!(wrong.is_empty(), "{wrong:#?}");
         // Each of them is in a case of its own.
-        for (catalog, ..) in VERSIONED {
+        for (catalog, ..) in VERSIONED.iter().chain(VERSIONED_15) {
             assert!(SHOWN.iter().any(|(_, told)| told == catalog), "{catalog}");
         }
         let child = instance.child().unwrap();

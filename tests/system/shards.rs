@@ -3,12 +3,13 @@
 
 use std::collections::BTreeSet;
 use std::process::Stdio;
+use std::time::Duration;
 
 use nix::sys::signal::{Signal, kill};
 use serde_json::Value;
 
 use crate::support::demo::{Demo, directory, psql};
-use crate::support::faults::Fleet;
+use crate::support::faults::{Fleet, slow_door};
 use crate::support::jobs::{WEST, extern_dirs};
 use crate::support::store::{LocalBackup, files_in};
 use crate::support::{both, postgres_program, run, until};
@@ -362,6 +363,24 @@ fn a_shard_that_cannot_be_reached_is_an_error_or_left_out_by_name() {
     demo.restart_server(2);
     told(&demo, 1, &format!("EXPLAIN {}", statement(skip)), &["shard s2: leaseholder node 2"]);
     assert!(succeeded(&demo, 1, &statement(&format!("{skip}, DETACHED")))[2].ends_with(skip));
+}
+
+/// It knows where the registry is as soon as its own server answers, and of others when they have answered.
+#[test]
+fn a_gateway_that_has_just_begun_leaves_no_shard_out_that_it_has_not_heard_of_yet() {
+    let mut fleet = Fleet::start(&["--shards", "2", "--servers", "2", "--nodes", "4", "--rows", "100"]);
+    let port = fleet.demo.nodes[1].address.rsplit_once(':').unwrap().1.parse().unwrap();
+    fleet.move_behind(2, &slow_door(port, Duration::from_millis(100)));
+    let statement = "EXPLAIN BACKUP DATABASE movr INTO 'nodelocal://self/b' WITH skip_unreachable_shards";
+    for round in 0..3 {
+        fleet.end_node(1, Signal::SIGKILL);
+        fleet.start_node(1);
+        let plan = until("the node to explain", || {
+            let told = fleet.demo.ask(1, statement);
+            if told.starts_with("coordinator: ") { Ok(told) } else { Err(told) }
+        });
+        assert!(plan.contains("shard s2: leaseholder node 2 ") && !plan.contains("left out"), "{round}: {plan}");
+    }
 }
 
 #[test]

@@ -23,6 +23,9 @@ use crate::whole::{Holding, server_wide};
 /// A shard that has not told by then what it holds cannot be reached: a server that froze keeps its connections open.
 const SHARD_DEADLINE: Duration = Duration::from_secs(20);
 
+/// A shard that nobody is known to lead may be one that a gateway which has just begun has not heard of yet.
+const LEADER_WAIT: Duration = Duration::from_secs(2);
+
 /// What the shards of the fleet have told.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Targets {
@@ -77,6 +80,9 @@ impl Backups {
 
     /// Which of these databases the shard holds.
     async fn ask_shard(&self, shard: &str, named: &Named, requester: &Requester) -> anyhow::Result<Holding> {
+        let mut views = self.peers.cluster().subscribe();
+        let is_led = views.wait_for(|view| view.leader(shard).is_some());
+        drop(timeout(LEADER_WAIT, is_led).await);
         let asked = async {
             let databases = match named {
                 Named::Cluster => return self.holding(shard, requester).await,

@@ -177,6 +177,9 @@ fn missing(info: &NodeInfo, role: Role, wanted: Option<Role>, nodes: usize) -> O
     if info.peers.len() + 1 < nodes {
         return Some("does not know all others yet".to_owned());
     }
+    if info.round_trips.len() + 1 < nodes {
+        return Some("has not heard of all others yet".to_owned());
+    }
     wanted.filter(|wanted| *wanted != role).map(|wanted| format!("is \"{role}\" and not yet \"{wanted}\""))
 }
 

@@ -365,6 +365,19 @@ fn a_shard_that_cannot_be_reached_is_an_error_or_left_out_by_name() {
     assert!(succeeded(&demo, 1, &statement(&format!("{skip}, DETACHED")))[2].ends_with(skip));
 }
 
+#[test]
+fn a_shard_that_is_led_and_not_listed_yet_is_in_a_backup() {
+    let demo = start("100");
+    let listed = "SELECT string_agg(name, ',' ORDER BY name) FROM registry.shards";
+    until("both to be listed", || {
+        let seen = on(&demo, 1, "backhaul", listed);
+        if seen == "s1,s2" { Ok(()) } else { Err(seen) }
+    });
+    on(&demo, 1, "backhaul", "DELETE FROM registry.shards WHERE name = 's2'");
+    succeeded(&demo, 1, "BACKUP DATABASE movr INTO 'nodelocal://1/b' WITH DETACHED");
+    assert_eq!(parts(&LocalBackup::newest(&extern_dirs(&demo)[..1], "b").manifest).len(), 2);
+}
+
 /// It knows where the registry is as soon as its own server answers, and of others when they have answered.
 #[test]
 fn a_gateway_that_has_just_begun_leaves_no_shard_out_that_it_has_not_heard_of_yet() {

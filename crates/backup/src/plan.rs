@@ -250,11 +250,13 @@ impl Backups {
         Ok((new, notices))
     }
 
-    /// Every shard that ever joined.
+    /// Every shard that ever joined, and those that are led: a new one is listed a moment after it is there.
     pub(crate) async fn shards(&self) -> anyhow::Result<Vec<String>> {
-        let query = "SELECT name FROM registry.shards ORDER BY name";
-        let rows = self.jobs.ledger().query(query, &[]).await.context("list the shards")?;
-        Ok(rows.iter().map(|row| row.get(0)).collect())
+        let rows =
+            self.jobs.ledger().query("SELECT name FROM registry.shards", &[]).await.context("list the shards")?;
+        let mut shards: BTreeSet<String> = rows.iter().map(|row| row.get(0)).collect();
+        shards.extend(self.peers.cluster().view().led().map(str::to_owned));
+        Ok(shards.into_iter().collect())
     }
 
     /// A user may back up what they may read: CockroachDB's rules of before the BACKUP privilege.

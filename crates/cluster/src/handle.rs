@@ -38,6 +38,11 @@ pub struct View {
 }
 
 impl View {
+    /// The shards that somebody leads.
+    pub fn led(&self) -> impl Iterator<Item = &str> {
+        self.leaders.keys().map(String::as_str)
+    }
+
     /// The node that leads `shard` and answers now.
     pub fn leader(&self, shard: &str) -> Option<&NodeInfo> {
         let leader = self.leaders.get(shard)?;

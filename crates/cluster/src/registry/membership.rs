@@ -11,7 +11,7 @@ use uuid::Uuid;
 use crate::dial::spoken;
 use crate::registry::{JOIN_DEADLINE, Listed, Session};
 use crate::settings::FleetSettings;
-use crate::{Cluster, NodeId, NodeInfo};
+use crate::{Cluster, NodeId, NodeInfo, View};
 
 /// Why a node must not run in this fleet; whoever starts it again has to change something first.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -232,6 +232,12 @@ pub(super) async fn check_shard(client: &Client, me: &NodeInfo, checked: &mut Op
     }
     *checked = Some(found.clone());
     Ok(())
+}
+
+/// Whether a node's server is another one than was found in order, or was not known then: that is not put off.
+pub(super) fn is_unlisted(view: &View, me: NodeId, checked: Option<&String>) -> bool {
+    let server = view.node(me).and_then(|known| known.info.server_state());
+    server.is_some_and(|server| checked != Some(&server.system_identifier))
 }
 
 async fn new_number(client: &Client, requested: Option<NodeId>) -> anyhow::Result<NodeId> {

@@ -30,7 +30,7 @@ pub use schema::{DATABASE, migrate};
 
 use crate::dial::spoken;
 use crate::settings::FleetSettings;
-use crate::{Cluster, Dialer, NodeId, PeerSession, Purpose};
+use crate::{Cluster, Dialer, NodeId, PeerSession, Purpose, View};
 
 /// Wait between tries to reach the registry.
 const RETRY: Duration = Duration::from_millis(250);
@@ -259,9 +259,12 @@ impl Registry {
                 *settings = renewed.settings;
                 news
             });
-            let elsewhere = views.wait_for(|view| view.registry().is_some_and(|(node, _)| node.instance != beside));
+            let has_moved = |view: &View| view.registry().is_some_and(|(node, _)| node.instance != beside);
+            let me = standing.node_id;
+            let is_unlisted = |view: &View| membership::is_unlisted(view, me, checked.as_ref());
+            let news = views.wait_for(|view| has_moved(view) || is_unlisted(view));
             tokio::select! {
-                _ = elsewhere => bail!("the registry has moved to another server"),
+                news = news => if news.is_ok_and(|view| has_moved(&view)) { bail!("the registry has moved to another server") },
                 () = session.lost() => bail!("the connection to the registry was lost"),
                 () = sleep(lived / 4) => {}
             }

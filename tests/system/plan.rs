@@ -285,6 +285,22 @@ fn a_standby_that_refuses_everybody_until_a_transaction_has_ended_is_passed_over
     read(3);
 }
 
+#[test]
+fn the_smallest_of_very_many_tables_are_explained_in_one_line() {
+    let demo = Demo::start(&["--rows", "100"]);
+    let make = "DO $$ BEGIN FOR n IN 1..1010 LOOP EXECUTE format('CREATE TABLE small%s (n int)', n); END LOOP; END $$";
+    run(demo.psql_direct(1).args(["-v", "ON_ERROR_STOP=1", "-Atqc", make]));
+    let plan = explained(&demo, 1, "BACKUP DATABASE movr INTO 'nodelocal://self/b'", "exported by: node 1");
+    let objects = ["table movr.", "large objects of movr", "contents of the large objects of movr"];
+    let told = plan.lines().filter(|line| objects.iter().any(|object| line.trim().starts_with(object))).count();
+    let number = |text: &str| text.split_ascii_whitespace().next().unwrap().parse::<usize>().unwrap();
+    let (others, sums) = plan.lines().find_map(|line| line.trim().split_once(" smaller ones: ")).expect(&plan);
+    assert!(told == 1000 && number(others) > 10 && sums.ends_with(" spans, 0 B"), "{told}: {others}: {sums}");
+    // Whatever is told together is in the sum, too: each of these tables is one span.
+    let total = plan.lines().find_map(|line| line.strip_prefix("total: ")).expect(&plan);
+    assert_eq!((number(total), number(sums)), (told + number(others), number(others)), "{total}");
+}
+
 /// Of servers in the same tiers the one is read whose node answers soonest; by its number it would be the other one.
 #[test]
 fn a_node_without_a_server_reads_the_one_that_answers_soonest() {

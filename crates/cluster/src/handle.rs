@@ -38,9 +38,10 @@ pub struct View {
 }
 
 impl View {
-    /// The shards that somebody leads.
+    /// The shards that a member of the fleet leads; a node without a number is none yet.
     pub fn led(&self) -> impl Iterator<Item = &str> {
-        self.leaders.keys().map(String::as_str)
+        let is_member = |shard: &&str| self.leader(shard).is_some_and(|node| node.node_id.is_some());
+        self.leaders.keys().map(String::as_str).filter(is_member)
     }
 
     /// The node that leads `shard` and answers now.

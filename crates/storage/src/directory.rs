@@ -33,6 +33,10 @@ use crate::uri::invalid;
 /// Where files are until they are whole.
 const PARTS: &str = ".part";
 
+/// So long before whoever asked for a file is told that it is late, it is given its name or none at all: naming takes a
+/// moment, too, and another node that asked has waited a little longer.
+const NAMED_BEFORE: Duration = Duration::from_secs(2);
+
 /// An unfinished file that nobody has written to for so long is nobody's any more.
 const PART_AGE_MAX: Duration = Duration::from_secs(24 * 60 * 60);
 
@@ -69,8 +73,8 @@ impl Directory {
         Ok(self.external.join(whole))
     }
 
-    /// Does blocking work with a deadline. Work that is late goes on by itself and its outcome is dropped; a file is given no
-    /// name by it.
+    /// Does blocking work with a deadline. Work that is late goes on by itself and its outcome is dropped; a file that is not
+    /// durable shortly before is given no name ([`NAMED_BEFORE`]).
     async fn blocking<T: Send + 'static>(
         &self,
         work: impl FnOnce() -> io::Result<T> + Send + 'static,
@@ -323,7 +327,7 @@ impl Upload for Landing {
         Box::pin(async move {
             let part = self.part.take().context("finish a file after it failed")?;
             let (target, external, once) = (self.target.clone(), self.directory.external.clone(), self.once);
-            let by = Instant::now() + REQUEST_DEADLINE;
+            let by = Instant::now() + REQUEST_DEADLINE - NAMED_BEFORE;
             match self.directory.blocking(move || part.land(&target, &external, once, by)).await? {
                 true => Ok(()),
                 false => Err(self.directory.place.exists(&self.path).into()),

@@ -102,12 +102,20 @@ impl Story<'_> {
         }
         self.run.progress(self.pace.fraction(), &format!("taking a point of shard {shard}")).await?;
         let point = point::open(self.run, self.peers, (shard, databases), &self.rules, tries).await?;
-        point::or_close(self.peers, &point.nodes(), point.lease, self.keep(&point)).await?;
+        point::or_close(self.peers, &point.nodes(), point.lease, self.make_room(&point)).await?;
+        // Kept before anything is read at it: two points are never mixed. Where it is not known whether it was kept, the next
+        // run may find it.
+        if let Err(error) = self.run.keep(&format!("point/{shard}"), &point).await {
+            if !jobs::may_pass(&error) {
+                point::close_all(self.peers, &point).await;
+            }
+            return Err(error);
+        }
         Ok(point)
     }
 
-    /// Kept before anything is read at it: two points are never mixed.
-    async fn keep(&self, point: &ShardPoint) -> anyhow::Result<()> {
+    /// What was read at the point before is not read any more.
+    async fn make_room(&self, point: &ShardPoint) -> anyhow::Result<()> {
         let shard = &point.shard;
         let modes: Vec<String> = point.modes.iter().map(told).collect();
         if !modes.is_empty() {
@@ -116,8 +124,7 @@ impl Story<'_> {
                 .await?;
         }
         self.run.forget(&format!("span/{shard}/")).await?;
-        self.run.forget(&format!("schema/{shard}/")).await?;
-        self.run.keep(&format!("point/{shard}"), point).await
+        self.run.forget(&format!("schema/{shard}/")).await
     }
 
     /// Exports one shard, at another point when the first one is spoilt.

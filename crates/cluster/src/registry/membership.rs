@@ -234,9 +234,11 @@ pub(super) async fn check_shard(client: &Client, me: &NodeInfo, checked: &mut Op
     Ok(())
 }
 
-/// Whether a node's server is another one than was found in order, or was not known then: that is not put off.
-pub(super) fn is_unlisted(view: &View, me: NodeId, checked: Option<&String>) -> bool {
-    let server = view.node(me).and_then(|known| known.info.server_state());
+/// Whether the server beside this process is another one than was found in order, or was not known then: that is not put
+/// off.
+pub(super) fn is_unlisted(view: &View, instance: Uuid, checked: Option<&String>) -> bool {
+    let me = view.nodes.values().find(|known| known.info.instance == instance);
+    let server = me.and_then(|known| known.info.server_state());
     server.is_some_and(|server| checked != Some(&server.system_identifier))
 }
 

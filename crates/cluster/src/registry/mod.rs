@@ -233,7 +233,7 @@ impl Registry {
         let (joined, mut life) = membership::join(&session, cluster, requested, kept.as_ref()).await?;
         self.0.session.send_replace(Some(Arc::clone(&session)));
         self.become_member(kept, joined);
-        let mut views = cluster.subscribe();
+        let (mut views, instance) = (cluster.subscribe(), cluster.me().instance);
         let mut reported = false;
         let mut checked = None;
         while let Some(standing) = kept.as_mut() {
@@ -260,11 +260,13 @@ impl Registry {
                 news
             });
             let has_moved = |view: &View| view.registry().is_some_and(|(node, _)| node.instance != beside);
-            let me = standing.node_id;
-            let is_unlisted = |view: &View| membership::is_unlisted(view, me, checked.as_ref());
+            let is_unlisted = |view: &View| membership::is_unlisted(view, instance, checked.as_ref());
             let news = views.wait_for(|view| has_moved(view) || is_unlisted(view));
             tokio::select! {
-                news = news => if news.is_ok_and(|view| has_moved(&view)) { bail!("the registry has moved to another server") },
+                news = news => match news {
+                    Ok(view) if !has_moved(&view) => {}
+                    _ => bail!("the registry has moved to another server"),
+                },
                 () = session.lost() => bail!("the connection to the registry was lost"),
                 () = sleep(lived / 4) => {}
             }

@@ -2,16 +2,15 @@
 //!
 //! A standby that stays paused falls behind for good, so there are three ways back. The ordinary one is [`Pause::end`].
 //! A pause that is dropped instead, because whoever opened founders went away, ends in the background. And should this
-//! process die, the server resumes by itself: what pauses is one statement that pauses, sleeps and resumes, and it
-//! runs to its end without a client.
+//! process die, the server resumes by itself: what pauses is one statement that pauses, sleeps for as long as the session
+//! that keeps the pause is there, a minute at most, and resumes; it runs to its end without a client.
 //!
 //! Whoever pauses has a *turn*, and a pause keeps it until replay goes on and nothing is left on the server that would
 //! resume, so that the next one's pause is not ended by this one.
 //!
 //! A pause that is to last longer than a point takes is *watched*: in the place of the statement that sleeps comes one
-//! that looks, again and again, whether the session of this module's that keeps the pause still shows life. A process that
-//! is killed has no session any more, and one that is frozen or cut off says nothing on it; in either case the server
-//! resumes. It counts its own looks, so that no clock has a say. How long such a pause lasts is told in `super::standing`.
+//! that looks, again and again, whether that session still shows life. A process that is killed has none any more, and one
+//! that is frozen or cut off says nothing on it; in either case the server resumes. It counts its own looks, so that no clock has a say. How long such a pause lasts is told in `super::standing`.
 //!
 //! A pause of somebody else's is left alone. (Should one begin while ours lasts, PostgreSQL cannot tell the two apart.)
 
@@ -61,7 +60,7 @@ const RESUME_DEADLINE: Duration = Duration::from_secs(10);
 /// A cancelled switch that has not ended by then is terminated, and waited for once more.
 const SWITCH_DEADLINE: Duration = Duration::from_secs(5);
 
-/// A watched pause is looked after so often in the server.
+/// A pause is looked after so often in the server.
 const WATCH: Duration = Duration::from_millis(250);
 
 /// A keeper that has said nothing for so long is taken for frozen or cut off, and replay goes on.
@@ -93,7 +92,9 @@ impl Switch {
         let sleeper = Session::open(server, server.database(), job, &CancellationToken::new()).await?;
         // With the check of its client on, the statement would end with this process, and not resume.
         sleeper.run("SET client_connection_check_interval = 0").await?;
-        let pid = sleeper.row("SELECT pg_catalog.pg_backend_pid()", &[]).await?.get(0);
+        // Which roles this one is member of it then knows, and need not read while replay may stand with a lock on them.
+        let me = "SELECT pid FROM pg_catalog.pg_stat_get_activity(pg_catalog.pg_backend_pid())";
+        let pid = sleeper.row(me, &[]).await?.get(0);
         let cancel = sleeper.client.cancel_token();
         let task = tokio::spawn(async move {
             // The whole session, or its connection would be closed here.
@@ -146,11 +147,8 @@ impl Pause {
         }
         // Replay may stand with a lock on the catalogs: what is asked of this session until it goes on, it has to know by then.
         control.run(&format!("{LOCK_WAIT}; SELECT pg_catalog.pg_wal_replay_resume() WHERE false")).await?;
-        let statement = format!(
-            "SELECT pg_catalog.pg_wal_replay_pause(), pg_catalog.pg_sleep({}), pg_catalog.pg_wal_replay_resume()",
-            switch.as_secs()
-        );
-        let switch = Switch::start(server, job, statement).await?;
+        let keeper = Keeper::of(&control).await?;
+        let switch = Switch::start(server, job, pause(&keeper, switch)).await?;
         let held = Some((control, switch, Some(turn)));
         let mut pause = Self { server: server.clone(), job, held };
         match pause.stands().await {
@@ -206,8 +204,7 @@ impl Pause {
     /// on. There is no moment without a statement that would resume.
     pub(super) async fn watched(&mut self, longest: Duration) -> anyhow::Result<()> {
         let Some((control, switch, turn)) = &mut self.held else { bail!("replay is not paused") };
-        let row = control.row(KEEPER, &[]).await?;
-        let statement = watch(&row.get::<_, String>(0), &row.get::<_, String>(1), self.job, longest);
+        let statement = watch(&Keeper::of(control).await?, self.job, longest);
         let mut watching = Switch::start(&self.server, self.job, statement).await?;
         watching.seen = true;
         let at_work = timeout(WATCHED_DEADLINE, at_work(control, &watching)).await;
@@ -296,9 +293,40 @@ fn step(until: Lsn) -> String {
     )
 }
 
-/// The session that asks, which keeps a watched pause: its process and when that began, for numbers are used again.
-const KEEPER: &str = "
-    SELECT pid::text, backend_start::text FROM pg_catalog.pg_stat_activity WHERE pid = pg_catalog.pg_backend_pid()";
+/// The session that keeps a pause: its process and when that began, for numbers are used again.
+struct Keeper {
+    pid: i32,
+    began: String,
+}
+
+impl Keeper {
+    async fn of(session: &Session) -> anyhow::Result<Self> {
+        let mine =
+            "SELECT pid, backend_start::text FROM pg_catalog.pg_stat_activity WHERE pid = pg_catalog.pg_backend_pid()";
+        let row = session.row(mine, &[]).await?;
+        Ok(Self { pid: row.get(0), began: row.get(1) })
+    }
+}
+
+/// Pauses, looks whether the keeper is there, and resumes when it is not, or after `longest`.
+///
+/// Replay may come to stand with a lock on any catalog. So all of it is one statement, which is planned before the pause,
+/// evaluates its columns from left to right, and names no table: it takes no lock in between.
+fn pause(keeper: &Keeper, longest: Duration) -> String {
+    let Keeper { pid, began } = keeper;
+    let (looks, wait) = (longest.as_millis() / WATCH.as_millis(), WATCH.as_secs_f64());
+    format!(
+        "SELECT pg_catalog.pg_wal_replay_pause(), (
+            WITH RECURSIVE looks (number, keeper, waited) AS (
+                SELECT 0, {pid}, true
+                UNION ALL
+                SELECT number + 1, keeper,
+                       pg_catalog.pg_sleep({wait}) IS NOT NULL AND pg_catalog.pg_stat_clear_snapshot() IS NOT NULL
+                FROM looks, LATERAL pg_catalog.pg_stat_get_activity(keeper) AS seen
+                WHERE number < {looks} AND seen.backend_start::text = '{began}')
+            SELECT count(waited) FROM looks), pg_catalog.pg_wal_replay_resume()"
+    )
+}
 
 /// None of these may be asked of a server that was promoted.
 const SEEN: &str = "
@@ -319,7 +347,8 @@ fn watcher(job: i64) -> String {
 ///
 /// Its first words are those by which a node knows its own pauses (`crate::probe`); of a long statement only the
 /// beginning is listed.
-fn watch(keeper: &str, began: &str, job: i64, longest: Duration) -> String {
+fn watch(keeper: &Keeper, job: i64, longest: Duration) -> String {
+    let Keeper { pid, began } = keeper;
     // Behind the keeper, which knows the time as well and can say why it is over.
     let looks = (longest + SILENCE_MAX).as_millis() / WATCH.as_millis();
     let silence = SILENCE_MAX.as_millis() / WATCH.as_millis();
@@ -340,7 +369,7 @@ fn watch(keeper: &str, began: &str, job: i64, longest: Duration) -> String {
                 END IF;
                 PERFORM pg_catalog.pg_stat_clear_snapshot();
                 SELECT max(state_change) INTO said FROM pg_catalog.pg_stat_activity
-                WHERE pid = {keeper} AND backend_start::text = '{began}';
+                WHERE pid = {pid} AND backend_start::text = '{began}';
                 EXIT WHEN said IS NULL;
                 silent := CASE WHEN said = said_before THEN silent + 1 ELSE 0 END;
                 said_before := said;
@@ -520,18 +549,20 @@ mod tests {
 
         let turns = Arc::new(tokio::sync::Mutex::new(()));
         let turn = async || Arc::new(turns.clone().lock_owned().await);
-        let mut pause = Pause::begin_for(&server, 0, turn().await, Duration::from_secs(2)).await.unwrap();
-        assert!(pause.still_stands().await.unwrap());
-        // As if this process had been killed: the connections are gone, and nothing was said.
-        let (control, switch, _) = pause.held.take().unwrap();
-        switch.task.unwrap().abort();
-        drop(control);
-        sleep(Duration::from_millis(500)).await;
-        assert_eq!(ask(&server).await, "paused");
-        let deadline = Instant::now() + Duration::from_secs(10);
-        while ask(&server).await != NOT_PAUSED {
-            assert!(Instant::now() < deadline, "replay stays paused");
-            sleep(POLL).await;
+        // As if this process had been killed: the connections are gone, and nothing was said. Or as if it stood still.
+        for (is_killed, switch) in [(true, SWITCH), (false, Duration::from_secs(2))] {
+            let mut pause = Pause::begin_for(&server, 0, turn().await, switch).await.unwrap();
+            sleep(WATCH * 3).await;
+            assert!(pause.still_stands().await.unwrap(), "{is_killed}");
+            let (control, switch, _) = pause.held.take().unwrap();
+            switch.task.unwrap().abort();
+            let kept = (!is_killed).then_some(control);
+            let deadline = Instant::now() + SWITCH / 4;
+            while ask(&server).await != NOT_PAUSED {
+                assert!(Instant::now() < deadline, "replay stays paused: {is_killed}");
+                sleep(POLL).await;
+            }
+            drop(kept);
         }
 
         // A switch that an operator ends leaves the pause to us.

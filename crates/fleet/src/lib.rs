@@ -19,6 +19,7 @@
 pub mod disk;
 pub mod door;
 pub mod founders;
+mod killed;
 pub mod loader;
 pub mod login;
 pub mod private;

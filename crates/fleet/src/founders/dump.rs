@@ -18,8 +18,8 @@ use tokio::process::Command;
 use tokio::time::timeout;
 
 use super::types::Mode;
-use crate::Server;
 use crate::private::Installation;
+use crate::{Server, killed};
 
 /// A longer schema is refused: it is not a schema, and whoever moves it to a store holds it whole.
 pub const SCHEMA_BYTES_MAX: u64 = 512 * 1024 * 1024;
@@ -121,7 +121,7 @@ async fn dump(mut command: Command, database: &str) -> anyhow::Result<Schema> {
     let status = child.wait().await.context("wait for pg_dump")?;
     if !status.success() {
         tracing::warn!("pg_dump of database {database:?} failed ({status}): {said}");
-        return Err(failed(database, &told(&said)).into());
+        return Err(killed::told(failed(database, &told(&said)), status).into());
     }
     Ok(Schema { file: Arc::new(file), bytes, warnings: warnings(&said) })
 }
@@ -209,6 +209,16 @@ mod tests {
             "pg_dump: warning: subscriptions not dumped because current user is not a superuser\n\npg_dump: hint: x";
         let expected = ["subscriptions not dumped because current user is not a superuser", "hint: x"];
         assert_eq!(warnings(said), expected);
+    }
+
+    #[tokio::test]
+    async fn one_that_a_signal_ends_may_be_run_again() {
+        let mut command = Command::new("sh");
+        command.args(["-c", "kill -9 $$"]).stdout(Stdio::piped()).stderr(Stdio::piped());
+        let Err(error) = dump(command, "shop").await else { panic!("it was ended") };
+        let said = PgError::of(&error).unwrap();
+        assert_eq!((said.code, said.detail.as_deref()), (SqlState::CRASH_SHUTDOWN, Some("It was ended by signal 9.")));
+        assert_eq!(said.message, "pg_dump of database \"shop\" failed");
     }
 
     #[test]

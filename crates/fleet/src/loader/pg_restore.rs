@@ -18,6 +18,7 @@ use tokio::time::timeout;
 
 use super::acting::{Acting, LONG, end_sessions, has_done, note_done};
 use super::{JobDatabase, Loader};
+use crate::killed;
 use crate::private::Installation;
 
 /// What is kept of what `pg_restore` says on standard error.
@@ -111,11 +112,15 @@ impl<'l> Restorer<'l> {
         let mut list = Vec::new();
         let reading = async {
             out.take(LIST_BYTES_MAX + 1).read_to_end(&mut list).await.context("read from pg_restore")?;
-            anyhow::Ok(list.len() as u64 <= LIST_BYTES_MAX && child.wait().await?.success())
+            // Of one that is longer the rest is not waited for.
+            let is_whole = list.len() as u64 <= LIST_BYTES_MAX;
+            anyhow::Ok(if is_whole { Some(child.wait().await.context("wait for pg_restore")?) } else { None })
         };
-        let is_read = timeout(LIST_DEADLINE, reading).await.map_err(|_| failed(self.job, "It took too long."))??;
-        if !is_read {
-            return Err(failed(self.job, "The list of what is in the schema cannot be read.").into());
+        let ended = timeout(LIST_DEADLINE, reading).await.map_err(|_| failed(self.job, "It took too long."))??;
+        let unread = || failed(self.job, "The list of what is in the schema cannot be read.");
+        let status = ended.ok_or_else(unread)?;
+        if !status.success() {
+            return Err(killed::told(unread(), status).into());
         }
         Ok(String::from_utf8_lossy(&list).into_owned())
     }
@@ -161,7 +166,8 @@ async fn run(mut command: Command, job: JobDatabase) -> anyhow::Result<()> {
     }
     let told = told(&String::from_utf8_lossy(&said));
     tracing::warn!("pg_restore for job {job} failed ({status}): {told}");
-    Err(PgError { code: code_of(&String::from_utf8_lossy(&said)), ..failed(job, &told) }.into())
+    let failed = PgError { code: code_of(&String::from_utf8_lossy(&said)), ..failed(job, &told) };
+    Err(killed::told(failed, status).into())
 }
 
 /// What `pg_restore` says when the server, or the way to it, is gone; a job may try that again.
@@ -220,6 +226,15 @@ mod tests {
         assert_eq!(told(said), expected);
         let long = format!("pg_restore: {}", "é".repeat(TOLD_MAX));
         assert!((TOLD_MAX - 1..=TOLD_MAX).contains(&told(&long).len()));
+    }
+
+    #[tokio::test]
+    async fn one_that_a_signal_ends_may_be_run_again() {
+        let mut command = Command::new("sh");
+        command.args(["-c", "echo pg_restore: hello >&2; kill -9 $$"]).stderr(Stdio::piped());
+        let error = run(command, 7.into()).await.unwrap_err();
+        let said = PgError::of(&error).unwrap();
+        assert_eq!((said.code, said.detail.as_deref()), (SqlState::CRASH_SHUTDOWN, Some("It was ended by signal 9.")));
     }
 
     #[test]

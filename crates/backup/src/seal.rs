@@ -151,11 +151,17 @@ pub(crate) async fn finish(run: &Run, place: &Place, when: When<'_>) -> anyhow::
     let pointer = layout::latest(created, run.id);
     match place.collection.create(&pointer, Bytes::from(subdir.to_owned())).await {
         Err(error) if !storage::is_transient(&error) => {
-            let error = error.context("point LATEST at a backup that is whole");
-            tracing::warn!(job = %run.id, "{error:#}");
-            run.note(&error).await?;
+            tracing::warn!(job = %run.id, "point LATEST at a backup that is whole: {error:#}");
+            run.note(&not_pointed_at(&error, subdir).into()).await?;
         }
         done => drop(done?),
     }
     Ok(Some(manifest))
+}
+
+fn not_pointed_at(error: &anyhow::Error, subdir: &str) -> PgError {
+    let (code, why) =
+        PgError::of(error).map_or((SqlState::IO_ERROR, "it was not written"), |said| (said.code, &said.message));
+    PgError::new(code, format!("LATEST does not point at the backup: {why}"))
+        .detail(format!("The backup is whole; restore it by its own name, '{subdir}'."))
 }

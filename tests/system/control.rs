@@ -223,16 +223,18 @@ fn a_request_to_a_job_that_was_put_off_is_heeded_at_once() {
     assert!(left.is_empty(), "{left:?}");
 }
 
-/// As one that a coordinator that has just begun has not heard of yet: it may be finishing a file.
+/// A node that has a session and is known to no other, as to a coordinator that has just begun.
+const UNKNOWN: &str = "
+    INSERT INTO registry.nodes SELECT 99, gen_random_uuid(), 'host:1', locality, shard, build, started_at
+    FROM registry.nodes WHERE id = 2;
+    INSERT INTO registry.sessions SELECT 99, gen_random_uuid(), 1, gen_random_uuid(), 'host:1', 'infinity'";
+
 #[test]
-fn nothing_is_removed_while_a_matching_node_that_is_not_known_here_has_a_session() {
+fn nothing_is_removed_while_a_node_that_was_asked_to_write_and_is_not_known_here_has_a_session() {
     let fleet = Fleet::start(&["--rows", "100"]);
     let job = fleet.held("BACKUP DATABASE movr INTO 'nodelocal://1/b' WITH DETACHED", "backup.after_lock");
-    fleet.registry(
-        "INSERT INTO registry.nodes SELECT 99, gen_random_uuid(), 'host:1', locality, shard, build, started_at
-         FROM registry.nodes WHERE id = 2;
-         INSERT INTO registry.sessions SELECT 99, gen_random_uuid(), 1, gen_random_uuid(), 'host:1', 'infinity'",
-    );
+    fleet.registry(UNKNOWN);
+    fleet.registry(&format!("INSERT INTO registry.job_info VALUES ({job}, 'holder/99', '99')"));
     assert_eq!(tag(&fleet.demo, 2, &format!("CANCEL JOB {job}")), "CANCEL JOBS 1");
     let waiting = "reverting|what the job has made is not removed yet: node 99 cannot be reached, and has a session";
     until("the removal to wait for the session", || {
@@ -244,6 +246,18 @@ fn nothing_is_removed_while_a_matching_node_that_is_not_known_here_has_a_session
     fleet.registry("DELETE FROM registry.sessions WHERE node_id = 99");
     assert_eq!(fleet.end_of(&job).0, "canceled");
     assert!(files().is_empty(), "{:?}", files());
+}
+
+#[test]
+fn nobody_waits_for_a_matching_node_that_was_never_asked_to_write() {
+    let fleet = Fleet::start(&["--rows", "100"]);
+    fleet.registry(UNKNOWN);
+    let backup = "BACKUP DATABASE movr INTO 'nodelocal://1/b' WITH DETACHED";
+    let job = fleet.held(backup, "backup.after_first_span");
+    assert_eq!(tag(&fleet.demo, 2, &format!("CANCEL JOB {job}")), "CANCEL JOBS 1");
+    assert_eq!(fleet.end_of(&job).0, "canceled");
+    let job = fleet.demo.ask(1, backup);
+    assert_eq!(fleet.end_of(&job), ("succeeded".to_owned(), String::new()));
 }
 
 /// Nobody matches a job, its claim is to be given back for a while, and just before that is written it is canceled. By then

@@ -3,9 +3,9 @@
 //! Rows come as COPY text from the node that lends the founder, are compressed and hashed on their way, and go to the
 //! store in pieces; nothing is held whole. The object appears under its name only when all of it is there.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io::Write as _;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use anyhow::{Context as _, bail};
@@ -83,8 +83,8 @@ impl Service for Probe {
 pub(crate) enum Request {
     /// Export a span. Answered with its [`FileEntry`].
     Span(Box<Task>),
-    /// Answered with null when nothing is exported here for this job any more. Its coordinator has gone away or has
-    /// ended its calls, so that is soon.
+    /// Answered with null when nothing is exported here for this job any more, and from then on nothing is. Its coordinator
+    /// has gone away or has ended its calls, so that is soon.
     Settle {
         /// The job.
         job: i64,
@@ -111,6 +111,10 @@ pub(crate) struct Task {
 /// How many of something there are, by job.
 type Counts = Arc<watch::Sender<BTreeMap<i64, usize>>>;
 
+/// So many jobs are remembered that have come to their end. A coordinator that stood still meanwhile and does not know yet
+/// notices within moments.
+const SETTLED_MAX: usize = 1000;
+
 /// Exports spans for coordinators.
 pub struct Export {
     peers: Peers,
@@ -118,6 +122,8 @@ pub struct Export {
     jobs: Jobs,
     /// How many spans are exported here, by job.
     at_work: Counts,
+    /// The newest jobs that were settled.
+    settled: Mutex<BTreeSet<i64>>,
     /// Shared by all of them.
     limit: Limit,
 }
@@ -142,15 +148,38 @@ impl Drop for AtWork {
 impl Export {
     /// A service to be offered as [`EXPORT`].
     pub fn new(peers: Peers, stores: Stores, jobs: Jobs) -> Arc<Self> {
-        Arc::new(Self { peers, stores, jobs, at_work: Arc::default(), limit: Limit::default() })
+        Arc::new(Self {
+            peers,
+            stores,
+            jobs,
+            at_work: Arc::default(),
+            settled: Mutex::default(),
+            limit: Limit::default(),
+        })
     }
 
-    fn begin(&self, job: i64) -> AtWork {
+    fn settled(&self) -> MutexGuard<'_, BTreeSet<i64>> {
+        self.settled.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Counts a span of a job that was not settled before.
+    fn begin(&self, job: i64) -> anyhow::Result<AtWork> {
         self.at_work.send_modify(|at_work| *at_work.entry(job).or_default() += 1);
-        AtWork { all: Arc::clone(&self.at_work), job }
+        let at_work = AtWork { all: Arc::clone(&self.at_work), job };
+        if self.settled().contains(&job) {
+            bail!("a span of job {job} has come behind the job's last one");
+        }
+        Ok(at_work)
     }
 
     async fn settle(&self, job: i64) -> anyhow::Result<()> {
+        {
+            let mut settled = self.settled();
+            settled.insert(job);
+            if settled.len() > SETTLED_MAX {
+                settled.pop_first();
+            }
+        }
         let mut at_work = self.at_work.subscribe();
         match timeout(SETTLE_DEADLINE, at_work.wait_for(|at_work| !at_work.contains_key(&job))).await {
             Ok(settled) => settled.map(drop).context("wait for exports to stop"),
@@ -167,7 +196,7 @@ impl Export {
         if let Some(tier) = me.locality.first_unmatched(&filter) {
             bail!("{} was given a span of a job for {tier}", me.name());
         }
-        let at_work = self.begin(task.job);
+        let at_work = self.begin(task.job)?;
         let session = self.jobs.session()?.id;
         let store = self.stores.open(&Uri::parse(&task.uri)?).await?;
         let request = founders::Request::Span(task.span.clone());
@@ -290,6 +319,7 @@ pub(crate) mod tests {
     use cluster::secret::ClusterSecret;
     use cluster::store;
     use cluster::{Cluster, Dialer};
+    use futures_util::FutureExt as _;
     use jobs::Ledger;
     use serde_json::json;
 
@@ -316,6 +346,39 @@ pub(crate) mod tests {
         Export::new(peers, stores, Jobs::new(cluster, Registry::default(), Ledger::default(), dialer))
     }
 
+    /// What it says to a span, none of which it can export.
+    async fn refusal_of_a_span(export: &Export, job: i64, filter: &str) -> String {
+        let what = founders::What::Table { oid: 1, from_block: 0, to_block: None };
+        let span = SpanRequest { lease: Uuid::new_v4(), database: "shop".to_owned(), what };
+        let (uri, path) = ("nodelocal://1/b".to_owned(), "data/x".to_owned());
+        let task = Task { job, uri, filter: filter.to_owned(), path, founder: NodeId(1), span };
+        let asked = serde_json::to_value(Request::Span(Box::new(task))).unwrap();
+        let Err(error) = export.call(asked).await else { panic!("{filter}: it was exported") };
+        format!("{error:#}")
+    }
+
+    #[tokio::test]
+    async fn a_span_that_comes_when_its_job_is_settled_is_refused() {
+        let state = tempfile::tempdir().unwrap();
+        let export = export(state.path());
+        let is_late = |said: &str| said.ends_with("has come behind the job's last one");
+        let at_work = export.begin(7).unwrap();
+        let settle = serde_json::to_value(Request::Settle { job: 7 }).unwrap();
+        let mut settling = export.call(settle);
+        assert!((&mut settling).now_or_never().is_none(), "a span is at work");
+        let said = refusal_of_a_span(&export, 7, "").await;
+        assert!(is_late(&said), "{said}");
+        drop(at_work);
+        settling.await.unwrap();
+        assert!(is_late(&refusal_of_a_span(&export, 7, "").await));
+        assert!(!is_late(&refusal_of_a_span(&export, 8, "").await));
+        for job in 1000..1000 + SETTLED_MAX as i64 {
+            export.settle(job).await.unwrap();
+        }
+        let kept: Vec<i64> = export.settled().iter().copied().collect();
+        assert_eq!((kept.len(), kept[0]), (SETTLED_MAX, 1000));
+    }
+
     #[tokio::test]
     async fn a_node_refuses_a_span_of_a_job_that_it_does_not_match() {
         let state = tempfile::tempdir().unwrap();
@@ -327,13 +390,7 @@ pub(crate) mod tests {
             ("zone=a,region=west", None),
             ("", None),
         ] {
-            let what = founders::What::Table { oid: 1, from_block: 0, to_block: None };
-            let span = SpanRequest { lease: Uuid::new_v4(), database: "shop".to_owned(), what };
-            let (uri, path) = ("nodelocal://1/b".to_owned(), "data/x".to_owned());
-            let task = Task { job: 7, uri, filter: filter.to_owned(), path, founder: NodeId(1), span };
-            let asked = serde_json::to_value(Request::Span(Box::new(task))).unwrap();
-            let Err(error) = export.call(asked).await else { panic!("{filter}: it was exported") };
-            let said = format!("{error:#}");
+            let said = refusal_of_a_span(&export, 7, filter).await;
             assert_eq!(said.contains("was given a span"), refusal.is_some(), "{filter}: {said}");
             assert!(refusal.is_none_or(|refusal| said.ends_with(refusal)), "{filter}: {said}");
         }

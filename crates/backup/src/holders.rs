@@ -1,8 +1,9 @@
-//! Whose own directories a backup has come to (`nodelocal://self`).
+//! Which nodes may have files of a backup, finished or under way.
 //!
-//! Each node writes to its own, so what a job has made is on as many nodes as took part, and which they were is known
-//! nowhere else: a checkpoint is forgotten with its point, and a lock or a schema stands in none. So it is noted before a
-//! node is first asked to write, and whoever removes files knows whom to wait for.
+//! Whoever removes files must know whom to ask to stop, and whom to wait for: a worker that cannot be asked may be finishing
+//! one. Where each node writes to its own directory (`nodelocal://self`), what a job has made is on as many nodes as took
+//! part, and a checkpoint is forgotten with its point; a lock or a schema stands in none. So a node is noted before it is
+//! first asked to write. One that is not was never asked, however well it matches.
 
 use std::collections::BTreeSet;
 use std::sync::{Mutex, PoisonError};
@@ -10,7 +11,6 @@ use std::sync::{Mutex, PoisonError};
 use cluster::NodeId;
 use jobs::Run;
 use pgerror::{PgError, SqlState};
-use storage::Uri;
 
 /// What the keys begin with under which the nodes stand.
 const HOLDER: &str = "holder/";
@@ -18,24 +18,22 @@ const HOLDER: &str = "holder/";
 /// The nodes that one run of a job has write.
 pub(crate) struct Holders<'h> {
     run: &'h Run,
-    /// Whether each node writes to its own directory.
-    is_own: bool,
     noted: Mutex<BTreeSet<NodeId>>,
 }
 
 impl<'h> Holders<'h> {
-    pub(crate) fn new(run: &'h Run, directory: &Uri) -> Self {
-        Self { run, is_own: directory.on(NodeId(0)).is_some(), noted: Mutex::default() }
+    pub(crate) fn new(run: &'h Run) -> Self {
+        Self { run, noted: Mutex::default() }
     }
 
-    /// Notes that `node` may have files from now on, where that matters.
+    /// Notes that `node` may have files from now on.
     ///
     /// # Errors
     ///
     /// A lost claim, or the registry is not reachable.
     pub(crate) async fn note(&self, node: NodeId) -> anyhow::Result<()> {
         let noted = || self.noted.lock().unwrap_or_else(PoisonError::into_inner);
-        if !self.is_own || noted().contains(&node) {
+        if noted().contains(&node) {
             return Ok(());
         }
         self.run.keep(&format!("{HOLDER}{node}"), &node).await?;
@@ -44,7 +42,7 @@ impl<'h> Holders<'h> {
     }
 }
 
-/// The nodes that any run of a job has had write to their own directories.
+/// The nodes that any run of a job has had write.
 ///
 /// # Errors
 ///

@@ -12,7 +12,7 @@
 use std::collections::BTreeSet;
 use std::time::Duration;
 
-use cluster::{Filter, Locality, NodeId, Peers};
+use cluster::{Filter, Known, NodeId, Peers};
 use futures_util::stream::{self, StreamExt as _, TryStreamExt as _};
 use jobs::{JobId, Run};
 use pgerror::{PgError, SqlState};
@@ -66,19 +66,19 @@ impl Trace<'_> {
         Ok((opened, silent.into_iter().collect()))
     }
 
-    /// Returns when no node works on the job any more: those that answer say so, and the sessions of the others have
-    /// ended, after which they finish no file.
+    /// Returns when no node works on the job any more: those that answer say so, and the sessions of the others that were
+    /// ever asked to have ended, after which they finish no file.
     async fn settle(&self) -> anyhow::Result<()> {
-        let matches = |locality: &Locality| locality.first_unmatched(self.filter).is_none();
-        let live = self.run.live().await?.into_iter().filter(|(_, locality)| matches(locality));
-        let mut nodes: BTreeSet<NodeId> = live.map(|(node, _)| node).collect();
+        let holders = holders::of(self.run).await?;
         // A process that has just begun does not know all of them yet.
         let mut views = self.peers.cluster().subscribe();
-        let known = views.wait_for(|view| nodes.iter().all(|node| away::has_node(view, *node)));
+        let known = views.wait_for(|view| holders.iter().all(|node| away::has_node(view, *node)));
         drop(timeout(BLIP_MAX, known).await);
         let view = self.peers.cluster().view();
-        let matching = view.nodes.values().filter(|known| matches(&known.info.locality));
-        nodes.extend(matching.filter_map(|known| known.info.node_id));
+        // Asking costs little: a registry that was promoted may have lost the latest notes.
+        let matches = |node: &&Known| node.reachable && node.info.locality.first_unmatched(self.filter).is_none();
+        let matching = view.nodes.values().filter(matches).filter_map(|node| node.info.node_id);
+        let nodes: BTreeSet<NodeId> = matching.chain(holders).collect();
         let request = export::Request::Settle { job: self.run.id.0 };
         let mut silent = Vec::new();
         for node in nodes {

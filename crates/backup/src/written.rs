@@ -17,7 +17,7 @@ use tokio::time::timeout;
 use crate::layout;
 use crate::manifest::FileEntry;
 
-/// A job that is being reverted has ended by then, or removes later whatever it finds; and how often it is looked at.
+/// A job that somebody else ends has ended by then, or removes later whatever it finds; and how often it is looked at.
 const WITHDRAW_DEADLINE: Duration = Duration::from_secs(120);
 const WITHDRAW_LOOK: Duration = Duration::from_millis(200);
 
@@ -88,7 +88,12 @@ async fn looked_behind<T: Send + 'static>(
         let made = writing.await;
         // Whoever stood still between the last look and the write may have written what others have removed meanwhile.
         if let Err(error) = run.check().await {
-            withdraw(&run, &store, paths).await?;
+            // The run has ended, and may be wanted again here, before that is decided.
+            tokio::spawn(async move {
+                if let Err(error) = withdraw(&run, &store, &paths).await {
+                    tracing::warn!(?paths, "what was written late may stay: {error:#}");
+                }
+            });
             return Err(error);
         }
         made
@@ -96,41 +101,42 @@ async fn looked_behind<T: Send + 'static>(
     tokio::spawn(looking).await.context("write a file of a backup")?
 }
 
-/// Takes files back if the job has ended without them. While the registry is away, that is not known yet.
-async fn withdraw(run: &impl Asked, store: &Store, paths: Vec<String>) -> anyhow::Result<()> {
+/// Takes files back if the job has ended without them. While the registry or the store is away, that waits.
+async fn withdraw(run: &impl Asked, store: &Store, paths: &[String]) -> anyhow::Result<()> {
     let decided = async {
-        let late = loop {
-            match too_late(run, store, &paths).await {
-                Ok(Some(late)) => break late,
-                Ok(None) => {}
-                Err(error) if jobs::may_pass(&error) => {
-                    tracing::info!("what was written late is not judged yet: {error:#}");
+        loop {
+            match take_back(run, store, paths).await {
+                Ok(true) => break Ok(()),
+                Ok(false) => {}
+                Err(error) if jobs::may_pass(&error) || storage::is_transient(&error) => {
+                    tracing::info!("what was written late is not taken back yet: {error:#}");
                 }
-                Err(error) => return Err(error),
+                Err(error) => break Err(error),
             }
             tokio::time::sleep(WITHDRAW_LOOK).await;
-        };
-        for path in late {
-            store.delete(path).await?;
         }
-        Ok(())
     };
     timeout(WITHDRAW_DEADLINE, decided).await.unwrap_or(Ok(()))
 }
 
-/// Those of the files that the job has ended without; nothing before it is decided how it ends. If it goes on, somebody
-/// else goes on behind them, or removes them with the others.
-async fn too_late<'p>(run: &impl Asked, store: &Store, paths: &'p [String]) -> anyhow::Result<Option<Vec<&'p String>>> {
-    Ok(match run.status().await?.as_deref() {
-        Some("failed" | "canceled") => Some(paths.iter().collect()),
+/// Removes those of the files that the job has ended without, and gives whether it is decided how it ends. If it goes on
+/// for long, somebody else goes on behind them, or removes them with the others.
+async fn take_back(run: &impl Asked, store: &Store, paths: &[String]) -> anyhow::Result<bool> {
+    let late: Vec<&String> = match run.status().await?.as_deref() {
+        Some("failed" | "canceled") => paths.iter().collect(),
         Some("succeeded") => {
             let schemas = run.schemas().await?;
             let is_named = |path: &str| schemas.iter().any(|it| it.path == path && it.node == store.node());
-            Some(paths.iter().filter(|path| layout::is_part(path) && !is_named(path)).collect())
+            paths.iter().filter(|path| layout::is_part(path) && !is_named(path)).collect()
         }
-        Some("reverting" | "cancel-requested") => None,
-        _ => Some(Vec::new()),
-    })
+        // What is left over may have been removed just before.
+        Some("running" | "reverting" | "cancel-requested") => return Ok(false),
+        _ => Vec::new(),
+    };
+    for path in late {
+        store.delete(path).await?;
+    }
+    Ok(true)
 }
 
 #[cfg(test)]
@@ -266,8 +272,9 @@ mod tests {
             (&body, &["succeeded"], false),
             (&named, &["succeeded"], true),
             (&unnamed, &["succeeded"], false),
-            (&lock, &["running"], true),
-            (&body, &["paused"], true),
+            (&unnamed, &["running", "succeeded"], false),
+            (&lock, &["running", "succeeded"], true),
+            (&body, &["running", "paused"], true),
             (&unnamed, &["pause-requested"], true),
             (&lock, &[], true),
         ] {
@@ -301,7 +308,7 @@ mod tests {
         for away in 0..3 {
             store.create(&path, Bytes::from_static(b"a manifest")).await.unwrap();
             let (_status, told) = watch::channel(Some("canceled"));
-            withdraw(&Told::of(told, away), &store, vec![path.clone()]).await.unwrap();
+            withdraw(&Told::of(told, away), &store, std::slice::from_ref(&path)).await.unwrap();
             assert_eq!(store.list("").await.unwrap(), [], "{away}");
         }
     }

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
-use cluster::{Locality, NodeId};
+use cluster::NodeId;
 use pgerror::{PgError, SqlState};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
@@ -197,18 +197,6 @@ impl Run {
     /// As [`Run::keep`].
     pub async fn check(&self) -> anyhow::Result<()> {
         self.guarded(&format!("SELECT id FROM registry.jobs WHERE {MINE}"), &[&self.id.0, &self.claim]).await
-    }
-
-    /// The nodes that have a session, and so may work on the job, whether this one knows where they are or not.
-    ///
-    /// # Errors
-    ///
-    /// The registry is not reachable.
-    pub async fn live(&self) -> anyhow::Result<Vec<(NodeId, Locality)>> {
-        let live = "SELECT n.id, n.locality FROM registry.nodes n JOIN registry.sessions s ON s.node_id = n.id
-                    WHERE s.expires_at > clock_timestamp()";
-        let rows = self.ledger.query(live, &[]).await?;
-        Ok(rows.iter().filter_map(|row| Some((NodeId(row.get(0)), row.get::<_, &str>(1).parse().ok()?))).collect())
     }
 
     /// Waits until none of these nodes has a session any more.

@@ -134,7 +134,7 @@ impl Resume {
             peers: &self.peers,
             rules: payload.rules(run.settings().await?.holding().lag)?,
             store: patiently(|| self.stores.open(&uri)).await?,
-            holders: Holders::new(run, &uri),
+            holders: Holders::new(run),
             stores: &self.stores,
             uri: uri.exposed(),
             directory: uri,

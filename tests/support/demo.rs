@@ -147,6 +147,17 @@ impl Demo {
         self.dir.path().join(format!("n{number}"))
     }
 
+    /// Whether there is a server beside node `number`.
+    pub fn has_server(&self, number: usize) -> bool {
+        self.node_dir(number).join("pg").exists()
+    }
+
+    /// Whether it runs.
+    pub fn server_runs(&self, number: usize) -> bool {
+        // One that ends in an orderly way takes its file with it.
+        self.node_dir(number).join("pg/postmaster.pid").exists() && super::runs(self.server_pid(number))
+    }
+
     /// The process id of the server beside node `number`.
     pub fn server_pid(&self, number: usize) -> Pid {
         let text = std::fs::read_to_string(self.node_dir(number).join("pg/postmaster.pid")).unwrap();

@@ -3,7 +3,9 @@
 #![allow(dead_code, unreachable_pub, reason = "each test binary uses a part")]
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on panics")]
 
+pub mod aftermath;
 pub mod demo;
+pub mod disk;
 pub mod faults;
 pub mod fleet;
 pub mod golden;
@@ -15,6 +17,8 @@ use std::net::TcpListener;
 use std::path::Path;
 use std::process::{Command, Output};
 use std::time::{Duration, Instant};
+
+use nix::unistd::Pid;
 
 /// Whatever a test waits for has come by then, or never will.
 pub const DEADLINE: Duration = Duration::from_secs(90);
@@ -99,6 +103,27 @@ pub fn processes_in(dir: &Path) -> Vec<String> {
         Some(String::from_utf8_lossy(&text).replace('\0', " "))
     });
     command_lines.filter(|line| line.contains(&*dir)).collect()
+}
+
+/// Whether a process runs.
+pub fn runs(pid: Pid) -> bool {
+    // One that has ended is a zombie until its parent has heard of it. The state stands behind the name.
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+    stat.rsplit_once(") ").is_some_and(|(_, state)| !state.starts_with(['Z', 'X']))
+}
+
+/// The processes that a process has started, and those that they have.
+pub fn descendants(pid: Pid) -> Vec<Pid> {
+    let mut found = Vec::new();
+    // Each thread has the children that it has started.
+    for thread in std::fs::read_dir(format!("/proc/{pid}/task")).into_iter().flatten().flatten() {
+        let children = std::fs::read_to_string(thread.path().join("children")).unwrap_or_default();
+        for child in children.split_ascii_whitespace().filter_map(|child| child.parse().ok()).map(Pid::from_raw) {
+            found.push(child);
+            found.extend(descendants(child));
+        }
+    }
+    found
 }
 
 /// One of PostgreSQL's programs.

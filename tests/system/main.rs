@@ -3,6 +3,7 @@
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on panics")]
 
 mod altered; // tables that keep being altered: held on the leaseholder, or the job fails and names them
+mod any_moment; // any one process is killed at any moment of a backup and of a restore
 mod backup; // what BACKUP promises: where it runs, what clients are told, what is in it
 mod backup_faults; // deaths in the middle, stores that fail, statements that cannot be
 mod check; // what `backhaul check` finds, and that its statements mend it

@@ -1,15 +1,14 @@
 //! What comes too late, is not answered, or finds no room; and everything built side by side.
 
 use std::os::unix::fs::PermissionsExt as _;
-use std::path::PathBuf;
 use std::time::Duration;
 
 use cluster::service::Service as _;
 use fleet::loader::{Created, Request, is_already_loaded, is_superseded};
 use pgerror::{PgError, SqlState};
-use tempfile::TempDir;
 use tokio::time::timeout;
 
+use crate::disk::Disk;
 use crate::place::{Backup, OURS, Place, answer, call, give, removed, said, send, upload};
 use crate::{CONTENT, KINDS, SLOW};
 
@@ -219,40 +218,13 @@ async fn a_server_that_speaks_otherwise_takes_a_database_as_it_is() {
     assert_eq!(target.ask("postgres", "SELECT 1 FROM pg_database WHERE datname = 'other'").await, [""; 0]);
 }
 
-/// A small disk, where it may be mounted.
-struct Disk(PathBuf, #[expect(dead_code, reason = "it is removed behind the disk")] TempDir);
-
-impl Disk {
-    fn mount() -> Option<Self> {
-        let dir = tempfile::tempdir().unwrap();
-        std::fs::set_permissions(dir.path(), std::fs::Permissions::from_mode(0o711)).unwrap();
-        let place = dir.path().join("disk");
-        std::fs::create_dir(&place).unwrap();
-        let mut mount = std::process::Command::new("mount");
-        mount.args(["-t", "tmpfs", "-o", "size=64m,mode=755", "none"]).arg(&place);
-        mount.output().is_ok_and(|output| output.status.success()).then_some(Self(place, dir))
-    }
-
-    /// Leaves no room at all.
-    fn fill(&self) {
-        let mut file = std::fs::File::create(self.0.join("filler")).unwrap();
-        while std::io::Write::write_all(&mut file, &[1; 4096]).is_ok() {}
-    }
-
-    fn free(&self) {
-        std::fs::remove_file(self.0.join("filler")).unwrap();
-    }
-}
-
-impl Drop for Disk {
-    fn drop(&mut self) {
-        let _ = std::process::Command::new("umount").arg("--lazy").arg(&self.0).status();
-    }
-}
-
 #[tokio::test(flavor = "multi_thread")]
 async fn a_full_disk_is_told_wherever_it_is_met() {
-    let Some(disk) = Disk::mount() else {
+    let dir = tempfile::tempdir().unwrap();
+    std::fs::set_permissions(dir.path(), std::fs::Permissions::from_mode(0o711)).unwrap();
+    let mounted = dir.path().join("disk");
+    std::fs::create_dir(&mounted).unwrap();
+    let Some(disk) = Disk::mount(&mounted) else {
         eprintln!("no disk can be mounted here: how a full one is told stays untested");
         return;
     };
@@ -260,7 +232,7 @@ async fn a_full_disk_is_told_wherever_it_is_met() {
         "CREATE TABLE t (a int, b text); INSERT INTO t SELECT i, repeat('x', 100) FROM generate_series(1, 20000) i;
                 CREATE INDEX ON t (a); CREATE INDEX ON t (b)";
     let place = Place::start(data).await;
-    let directory = disk.0.join("space");
+    let directory = mounted.join("space");
     give(&directory);
     place.run("postgres", &format!("CREATE TABLESPACE small LOCATION '{}'", directory.display())).await;
     let (mut backup, loader) = (Backup::of(&place).await, place.loader());

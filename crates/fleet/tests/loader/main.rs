@@ -2,6 +2,8 @@
 
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on panics")]
 
+#[path = "../../../../tests/support/disk.rs"]
+mod disk;
 mod faults; // late coordinators, lost answers, a full disk; everything side by side
 mod place; // a server with a loader, and a backup
 

@@ -3,7 +3,7 @@
 //! Rows come as COPY text from the node that lends the founder, are compressed and hashed on their way, and go to the
 //! store in pieces; nothing is held whole. The object appears under its name only when all of it is there.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, VecDeque};
 use std::io::Write as _;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -83,11 +83,14 @@ impl Service for Probe {
 pub(crate) enum Request {
     /// Export a span. Answered with its [`FileEntry`].
     Span(Box<Task>),
-    /// Answered with null when nothing is exported here for this job any more, and from then on nothing is. Its coordinator
-    /// has gone away or has ended its calls, so that is soon.
+    /// Answered with null when nothing is exported here for this job any more. Its coordinator has gone away or has ended
+    /// its calls, so that is soon.
     Settle {
         /// The job.
         job: i64,
+        /// It is reverted: nothing is exported for it from now on. A job that has succeeded may have to begin anew, where a
+        /// registry was promoted that knows nothing of it.
+        for_good: bool,
     },
 }
 
@@ -111,7 +114,7 @@ pub(crate) struct Task {
 /// How many of something there are, by job.
 type Counts = Arc<watch::Sender<BTreeMap<i64, usize>>>;
 
-/// So many jobs are remembered that have come to their end. A coordinator that stood still meanwhile and does not know yet
+/// So many jobs are remembered that were reverted. A coordinator that stood still meanwhile and does not know yet
 /// notices within moments.
 const SETTLED_MAX: usize = 1000;
 
@@ -122,8 +125,8 @@ pub struct Export {
     jobs: Jobs,
     /// How many spans are exported here, by job.
     at_work: Counts,
-    /// The newest jobs that were settled.
-    settled: Mutex<BTreeSet<i64>>,
+    /// The jobs that were settled for good, the latest of them first.
+    settled: Mutex<VecDeque<i64>>,
     /// Shared by all of them.
     limit: Limit,
 }
@@ -158,11 +161,11 @@ impl Export {
         })
     }
 
-    fn settled(&self) -> MutexGuard<'_, BTreeSet<i64>> {
+    fn settled(&self) -> MutexGuard<'_, VecDeque<i64>> {
         self.settled.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Counts a span of a job that was not settled before.
+    /// Counts a span of a job, unless that was settled for good.
     fn begin(&self, job: i64) -> anyhow::Result<AtWork> {
         self.at_work.send_modify(|at_work| *at_work.entry(job).or_default() += 1);
         let at_work = AtWork { all: Arc::clone(&self.at_work), job };
@@ -172,13 +175,11 @@ impl Export {
         Ok(at_work)
     }
 
-    async fn settle(&self, job: i64) -> anyhow::Result<()> {
-        {
+    async fn settle(&self, job: i64, for_good: bool) -> anyhow::Result<()> {
+        if for_good && !self.settled().contains(&job) {
             let mut settled = self.settled();
-            settled.insert(job);
-            if settled.len() > SETTLED_MAX {
-                settled.pop_first();
-            }
+            settled.truncate(SETTLED_MAX - 1);
+            settled.push_front(job);
         }
         let mut at_work = self.at_work.subscribe();
         match timeout(SETTLE_DEADLINE, at_work.wait_for(|at_work| !at_work.contains_key(&job))).await {
@@ -260,8 +261,8 @@ impl Service for Export {
         Box::pin(async move {
             match serde_json::from_value(request).context("read what is to be exported")? {
                 Request::Span(task) => Ok(Reply::Answer(serde_json::to_value(self.export(*task).await?)?)),
-                Request::Settle { job } => {
-                    self.settle(job).await?;
+                Request::Settle { job, for_good } => {
+                    self.settle(job, for_good).await?;
                     Ok(Reply::Answer(serde_json::Value::Null))
                 }
             }
@@ -363,7 +364,7 @@ pub(crate) mod tests {
         let export = export(state.path());
         let is_late = |said: &str| said.ends_with("has come behind the job's last one");
         let at_work = export.begin(7).unwrap();
-        let settle = serde_json::to_value(Request::Settle { job: 7 }).unwrap();
+        let settle = serde_json::to_value(Request::Settle { job: 7, for_good: true }).unwrap();
         let mut settling = export.call(settle);
         assert!((&mut settling).now_or_never().is_none(), "a span is at work");
         let said = refusal_of_a_span(&export, 7, "").await;
@@ -372,11 +373,13 @@ pub(crate) mod tests {
         settling.await.unwrap();
         assert!(is_late(&refusal_of_a_span(&export, 7, "").await));
         assert!(!is_late(&refusal_of_a_span(&export, 8, "").await));
-        for job in 1000..1000 + SETTLED_MAX as i64 {
-            export.settle(job).await.unwrap();
+        export.settle(8, false).await.unwrap();
+        assert!(!is_late(&refusal_of_a_span(&export, 8, "").await), "it may have to begin anew");
+        for job in (1000..1000 + SETTLED_MAX as i64).rev() {
+            export.settle(job, true).await.unwrap();
         }
-        let kept: Vec<i64> = export.settled().iter().copied().collect();
-        assert_eq!((kept.len(), kept[0]), (SETTLED_MAX, 1000));
+        let kept = export.settled().clone();
+        assert_eq!((kept.len(), kept.front(), kept.contains(&7)), (SETTLED_MAX, Some(&1000), false));
     }
 
     #[tokio::test]

@@ -12,7 +12,7 @@
 use std::collections::BTreeSet;
 use std::time::Duration;
 
-use cluster::{Filter, Known, NodeId, Peers};
+use cluster::{Filter, Known, NodeId, Peers, View};
 use futures_util::stream::{self, StreamExt as _, TryStreamExt as _};
 use jobs::{JobId, Run};
 use pgerror::{PgError, SqlState};
@@ -68,26 +68,35 @@ impl Trace<'_> {
 
     /// Returns when no node works on the job any more: those that answer say so, and the sessions of the others that were
     /// ever asked to have ended, after which they finish no file.
-    async fn settle(&self) -> anyhow::Result<()> {
+    async fn settle(&self, for_good: bool) -> anyhow::Result<()> {
         let holders = holders::of(self.run).await?;
-        // A process that has just begun does not know all of them yet.
+        let silent_in =
+            |view: &View| holders.iter().copied().filter(|node| !away::has_node(view, *node)).collect::<Vec<_>>();
         let mut views = self.peers.cluster().subscribe();
-        let known = views.wait_for(|view| holders.iter().all(|node| away::has_node(view, *node)));
-        drop(timeout(BLIP_MAX, known).await);
-        let view = self.peers.cluster().view();
-        // Asking costs little: a registry that was promoted may have lost the latest notes.
-        let matches = |node: &&Known| node.reachable && node.info.locality.first_unmatched(self.filter).is_none();
-        let matching = view.nodes.values().filter(matches).filter_map(|node| node.info.node_id);
-        let nodes: BTreeSet<NodeId> = matching.chain(holders).collect();
-        let request = export::Request::Settle { job: self.run.id.0 };
-        let mut silent = Vec::new();
-        for node in nodes {
-            match away::has_node(&view, node) {
-                true => self.peers.call::<()>(node, EXPORT, &request, SETTLE_DEADLINE).await?,
-                false => silent.push(node),
+        let silent = silent_in(&views.borrow());
+        if !silent.is_empty() {
+            // A process that has just begun does not know all of them yet. The dead are not waited for.
+            let known = timeout(BLIP_MAX, views.wait_for(|view| silent_in(view).is_empty()));
+            tokio::select! {
+                known = known => drop(known),
+                ended = self.run.sessions_have_ended(&silent) => ended?,
             }
         }
-        self.run.sessions_have_ended(&silent).await
+        let view = self.peers.cluster().view();
+        let request = export::Request::Settle { job: self.run.id.0, for_good };
+        let ask = |node: NodeId| self.peers.call::<()>(node, EXPORT, &request, SETTLE_DEADLINE);
+        // A registry that was promoted may have lost the latest notes.
+        let matches = |node: &&Known| node.reachable && node.info.locality.first_unmatched(self.filter).is_none();
+        let matching = view.nodes.values().filter(matches).filter_map(|node| node.info.node_id);
+        for node in matching.filter(|node| !holders.contains(node)) {
+            if let Err(error) = ask(node).await {
+                tracing::info!(job = %self.run.id, %node, "a node that was not noted is not settled: {error:#}");
+            }
+        }
+        for node in holders.iter().copied().filter(|node| away::has_node(&view, *node)) {
+            ask(node).await?;
+        }
+        self.run.sessions_have_ended(&silent_in(&view)).await
     }
 
     /// Removes all files of the job.
@@ -96,7 +105,7 @@ impl Trace<'_> {
     ///
     /// A store or a node cannot be reached, which may pass; or refuses. What the others have is removed all the same.
     pub(crate) async fn remove_all(&self) -> anyhow::Result<()> {
-        self.settle().await?;
+        self.settle(true).await?;
         self.remove_everywhere(|entries, _| of_job(self.run.id, entries)).await
     }
 
@@ -119,7 +128,7 @@ impl Trace<'_> {
 
     /// Removes the files of the job that the sealed manifest does not name. What cannot be removed now stays.
     pub(crate) async fn remove_strays(&self, manifest: &Manifest) -> anyhow::Result<()> {
-        self.settle().await?;
+        self.settle(false).await?;
         let named = |entry: &Entry, store: &Store| {
             let files = manifest.shards.iter().flat_map(|shard| shard.files.iter().chain(&shard.schemas));
             files.into_iter().any(|file| file.path == entry.path && file.node == store.node())

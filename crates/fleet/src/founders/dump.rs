@@ -78,6 +78,10 @@ impl Program {
         let path = found.program("pg_dump");
         let asked = Command::new(&path).arg("--version").kill_on_drop(true).output();
         let output = timeout(Duration::from_secs(10), asked).await.context("ask pg_dump for its version")??;
+        if !output.status.success() {
+            let failed = PgError::new(SqlState::UNDEFINED_FILE, "pg_dump does not say its version");
+            return Err(killed::told(failed, output.status).into());
+        }
         // "pg_dump (PostgreSQL) 15.18 (Debian 15.18-0+deb12u1)"
         let text = String::from_utf8_lossy(&output.stdout).into_owned();
         let version = text.split_ascii_whitespace().nth(2).context("read the version of pg_dump")?.to_owned();

@@ -69,10 +69,13 @@ impl Scene {
         self.fleet.until_all_live();
     }
 
-    /// Starts the nodes and servers that have ended and have one of these numbers, as what supervises services does. A
-    /// primary that is lost for good stays away.
+    /// Starts the nodes and servers that have ended and have one of these numbers, as what supervises services does, or the
+    /// demo if that has. A primary that is lost for good stays away.
     #[track_caller]
     pub fn start_ended(&mut self, numbers: impl Fn(usize) -> bool) {
+        if self.fleet.start_ended_demo() {
+            return;
+        }
         for number in (1..=self.fleet.demo.nodes.len()).filter(|number| numbers(*number)) {
             if self.primaries_stay && self.fleet.demo.has_server(number) && !self.fleet.demo.server_runs(number) {
                 self.fleet.demo.restart_server(number);

@@ -16,6 +16,7 @@ use super::{backhaul, both, postgres_program, processes_in};
 pub struct Demo {
     child: Child,
     rest: Option<JoinHandle<Vec<String>>>,
+    arguments: Vec<String>,
     /// Its data directory.
     pub dir: tempfile::TempDir,
     /// Its nodes, in order.
@@ -71,7 +72,28 @@ impl Demo {
         let nodes = said.iter().filter_map(|line| node(line)).collect();
         // The demo goes on printing, and must not block on a full pipe.
         let rest = Some(std::thread::spawn(move || lines.map_while(Result::ok).collect()));
-        Self { child, rest, dir, nodes, said }
+        let arguments = arguments.iter().map(ToString::to_string).collect();
+        Self { child, rest, arguments, dir, nodes, said }
+    }
+
+    /// Starts it again in its directory, as its user does after its end.
+    #[track_caller]
+    pub fn start_again(&mut self) {
+        let dir = std::mem::replace(&mut self.dir, directory());
+        let arguments = self.arguments.clone();
+        *self = Self::start_in(dir, &arguments.iter().map(String::as_str).collect::<Vec<_>>());
+    }
+
+    /// Whether it has ended.
+    pub fn has_ended(&mut self) -> bool {
+        self.child.try_wait().unwrap().is_some()
+    }
+
+    /// The process that cleans up behind it.
+    pub fn reaper(&self) -> Option<Pid> {
+        let children = super::descendants(self.pid());
+        let line = |pid: &Pid| std::fs::read_to_string(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+        children.into_iter().find(|pid| line(pid).contains("demo-reaper"))
     }
 
     /// The demo's own process.

@@ -205,6 +205,20 @@ impl Fleet {
         kill(self.pid(number), signal).unwrap();
     }
 
+    /// Starts the demo again if it has ended, which takes its whole fleet with it, and says whether it had.
+    #[track_caller]
+    pub fn start_ended_demo(&mut self) -> bool {
+        if !self.demo.has_ended() {
+            return false;
+        }
+        self.demo.start_again();
+        self.lines = self.demo.nodes.iter().map(command_line).collect();
+        for mut child in std::mem::take(&mut self.restarted).into_values() {
+            child.wait().unwrap();
+        }
+        true
+    }
+
     /// Starts node `number`, which has ended, as it was started the first time.
     #[track_caller]
     pub fn start_node(&mut self, number: usize) {

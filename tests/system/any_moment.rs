@@ -36,8 +36,7 @@ fn any(limit: usize) -> usize {
     (RandomState::new().build_hasher().finish() % limit as u64) as usize
 }
 
-/// A process that is to die, and what it is called. The demo itself is not among them: it takes its fleet with it
-/// (`tests/system/demo.rs`).
+/// A process that is to die, and what it is called. The demo itself takes its fleet with it, and is started again.
 fn any_process(fleet: &Fleet) -> (Pid, String) {
     let servers = || MORTAL.filter(|number| fleet.demo.has_server(*number));
     let named = |pid: &Pid| {
@@ -49,18 +48,19 @@ fn any_process(fleet: &Fleet) -> (Pid, String) {
     };
     let of_servers = || servers().flat_map(|number| descendants(fleet.demo.server_pid(number)));
     let of_nodes = || MORTAL.flat_map(|number| descendants(fleet.pid(number)));
-    let children: Vec<(Pid, String)> = match any(5) {
+    let chosen: Vec<(Pid, String)> = match any(6) {
         0 => of_servers().map(|pid| named(&pid)).collect(),
         // Which are there for short times only.
         1 => of_nodes().map(|pid| named(&pid)).collect(),
         2 => servers().map(|number| (fleet.demo.server_pid(number), format!("server {number}"))).collect(),
+        3 => fleet.demo.reaper().into_iter().chain([fleet.demo.pid()]).map(|pid| named(&pid)).collect(),
         _ => Vec::new(),
     };
-    if children.is_empty() {
+    if chosen.is_empty() {
         let number = any(*MORTAL.end()) + 1;
         return (fleet.pid(number), format!("node {number}"));
     }
-    children[any(children.len())].clone()
+    chosen[any(chosen.len())].clone()
 }
 
 /// What came of a job whose fleet lost a process.

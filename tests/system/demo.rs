@@ -3,7 +3,7 @@
 use std::net::TcpListener;
 use std::path::Path;
 
-use nix::sys::signal::Signal;
+use nix::sys::signal::{Signal, kill};
 
 use crate::support::demo::{Demo, assert_nothing_runs_in, command, directory};
 use crate::support::{both, free_ports, until};
@@ -121,6 +121,13 @@ fn whatever_way_a_demo_ends_nothing_is_left_and_it_can_start_again() {
         }
         // After SIGKILL the next start does not wait, and is not harmed by the clean-up that still goes on.
     }
+}
+
+#[test]
+fn a_demo_whose_reaper_was_killed_leaves_nothing_either() {
+    let demo = Demo::start(&["--nodes", "2", "--no-example-database"]);
+    kill(demo.reaper().unwrap(), Signal::SIGKILL).unwrap();
+    assert_nothing_runs_in(demo.end(Signal::SIGTERM).path());
 }
 
 #[test]

@@ -10,7 +10,8 @@
 //!
 //! A pause that is to last longer than a point takes is *watched*: in the place of the statement that sleeps comes one
 //! that looks, again and again, whether that session still shows life. A process that is killed has none any more, and one
-//! that is frozen or cut off says nothing on it; in either case the server resumes. It counts its own looks, so that no clock has a say. How long such a pause lasts is told in `super::standing`.
+//! that is frozen or cut off says nothing on it; in either case the server resumes. It counts its own looks, so that no clock has
+//! a say. How long such a pause lasts is told in `super::standing`.
 //!
 //! A pause of somebody else's is left alone. (Should one begin while ours lasts, PostgreSQL cannot tell the two apart.)
 

@@ -240,7 +240,8 @@ impl Demo {
         (std::mem::replace(&mut self.dir, directory()), said)
     }
 
-    fn stop(&mut self, signal: Signal) -> Vec<String> {
+    /// Ends the demo by a signal, waits for it, and gives what it printed after `ready`.
+    pub fn stop(&mut self, signal: Signal) -> Vec<String> {
         if self.child.try_wait().unwrap().is_none() {
             kill(self.pid(), signal).unwrap();
             self.child.wait().unwrap();

@@ -1,9 +1,11 @@
 //! `backhaul demo`.
 
+use std::collections::BTreeSet;
 use std::net::TcpListener;
 use std::path::Path;
 
 use nix::sys::signal::{Signal, kill};
+use serde_json::Value;
 
 use crate::support::demo::{Demo, assert_nothing_runs_in, command, directory};
 use crate::support::{both, free_ports, until};
@@ -120,6 +122,26 @@ fn whatever_way_a_demo_ends_nothing_is_left_and_it_can_start_again() {
             assert_nothing_runs_in(dir.path());
         }
         // After SIGKILL the next start does not wait, and is not harmed by the clean-up that still goes on.
+    }
+}
+
+#[test]
+fn a_fleet_that_begins_at_other_addresses_forgets_where_it_was() {
+    let mut demo = Demo::start(&["--nodes", "3", "--servers", "1", "--no-example-database"]);
+    for _ in 0..2 {
+        demo.stop(Signal::SIGKILL);
+        demo.start_again();
+    }
+    for number in 1..=3 {
+        until("the addresses of before to be forgotten", || {
+            let known = std::fs::read_to_string(demo.node_dir(number).join("fleet.json")).unwrap();
+            let known: Value = serde_json::from_str(&known).unwrap();
+            let others =
+                demo.nodes.iter().map(|node| node.address.as_str()).filter(|it| *it != demo.nodes[number - 1].address);
+            let followed = known["peers"].as_array().unwrap().iter().map(|address| address.as_str().unwrap());
+            let (others, followed): (BTreeSet<&str>, BTreeSet<&str>) = (others.collect(), followed.collect());
+            if followed == others { Ok(()) } else { Err(format!("node {number}: {followed:?}")) }
+        });
     }
 }
 

@@ -72,6 +72,11 @@ struct State {
     me: NodeInfo,
     others: BTreeMap<String, Known>,
     troubles: BTreeMap<String, String>,
+    /// Where this node was told to look by its operator.
+    join: BTreeSet<String>,
+    /// The other members' addresses, as the registry last had them.
+    members: BTreeSet<String>,
+    /// Where nodes are looked for: these, and whatever was heard of or remembered.
     addresses: BTreeSet<String>,
     known: LastKnown,
     leaders: BTreeMap<String, Leader>,
@@ -101,12 +106,13 @@ impl Cluster {
         let known = store.last_known()?;
         let addresses: BTreeSet<String> =
             join.iter().chain(&known.peers).filter(|address| **address != me.address).cloned().collect();
-        me.peers = addresses.iter().cloned().collect();
         me.shards.clone_from(&known.shards);
         let state = State {
             me,
             others: BTreeMap::new(),
             troubles: BTreeMap::new(),
+            join: join.iter().cloned().collect(),
+            members: BTreeSet::new(),
             addresses: addresses.clone(),
             known,
             leaders: BTreeMap::new(),
@@ -158,6 +164,17 @@ impl Cluster {
         }
     }
 
+    /// Takes up the registry's list of the other members' addresses. An address that is not among them, at which nobody has
+    /// answered and which no operator has named, is one that a node has left: it is forgotten.
+    pub fn confirm_members(&self, listed: Vec<String>) {
+        let mut state = self.lock();
+        let has_learned = state.learn(listed.iter().cloned());
+        state.members = listed.into_iter().filter(|address| *address != state.me.address).collect();
+        if state.forget() || has_learned {
+            self.publish(state);
+        }
+    }
+
     /// Takes up the registry's list of shards: names and system identifiers.
     pub fn confirm_shards(&self, listed: &[(String, String)]) {
         let mut state = self.lock();
@@ -166,7 +183,7 @@ impl Cluster {
         }
     }
 
-    /// The addresses to follow, as they grow.
+    /// The addresses to follow, as they come and go.
     pub(crate) fn addresses(&self) -> watch::Receiver<BTreeSet<String>> {
         self.0.addresses.subscribe()
     }
@@ -188,6 +205,8 @@ impl Cluster {
             *address == info.address || info.node_id.is_none() || known.info.node_id != info.node_id
         });
         state.troubles.remove(&info.address);
+        // It may have been forgotten while the answer was on its way.
+        state.addresses.insert(info.address.clone());
         state.learn(info.peers.iter().cloned());
         merge_floors(&mut state.known.shards, &info.shards);
         if let Some(id) = info.node_id {
@@ -247,23 +266,26 @@ impl Cluster {
         nodes.insert(state.me.address.clone(), me);
         let view = View { nodes, leaders: state.leaders.clone(), registry, troubles: state.troubles.clone() };
         self.0.addresses.send_if_modified(|addresses| {
-            let grown = *addresses != state.addresses;
+            let news = *addresses != state.addresses;
             addresses.clone_from(&state.addresses);
-            grown
+            news
         });
         self.0.view.send_replace(Arc::new(view));
     }
 
     /// Tells others, and the store, what has become known of addresses and shards.
     fn keep(&self, state: &mut State) {
-        let peers: Vec<String> = state.addresses.iter().cloned().collect();
-        if state.me.peers == peers && state.me.shards == state.known.shards {
+        let (peers, told): (Vec<String>, _) = (state.addresses.iter().cloned().collect(), state.told());
+        let is_news = state.me.peers != told || state.me.shards != state.known.shards;
+        if !is_news && state.known.peers == peers {
             return;
         }
-        state.known.peers.clone_from(&peers);
-        state.me.peers = peers;
-        state.me.shards.clone_from(&state.known.shards);
-        state.me.revision += 1;
+        if is_news {
+            state.me.peers = told;
+            state.me.shards.clone_from(&state.known.shards);
+            state.me.revision += 1;
+        }
+        state.known.peers = peers;
         if let Err(error) = self.0.store.set_last_known(&state.known) {
             // The node works without; the next change tries again.
             tracing::warn!("could not keep what is known of the fleet: {error:#}");
@@ -283,6 +305,23 @@ impl State {
         }
     }
 
+    /// Where others are told that nodes are. What this node has by hearsay it does not pass on: nodes that tell each other of
+    /// an address would keep it for ever, and one that moves often would leave a long trail.
+    fn told(&self) -> Vec<String> {
+        let answering = self.others.iter().filter(|(_, known)| known.reachable).map(|(address, _)| address);
+        let told: BTreeSet<&String> = self.members.iter().chain(answering).collect();
+        told.into_iter().cloned().collect()
+    }
+
+    /// Forgets the addresses that nodes have left. True when there are any.
+    fn forget(&mut self) -> bool {
+        let Self { join, members, others, addresses, troubles, .. } = self;
+        let before = addresses.len();
+        addresses.retain(|it| join.contains(it) || members.contains(it) || others.contains_key(it));
+        troubles.retain(|address, _| addresses.contains(address));
+        addresses.len() != before
+    }
+
     /// True when there is a new address among them.
     fn learn(&mut self, addresses: impl IntoIterator<Item = String>) -> bool {
         let before = self.addresses.len();
@@ -292,5 +331,50 @@ impl State {
             }
         }
         self.addresses.len() != before
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::node::tests::node;
+
+    #[test]
+    fn addresses_that_nodes_have_left_are_followed_until_the_registry_answers_and_never_passed_on() {
+        let dir = tempfile::tempdir().unwrap();
+        let store = Arc::new(Store::open(dir.path()).unwrap());
+        let texts = |texts: &[&str]| texts.iter().map(ToString::to_string).collect::<Vec<String>>();
+        store.set_last_known(&LastKnown { peers: texts(&["left", "n2:26257"]), ..LastKnown::default() }).unwrap();
+        let cluster = Cluster::new(node(1, "s1", None), &texts(&["door"]), store).unwrap();
+        let followed = || cluster.addresses().borrow().iter().cloned().collect::<Vec<_>>();
+        let kept = || cluster.store().last_known().unwrap().peers;
+        let answered = |number: i32, address: &str, peers: &[&str]| {
+            let info = NodeInfo { address: address.to_owned(), peers: texts(peers), ..node(number, "s1", None) };
+            cluster.answered(info, Duration::ZERO).unwrap();
+        };
+        // Without the registry nobody can say who is away for a while and who for good.
+        answered(2, "n2:26257", &["left", "heard of"]);
+        cluster.unreachable("left", "nobody is there".to_owned());
+        assert_eq!(followed(), ["door", "heard of", "left", "n2:26257"]);
+        assert_eq!((cluster.me().peers, kept()), (texts(&["n2:26257"]), followed()));
+
+        cluster.confirm_members(texts(&["away", "n2:26257"]));
+        assert_eq!(followed(), ["away", "door", "n2:26257"]);
+        assert_eq!((cluster.me().peers, kept()), (texts(&["away", "n2:26257"]), followed()));
+        assert_eq!(cluster.view().troubles.len(), 0);
+
+        // A node that does not answer stays known, and one that has moved is not where it was.
+        cluster.unreachable("n2:26257", "it does not answer".to_owned());
+        cluster.confirm_members(texts(&["away", "n2:26257"]));
+        assert_eq!(cluster.me().peers, ["away", "n2:26257"]);
+        answered(2, "moved", &["n2:26257"]);
+        cluster.confirm_members(texts(&["away", "moved"]));
+        assert_eq!(followed(), ["away", "door", "moved"]);
+        assert_eq!((cluster.me().peers, kept()), (texts(&["away", "moved"]), followed()));
+
+        // One that is no member yet is one all the same, as long as it answers.
+        answered(3, "new", &[]);
+        cluster.confirm_members(texts(&["away", "moved"]));
+        assert_eq!(cluster.me().peers, ["away", "moved", "new"]);
     }
 }

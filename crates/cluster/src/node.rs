@@ -63,7 +63,7 @@ pub struct NodeInfo {
     pub started_at: DateTime<Utc>,
     /// The PostgreSQL server beside it, if it has one.
     pub server: Option<ServerInfo>,
-    /// Addresses of the nodes that it knows.
+    /// Where it knows nodes to be: those that answer it, and the registry's members.
     pub peers: Vec<String>,
     /// How long the answers of others take it, in milliseconds, about.
     #[serde(default)]

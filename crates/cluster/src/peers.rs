@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
 use sql::Verb;
-use tokio::task::JoinSet;
+use tokio::task::{AbortHandle, JoinSet};
 use tokio::time::sleep;
 
 use crate::{Cluster, Dialer, NodeInfo, PeerSession, Purpose};
@@ -26,16 +26,19 @@ const RETRY_LAST: Duration = Duration::from_secs(2);
 /// How often a second name of a node that is followed under its own is looked at again.
 const ALIAS_RECHECK: Duration = Duration::from_secs(10);
 
-/// Follows all addresses that the cluster knows or comes to know. Ends only by being dropped.
+/// Follows all addresses that the cluster knows, or comes to know, for as long as it does. Ends only by being dropped.
 pub async fn follow_peers(cluster: Cluster, dialer: Dialer) {
     let mut addresses = cluster.addresses();
-    let mut following = BTreeMap::new();
+    let mut following: BTreeMap<String, AbortHandle> = BTreeMap::new();
     let mut tasks = JoinSet::new();
     loop {
-        for address in addresses.borrow_and_update().iter() {
-            following.entry(address.clone()).or_insert_with(|| {
-                tasks.spawn(follow(cluster.clone(), dialer.clone(), address.clone()));
-            });
+        let known = addresses.borrow_and_update().clone();
+        for (_, forgotten) in following.extract_if(.., |address, _| !known.contains(address)) {
+            forgotten.abort();
+        }
+        for address in known {
+            let follow = follow(cluster.clone(), dialer.clone(), address.clone());
+            following.entry(address).or_insert_with(|| tasks.spawn(follow));
         }
         tokio::select! {
             changed = addresses.changed() => if changed.is_err() { return },

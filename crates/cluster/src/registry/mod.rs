@@ -249,7 +249,7 @@ impl Registry {
             standing.valid_until = sent + life;
             self.0.standing.send_replace(Standing::Member(standing.clone()));
             report_offset(renewed.registry_time - Utc::now(), &mut reported);
-            cluster.learn(renewed.addresses);
+            cluster.confirm_members(renewed.addresses);
             cluster.confirm_shards(&renewed.shards);
             // The session was renewed for the life of before: one that is longer from now on is not lived yet.
             let lived = life.min(renewed.life);
